@@ -1,0 +1,228 @@
+"""Conversation templates: how a dialogue becomes the text that a model was trained on.
+
+A template is a row in `conv_templates`; how its parts are put together is a row in `STYLES`. Inference renders a whole
+dialogue with `Conversation.get_prompt`; training (`train/preprocess.py`) takes the same rows apart into what the model
+reads and what it learns to write. Names and texts are those of the published InternVL checkpoints.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from enum import IntEnum, auto
+from typing import Any, NamedTuple
+
+
+class SeparatorStyle(IntEnum):
+    """How roles, messages and separators are joined."""
+
+    ADD_COLON_SINGLE = auto()
+    ADD_COLON_TWO = auto()
+    ADD_COLON_SPACE_SINGLE = auto()
+    NO_COLON_SINGLE = auto()
+    NO_COLON_TWO = auto()
+    ADD_NEW_LINE_SINGLE = auto()
+    LLAMA2 = auto()
+    CHATGLM = auto()
+    CHATML = auto()
+    CHATINTERN = auto()
+    DOLLY = auto()
+    RWKV = auto()
+    PHOENIX = auto()
+    ROBIN = auto()
+    FALCON_CHAT = auto()
+    CHATGLM3 = auto()
+    INTERNVL_ZH = auto()
+    MPT = auto()
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A template together with the dialogue held in it so far; `messages` holds `[role, text]` pairs."""
+
+    name: str
+    system_template: str = "{system_message}"
+    system_message: str = ""
+    roles: tuple[str, str] = ("USER", "ASSISTANT")
+    messages: Sequence[list] = ()
+    offset: int = 0  # leading messages that are examples, not dialogue
+    sep_style: SeparatorStyle = SeparatorStyle.ADD_COLON_SINGLE
+    sep: str = "\n"
+    sep2: str | None = None
+    stop_str: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+
+    @property
+    def style(self) -> "Style":
+        """The joining rules of `sep_style`; ValueError for one that has none."""
+        if self.sep_style not in STYLES:
+            raise ValueError(f"template {self.name!r}: no rendering rules for separator style {self.sep_style!r}")
+        return STYLES[self.sep_style]
+
+    @property
+    def system_text(self) -> str:
+        return self.system_template.format(system_message=self.system_message)
+
+    def get_prompt(self) -> str:
+        """The dialogue as one string; an empty or missing message leaves its slot open for the model to write."""
+        style = self.style
+        prompt = style.prefix(self)
+        for index, (role, message) in enumerate(self.messages):
+            text = message[0] if isinstance(message, tuple) else message  # demos attach (text, image, mode)
+            if text:
+                prompt += style.before(self, index, role) + style.clean(text) + style.after(self, index)
+            else:
+                prompt += style.open(self, index, role)
+        return prompt
+
+    def set_system_message(self, system_message: str) -> None:
+        self.system_message = system_message
+
+    def append_message(self, role: str, message: str | None) -> None:
+        """Add a message; None marks the slot that the model is to fill."""
+        self.messages = [*self.messages, [role, message]]
+
+    def update_last_message(self, message: str | None) -> None:
+        self.messages[-1][1] = message
+
+    def to_gradio_chatbot(self) -> list[list]:
+        """`[user, assistant]` pairs, None where the answer is still missing."""
+        texts = [message for _, message in self.messages[self.offset :]]
+        return [[texts[i], texts[i + 1] if i + 1 < len(texts) else None] for i in range(0, len(texts), 2)]
+
+    def to_openai_api_messages(self) -> list[dict[str, str]]:
+        """Chat-completion messages, the system message first, without a slot that is still open."""
+        messages = [{"role": "system", "content": self.system_message}]
+        for index, (_, message) in enumerate(self.messages[self.offset :]):
+            if index % 2 == 0 or message is not None:
+                messages.append({"role": ("user", "assistant")[index % 2], "content": message})
+        return messages
+
+    def copy(self) -> "Conversation":
+        return dataclasses.replace(self, messages=[list(message) for message in self.messages])
+
+    def dict(self) -> dict[str, Any]:
+        return {
+            "template_name": self.name,
+            "system_message": self.system_message,
+            "roles": self.roles,
+            "messages": self.messages,
+            "offset": self.offset,
+        }
+
+
+class Style(NamedTuple):
+    """A message becomes before + message + after; a slot without a message becomes open."""
+
+    prefix: Callable[[Conversation], str]
+    before: Callable[[Conversation, int, str], str]
+    after: Callable[[Conversation, int], str]
+    open: Callable[[Conversation, int, str], str]
+    clean: Callable[[str], str] = str
+
+
+def _role(suffix: str = "") -> Callable[[Conversation, int, str], str]:
+    return lambda c, index, role: role + suffix
+
+
+def _sep(c: Conversation, index: int) -> str:
+    return c.sep
+
+
+def _seps(c: Conversation, index: int) -> str:
+    return (c.sep, c.sep2)[index % 2]
+
+
+def _system(c: Conversation) -> str:
+    return c.system_text
+
+
+def _system_sep(c: Conversation) -> str:
+    return c.system_text + c.sep
+
+
+def _unless_empty(suffix: str = "") -> Callable[[Conversation], str]:
+    return lambda c: c.system_text and c.system_text + c.sep + suffix
+
+
+def _round(c: Conversation, index: int, role: str) -> str:
+    number = index // 2 + (c.name == "chatglm2")
+    return ("" if index % 2 else f"[Round {number}]{c.sep}") + f"{role}："
+
+
+S = SeparatorStyle
+STYLES: dict[SeparatorStyle, Style] = {
+    S.ADD_COLON_SINGLE: Style(_system_sep, _role(": "), _sep, _role(":")),
+    S.ADD_COLON_TWO: Style(_system_sep, _role(": "), _seps, _role(":")),
+    S.ADD_COLON_SPACE_SINGLE: Style(_system_sep, _role(": "), _sep, _role(": ")),
+    S.NO_COLON_SINGLE: Style(_system, _role(), _sep, _role()),
+    S.NO_COLON_TWO: Style(_system, _role(), _seps, _role()),
+    S.ADD_NEW_LINE_SINGLE: Style(_unless_empty(), _role("\n"), _sep, _role("\n")),
+    S.LLAMA2: Style(
+        lambda c: c.system_text if c.system_message else "[INST] ",
+        lambda c, index, role: c.roles[index % 2] + " " if index else "",
+        lambda c, index: _seps(c, index) if index else " ",
+        lambda c, index, role: c.roles[index % 2],
+    ),
+    S.CHATGLM: Style(_unless_empty(), _round, _sep, _round),
+    S.CHATML: Style(_unless_empty("\n"), _role("\n"), lambda c, index: c.sep + "\n", _role("\n")),
+    S.CHATINTERN: Style(_system, _role(":"), lambda c, index: _seps(c, index) + "\n", _role(":")),
+    S.DOLLY: Style(_system, _role(":\n"), lambda c, index: _seps(c, index) + "\n\n" * (index % 2), _role(":\n")),
+    S.RWKV: Style(
+        _system,
+        _role(": "),
+        lambda c, index: "\n\n",
+        _role(":"),
+        clean=lambda text: text.replace("\r\n", "\n").replace("\n\n", "\n"),
+    ),
+    S.PHOENIX: Style(_system, _role(": <s>"), lambda c, index: "</s>", _role(": <s>")),
+    S.ROBIN: Style(_system_sep, _role(":\n"), _sep, _role(":\n")),
+    S.FALCON_CHAT: Style(lambda c: _system_sep(c) if c.system_message else "", _role(": "), _sep, _role(":")),
+    S.CHATGLM3: Style(lambda c: c.system_text if c.system_message else "", _role("\n "), lambda c, index: "", _role()),
+    S.INTERNVL_ZH: Style(
+        lambda c: c.system_message + c.sep2, _role(": "), lambda c, index: _seps(c, index + 1), _role(":")
+    ),
+    S.MPT: Style(_system_sep, _role(), _sep, _role()),
+}
+
+conv_templates: dict[str, Conversation] = {}
+
+
+def register_conv_template(template: Conversation, override: bool = False) -> None:
+    """Make a template known by its name."""
+    assert override or template.name not in conv_templates, f"{template.name} has been registered"
+    conv_templates[template.name] = template
+
+
+def get_conv_template(name: str) -> Conversation:
+    """A fresh copy of the template; KeyError with the known names if there is none of this name."""
+    if name not in conv_templates:
+        raise KeyError(f"no conversation template {name!r}; known: {', '.join(conv_templates)}")
+    return conv_templates[name].copy()
+
+
+_ASSISTANT = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+_WANXIANG = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+_CHATML = {
+    "system_template": "<|im_start|>system\n{system_message}",
+    "roles": ("<|im_start|>user\n", "<|im_start|>assistant\n"),
+    "sep_style": S.MPT,
+}
+
+for _template in (
+    Conversation("internvl_zh", "", "", ("<human>", "<bot>"), sep_style=S.INTERNVL_ZH, sep="</s>", sep2=" "),
+    Conversation("Hermes-2", **_CHATML, system_message=_ASSISTANT, sep="<|im_end|>", stop_str="<|endoftext|>"),
+    Conversation("internlm2-chat", **_CHATML, system_message=_ASSISTANT, sep="<|im_end|>"),
+    Conversation(
+        "phi3-chat",
+        system_template="<|system|>\n{system_message}",
+        system_message=_ASSISTANT,
+        roles=("<|user|>\n", "<|assistant|>\n"),
+        sep_style=S.MPT,
+        sep="<|end|>",
+    ),
+    Conversation("internvl2_5", **_CHATML, system_message=_WANXIANG, sep="<|im_end|>\n"),
+):
+    register_conv_template(_template)

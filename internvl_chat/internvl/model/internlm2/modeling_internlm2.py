@@ -1,0 +1,182 @@
+"""InternLM2 on transformers' Llama blocks: its fused `wqkv`, its rotary embedding and upstream's parameter names.
+
+Masks, caches, attention kernels, generation and gradient checkpointing are transformers' own; the properties below give
+Llama's code its names.
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+    repeat_kv,
+    rotate_half,
+)
+
+from .configuration_internlm2 import InternLM2Config
+
+__all__ = [
+    "InternLM2Attention",
+    "InternLM2Config",
+    "InternLM2DecoderLayer",
+    "InternLM2ForCausalLM",
+    "InternLM2MLP",
+    "InternLM2Model",
+    "InternLM2PreTrainedModel",
+    "InternLM2RMSNorm",
+    "InternLM2RotaryEmbedding",
+    "apply_rotary_pos_emb",
+    "repeat_kv",
+    "rotate_half",
+]
+
+
+class InternLM2RMSNorm(LlamaRMSNorm):
+    pass
+
+
+class InternLM2RotaryEmbedding(nn.Module):
+    """cos and sin (B, L, D) of positions (B, L); `linear` divides them, `dynamic` enlarges the base past the limit.
+
+    Everything is computed in each call. A long input leaves nothing behind for the next one, and there is no buffer to
+    be lost on the meta device.
+    """
+
+    def __init__(self, config: InternLM2Config):
+        super().__init__()
+        self.dim = config.hidden_size // config.num_attention_heads
+        self.base = float(config.rope_theta)
+        self.limit = config.max_position_embeddings
+        scaling = config.rope_scaling or {"type": "none", "factor": 1.0}
+        self.kind, self.factor = scaling["type"], scaling["factor"]
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, base = position_ids.float(), self.base
+        if self.kind == "linear":
+            positions = positions / self.factor
+        if self.kind == "dynamic":
+            growth = self.factor * (positions.max() + 1) / self.limit - (self.factor - 1)
+            base = base * growth.clamp(min=1.0) ** (self.dim / (self.dim - 2))
+        exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device=x.device) / self.dim
+        angles = positions[..., None] * (1.0 / base**exponents)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+class InternLM2Attention(nn.Module):
+    """Grouped-query attention. Rows of `wqkv`: for each key head its query heads, then the key, then the value head."""
+
+    def __init__(self, config: InternLM2Config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.head_dim = config.hidden_size // self.num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        rows = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
+        self.wqkv = nn.Linear(config.hidden_size, rows, bias=config.bias)
+        self.wo = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        """hidden_states (B, L, C) -> (B, L, C) and the attention weights, where the kernel gives them."""
+        groups = self.num_key_value_groups
+        qkv = self.wqkv(hidden_states).unflatten(-1, (self.num_key_value_heads, groups + 2, self.head_dim))
+        q = qkv[..., :groups, :].flatten(2, 3).transpose(1, 2)
+        k, v = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        mixed, weights = kernel(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        return self.wo(mixed.flatten(2)), weights
+
+
+class InternLM2MLP(nn.Module):
+    """w2(act(w1 x) * w3 x)."""
+
+    def __init__(self, config: InternLM2Config):
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(self.act_fn(self.w1(x)) * self.w3(x))
+
+
+class InternLM2DecoderLayer(LlamaDecoderLayer):
+    self_attn = property(lambda self: self.attention)
+    mlp = property(lambda self: self.feed_forward)
+    input_layernorm = property(lambda self: self.attention_norm)
+    post_attention_layernorm = property(lambda self: self.ffn_norm)
+
+    def __init__(self, config: InternLM2Config, layer_idx: int):
+        nn.Module.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.attention = InternLM2Attention(config, layer_idx)
+        self.feed_forward = InternLM2MLP(config)
+        self.attention_norm = InternLM2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.ffn_norm = InternLM2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class InternLM2PreTrainedModel(LlamaPreTrainedModel):
+    config: InternLM2Config
+    config_class = InternLM2Config
+    base_model_prefix = "model"
+    _no_split_modules = ["InternLM2DecoderLayer"]
+    _can_record_outputs = {"hidden_states": InternLM2DecoderLayer, "attentions": InternLM2Attention}
+
+
+class InternLM2Model(InternLM2PreTrainedModel, LlamaModel):
+    embed_tokens = property(lambda self: self.tok_embeddings)
+
+    def __init__(self, config: InternLM2Config):
+        PreTrainedModel.__init__(self, config)
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([InternLM2DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = InternLM2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = InternLM2RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.tok_embeddings
+
+    def set_input_embeddings(self, value):
+        self.tok_embeddings = value
+
+
+class InternLM2ForCausalLM(InternLM2PreTrainedModel, LlamaForCausalLM):
+    _tied_weights_keys = {"output.weight": "model.tok_embeddings.weight"}
+    lm_head = property(lambda self: self.output)
+
+    def __init__(self, config: InternLM2Config):
+        PreTrainedModel.__init__(self, config)
+        self.model = InternLM2Model(config)
+        self.vocab_size = config.vocab_size
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.tok_embeddings
+
+    def set_input_embeddings(self, value):
+        self.model.tok_embeddings = value
+
+    def get_output_embeddings(self):
+        return self.output
+
+    def set_output_embeddings(self, value):
+        self.output = value

@@ -1,0 +1,285 @@
+"""The chat model: tiles -> InternViT -> pixel shuffle -> projector -> image tokens of the language model -> loss.
+
+Fed by the collator's batch in training, by `chat` and `batch_chat` in use. Works alike with a plain and with a
+LoRA-wrapped vision encoder or language model.
+"""
+
+import operator
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from internvl.conversation import get_conv_template
+from internvl.model.chat import ChatMixin
+from internvl.model.internlm2.modeling_internlm2 import InternLM2ForCausalLM
+from internvl.model.lora import VISION_TARGETS, LoraSettings, freeze_base, is_wrapped, llm_targets, plain, wrap
+from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
+from internvl.model.token_loss import token_loss
+
+from .configuration_internvl_chat import InternVLChatConfig
+from .modeling_intern_vit import InternVisionModel, has_flash_attn
+
+# Language models this repository brings along; every other causal language model is transformers' class of that name.
+LLM_CLASSES = {"InternLM2ForCausalLM": InternLM2ForCausalLM, "Phi3ForCausalLM": Phi3ForCausalLM}
+
+
+def version_cmp(v1: str, v2: str, op: str = "eq") -> bool:
+    """Compares two version strings with the comparison of that name in `operator`."""
+    from packaging import version
+
+    return getattr(operator, op)(version.parse(v1), version.parse(v2))
+
+
+class InternVLChatModel(ChatMixin, PreTrainedModel):
+    """InternViT, projector `mlp1` and a causal language model, under upstream's parameter names.
+
+    Args:
+        vision_model, language_model: take these instead of building them from the configuration.
+        use_flash_attn: use flash-attn where it is installed and there is a CUDA device; the numbers are the same.
+    """
+
+    config_class = InternVLChatConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "language_model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "InternVisionModel",
+        "LlamaDecoderLayer",
+        "InternLM2DecoderLayer",
+        "Phi3DecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+    ]
+    _supports_flash_attn_2 = _supports_flash_attn = _supports_sdpa = True
+    # Old checkpoints carry the rotary tables that are recomputed today.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+
+    def __init__(self, config: InternVLChatConfig, vision_model=None, language_model=None, use_flash_attn=True):
+        super().__init__(config)
+        image_size = config.force_image_size or config.vision_config.image_size
+        self.patch_size = config.vision_config.patch_size
+        self.select_layer = config.select_layer
+        self.template = config.template
+        self.downsample_ratio = config.downsample_ratio
+        self.num_image_token = int((image_size // self.patch_size) ** 2 * self.downsample_ratio**2)
+        self.ps_version = config.ps_version
+        self.llm_arch_name = config.llm_config.architectures[0]
+        self.img_context_token_id = None  # set from the tokenizer by whoever feeds the model
+        self.num_samples = 0
+        self.conv_template = get_conv_template(self.template)
+        own_system_message = getattr(config, "system_message", None)
+        self.system_message = self.conv_template.system_message if own_system_message is None else own_system_message
+
+        self._choose_attention(use_flash_attn)
+        self.vision_model = InternVisionModel(config.vision_config) if vision_model is None else vision_model
+        self.language_model = self._build_llm() if language_model is None else language_model
+        self.mlp1 = self._build_projector()
+        self.post_init()
+        # After `post_init`: it may draw new weights, and fresh adapters must change nothing.
+        if config.use_backbone_lora:
+            self.wrap_backbone_lora(r=config.use_backbone_lora, lora_alpha=2 * config.use_backbone_lora)
+        if config.use_llm_lora:
+            self.wrap_llm_lora(r=config.use_llm_lora, lora_alpha=2 * config.use_llm_lora)
+
+    def _choose_attention(self, use_flash_attn: bool):
+        """What a checkpoint says about attention is what its writer's machine had; this machine decides."""
+        half = torch.get_default_dtype() in (torch.float16, torch.bfloat16)
+        use_flash_attn = bool(use_flash_attn and has_flash_attn and torch.cuda.is_available())
+        llm_config = self.config.llm_config
+        self.config.vision_config.use_flash_attn = use_flash_attn
+        llm_config.attn_implementation = "flash_attention_2" if use_flash_attn else "eager"  # upstream's, stored
+        llm_config._attn_implementation = (
+            "flash_attention_2" if use_flash_attn and half else None
+        )  # None: best of torch
+
+    def _build_llm(self) -> PreTrainedModel:
+        llm_class = LLM_CLASSES.get(self.llm_arch_name) or getattr(transformers, self.llm_arch_name)
+        return llm_class(self.config.llm_config)
+
+    def _build_projector(self) -> nn.Sequential:
+        wide = self.config.vision_config.hidden_size * int(1 / self.downsample_ratio) ** 2
+        narrow = self.config.llm_config.hidden_size
+        return nn.Sequential(nn.LayerNorm(wide), nn.Linear(wide, narrow), nn.GELU(), nn.Linear(narrow, narrow))
+
+    def _init_weights(self, module):
+        """The projector keeps torch's own initial values; both towers know theirs."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads an upstream checkpoint from safetensors, wrapping with LoRA as its config says. No remote code is run.
+
+        Raises:
+            ValueError: a key is missing, unexpected or of another shape; the message lists all of them.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        problems = {
+            kind: sorted(map(str, info.get(f"{kind}_keys", ()))) for kind in ("missing", "unexpected", "mismatched")
+        }
+        if any(problems.values()):
+            listed = "\n".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+            raise ValueError(f"{pretrained_model_name_or_path} is no checkpoint of this model. Its keys:\n{listed}")
+        for part in (model.vision_model, model.language_model):
+            if is_wrapped(part):
+                freeze_base(part)
+        return (model, info) if want_info else model
+
+    def wrap_backbone_lora(self, r: int = 128, lora_alpha: int = 256, lora_dropout: float = 0.05):
+        """Adds LoRA to the vision encoder; of it, only the adapters train from then on. ValueError if it has some."""
+        self.vision_model = wrap(self.vision_model, LoraSettings(r, lora_alpha, lora_dropout), VISION_TARGETS)
+
+    def wrap_llm_lora(self, r: int = 128, lora_alpha: int = 256, lora_dropout: float = 0.05):
+        """Adds LoRA to the language model; of it, only the adapters train from then on. ValueError if it has some."""
+        settings = LoraSettings(r, lora_alpha, lora_dropout)
+        self.language_model = wrap(self.language_model, settings, llm_targets(self.llm_arch_name), "CAUSAL_LM")
+
+    def forward(
+        self,
+        pixel_values=None,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        image_flags=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        statistics=None,
+        loss_weight=None,
+        loss_reduction_all_gather=False,
+    ):
+        """One pass over a batch (B, L).
+
+        Args:
+            pixel_values: (T, 3, H, W), the tiles of the whole batch in order; None for text only.
+            image_flags: (T,) or (T, 1), 1 for tiles that count and 0 for placeholders of text samples; default all 1.
+            position_ids: (B, L); where they restart at 0 without `attention_mask`, another document begins, and no
+                token sees another document.
+            loss_weight: (B, L) tensor or nested list, weight of each label; `loss_reduction_all_gather` then divides by
+                the mean over ranks of the summed weights. `statistics` is accepted for upstream's callers.
+
+        Returns:
+            CausalLMOutputWithPast. In training mode with labels `logits` is None: they never exist as a whole.
+
+        Raises:
+            ValueError: image tokens in `input_ids` and visual tokens of the flagged tiles differ in number.
+        """
+        llm = plain(self.language_model)
+        outputs = self._decode(
+            llm,
+            self._embed(input_ids, pixel_values, image_flags),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache) and labels is None and not self.training,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        states, head = outputs.last_hidden_state, llm.get_output_embeddings()
+        loss = logits = None
+        if labels is None or not self.training:
+            logits = head(states)
+            states, head = logits, nn.Identity()
+        if labels is not None:
+            average = loss_weight is not None and loss_reduction_all_gather
+            loss = token_loss(states, head, labels, position_ids, loss_weight, average)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _decode(self, llm: PreTrainedModel, embeds: torch.Tensor, attention_mask, position_ids, **kwargs):
+        """The decoder of `llm` on embeddings (B, L, C)."""
+        decoder, rows = getattr(llm, llm.base_model_prefix), embeds.shape[0]
+        flash = llm.config._attn_implementation == "flash_attention_2"
+        # transformers' flash path finds the documents of one row only; several rows are one long row to it.
+        flatten = flash and rows > 1 and attention_mask is None and position_ids is not None
+        if flatten:
+            embeds, position_ids = embeds.flatten(0, 1)[None], position_ids.flatten()[None]
+        outputs = decoder(
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
+        )
+        if flatten:
+            outputs.last_hidden_state = outputs.last_hidden_state.unflatten(1, (rows, -1))[0]
+        return outputs
+
+    def _embed(self, input_ids, pixel_values=None, image_flags=None, visual_features=None) -> torch.Tensor:
+        """Token embeddings (B, L, C), those of the image tokens replaced by the visual tokens, in order."""
+        embeds = self.get_input_embeddings()(input_ids)
+        if visual_features is None and pixel_values is not None:
+            visual_features = self.extract_feature(pixel_values)
+        if visual_features is None:
+            return embeds
+        if image_flags is not None:
+            visual_features = visual_features[image_flags.flatten() == 1]
+        if self.img_context_token_id is None:
+            raise ValueError("img_context_token_id is not set: give the model the id of the tokenizer's <IMG_CONTEXT>")
+        is_image = input_ids == self.img_context_token_id
+        visual_tokens = visual_features.flatten(0, 1).to(embeds.dtype)
+        if (found := int(is_image.sum())) != len(visual_tokens):
+            raise ValueError(
+                f"{found} image tokens in input_ids, but {len(visual_tokens)} visual tokens from the tiles"
+            )
+        return embeds.masked_scatter(is_image[..., None], visual_tokens)
+
+    def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Tiles (T, 3, H, W) -> visual tokens (T, num_image_token, language model's hidden size)."""
+        deeper = self.select_layer != -1
+        outputs = self.vision_model(pixel_values=pixel_values, output_hidden_states=deeper, return_dict=True)
+        states = outputs.hidden_states[self.select_layer] if deeper else outputs.last_hidden_state
+        patches = states[:, 1:]  # without the class token
+        side = int(patches.shape[1] ** 0.5)
+        patches = self.pixel_shuffle(patches.unflatten(1, (side, side)), self.downsample_ratio)
+        return self.mlp1(patches.flatten(1, 2))
+
+    def pixel_shuffle(self, x: torch.Tensor, scale_factor: float = 0.5) -> torch.Tensor:
+        """(N, R, C, K) -> (N, R s, C s, K / s^2): each m x m neighbourhood (m = 1 / s), row by row, becomes one token.
+
+        Version `v1` gives the grid transposed, as the first checkpoints were trained.
+        """
+        m = round(1 / scale_factor)
+        x = x.unflatten(2, (-1, m)).unflatten(1, (-1, m))  # (N, R/m, m, C/m, m, K)
+        order = (0, 3, 1, 2, 4, 5) if self.ps_version == "v1" else (0, 1, 3, 2, 4, 5)
+        return x.permute(*order).flatten(3)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values=None,
+        input_ids=None,
+        attention_mask=None,
+        visual_features=None,
+        generation_config=None,
+        output_hidden_states=None,
+        **generate_kwargs,
+    ) -> torch.Tensor:
+        """Generated ids (B, new tokens). `visual_features` (T, tokens, C) spare a second pass over known tiles."""
+        embeds = self._embed(input_ids, pixel_values, visual_features=visual_features)
+        return plain(self.language_model).generate(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            generation_config=generation_config,
+            output_hidden_states=output_hidden_states,
+            use_cache=True,
+            **generate_kwargs,
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return plain(self.language_model).get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return plain(self.language_model).get_output_embeddings()
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.get_output_embeddings()

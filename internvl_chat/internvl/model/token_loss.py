@@ -1,0 +1,66 @@
+"""Cross entropy over trained tokens only: decoder states -> language model head -> loss.
+
+A vocabulary is large and most tokens of a batch are not trained on (prompts, image tokens, padding). Only the states of
+trained tokens go through the head, in chunks whose logits are computed again in the backward pass, so that the full
+logits never exist.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100
+# Not a size: under ZeRO-3 each call of the head gathers its weight from all ranks, so all must call it equally often.
+CHUNKS = 8
+
+
+def trained_positions(labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Boolean (B, L - 1): whether position i is trained to predict label i + 1 (never across two documents)."""
+    trained = labels[:, 1:] != IGNORE_INDEX
+    return trained if position_ids is None else trained & (position_ids[:, 1:] != 0)
+
+
+def token_loss(
+    hidden_states: torch.Tensor,
+    head: nn.Module,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    loss_weight=None,
+    average_weight_over_ranks: bool = False,
+) -> torch.Tensor:
+    """Weighted mean cross entropy, a float32 scalar; exactly 0, with a graph, when there is nothing to train on.
+
+    Args:
+        hidden_states: (B, L, C) of the decoder. The full logits (B, L, V) may stand in, with `nn.Identity()` as head.
+        head: the language model head as a module, so that hooks (ZeRO-3, LoRA) run.
+        labels: (B, L), -100 where nothing is trained. position_ids: (B, L), 0 where a document begins.
+        loss_weight: (B, L) tensor or nested list, a weight for each label; default 1 each.
+        average_weight_over_ranks: divide by the mean over all ranks of the summed weights instead of this rank's sum.
+    """
+    trained = trained_positions(labels, position_ids)
+    states, targets = hidden_states[:, :-1][trained], labels[:, 1:][trained]
+    if loss_weight is None:
+        weights = torch.ones_like(targets, dtype=torch.float32)
+    else:
+        loss_weight = torch.as_tensor(loss_weight, dtype=torch.float32, device=labels.device)
+        weights = loss_weight[:, 1:][trained]
+
+    total = states[:0].sum().float()  # a zero with a graph, for when no token is trained
+    for chunk in zip(
+        states.tensor_split(CHUNKS), targets.tensor_split(CHUNKS), weights.tensor_split(CHUNKS), strict=True
+    ):
+        total = total + checkpoint(_weighted_sum, head, *chunk, use_reentrant=False)
+
+    normalizer = weights.sum()
+    if average_weight_over_ranks:
+        dist.all_reduce(normalizer)
+        normalizer = normalizer / dist.get_world_size()
+    return total / torch.where(normalizer == 0, 1.0, normalizer)
+
+
+def _weighted_sum(head: nn.Module, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum of weight times cross entropy over states (n, C) and targets (n,)."""
+    losses = F.cross_entropy(head(states).float(), targets, reduction="none")
+    return (losses * weights).sum()

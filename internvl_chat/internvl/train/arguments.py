@@ -1,0 +1,151 @@
+"""The command line: three dataclasses with upstream's names, flags and defaults, and `parse_args`.
+
+First station of a run; `build.py` turns what is parsed here into objects. Flags that transformers 5 dropped and
+upstream's recipes still pass are declared here, so that every recipe parses unchanged.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+ZERO_CONFIGS = Path(__file__).resolve().parents[3] / "zero_stage_configs"
+
+
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """Which weights to start from and which of them train."""
+
+    model_name_or_path: str | None = option(None, "chat checkpoint to start from; wins over the three paths below")
+    vision_path: str | None = option(None, "vision encoder checkpoint, when there is no chat checkpoint yet")
+    llm_path: str | None = option(None, "language model checkpoint, when there is no chat checkpoint yet")
+    mlp_path: str | None = option(None, "projector state dict, loaded on top of either")
+    freeze_llm: bool = option(False, "freeze the language model")
+    freeze_backbone: bool = option(False, "freeze the vision encoder")
+    freeze_mlp: bool = option(False, "freeze the projector")
+    unfreeze_vit_layers: int = option(0, "train vision layers [n:] of a frozen encoder; -8 trains the last eight")
+    vision_select_layer: int = option(-1, "which hidden state of the vision encoder the projector reads")
+    use_backbone_lora: int = option(0, "LoRA rank in the vision encoder; alpha is twice the rank")
+    use_llm_lora: int = option(0, "LoRA rank in the language model; alpha is twice the rank")
+    unfreeze_lm_head: bool = option(False, "train the output head of a frozen language model")
+    grad_checkpoint: bool = option(True, "recompute activations of both towers in the backward pass")
+    drop_path_rate: float = option(0.0, "stochastic depth of the vision encoder")
+    ps_version: Literal["v1", "v2"] = option("v2", "pixel shuffle version")
+    use_fast_tokenizer: bool = option(False, "accepted for upstream's recipes; every tokenizer here is a fast one")
+    use_liger: bool = option(False, "Liger kernels in the language model (CUDA)")
+
+
+@dataclass
+class DataTrainingArguments:
+    """How records become samples and rows."""
+
+    max_seq_length: int = option(8192, "tokens after which a sample is cut")
+    force_image_size: int = option(448, "side of a tile in pixels")
+    down_sample_ratio: float = option(0.5, "pixel shuffle factor; must equal the checkpoint's")
+    pad2square: bool = option(False, "pad images to a square instead of stretching them (evaluation transform only)")
+    conv_style: str = option("internlm2-chat", "conversation template")
+    meta_path: str | None = option(None, "JSON file that lists the data sets")
+    use_data_resampling: bool = option(False, "weigh data sets by the square root of their size")
+    dynamic_image_size: bool = option(False, "cut images into tiles by their aspect ratio")
+    use_thumbnail: bool = option(False, "add the whole image as one more tile")
+    min_dynamic_patch: int = option(1, "fewest tiles of an image")
+    max_dynamic_patch: int = option(12, "most tiles of an image, the thumbnail not counted")
+    min_num_frame: int = option(8, "fewest frames of a video")
+    max_num_frame: int = option(32, "most frames of a video")
+    normalize_type: Literal["imagenet", "clip", "siglip"] = option("imagenet", "mean and deviation of pixels")
+    use_packed_ds: bool = option(False, "pack several samples into one row")
+    num_images_expected: int = option(40, "most tiles of a packed row")
+    max_packed_tokens: int = option(8192, "most tokens of a packed row")
+    max_buffer_size: int = option(20, "packing: open buffers")
+    log_freq: int = option(1000, "packing: iterations between logs")
+    strict_mode: bool = option(True, "packing: pad every row to the same size")
+    replacement: bool = option(False, "packing: restart an exhausted data set")
+    allow_overflow: bool = option(False, "packing: let rows exceed max_packed_tokens")
+    loss_reduction: str = option("token", "packing: token, sample or square")
+    loss_reduction_all_gather: bool = option(False, "packing: normalise the loss over all ranks")
+    max_bad_samples: float = option(
+        0.01, "unusable samples that are left out before the run stops: a share of the data below 1, else a count"
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' own, with the four flags that version 5 dropped and defaults that fit this data path."""
+
+    evaluation_strategy: str | None = option(None, "earlier name of --eval_strategy")
+    overwrite_output_dir: bool = option(False, "start afresh although --output_dir holds checkpoints")
+    group_by_length: bool = option(False, "make steps of samples of similar length")
+    warmup_ratio: float | None = option(None, "share of the steps that warm up")
+    remove_unused_columns: bool = option(False, "batches are made for the model; nothing is removed")
+    ddp_find_unused_parameters: bool | None = option(False, "every trainable parameter takes part in every step")
+    log_level: str = option("error", "of transformers; a run tells what matters itself")
+    use_cpu: bool = option(not torch.cuda.is_available(), "train without an accelerator")
+
+    def __post_init__(self):
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"--warmup_ratio is a share of the steps in [0, 1), not {self.warmup_ratio}.")
+        if self.warmup_ratio and not self.warmup_steps:
+            self.warmup_steps = self.warmup_ratio  # transformers 5 reads a value below 1 as a share
+        if self.output_dir is None:
+            raise ValueError("--output_dir is missing: where shall checkpoints and logs go?")
+        if isinstance(self.deepspeed, str):
+            self.deepspeed = load_zero_config(self.deepspeed, self)
+        super().__post_init__()
+
+
+def load_zero_config(name: str, args: transformers.TrainingArguments) -> dict:
+    """Read a DeepSpeed configuration given by path or by the bare name of one in `zero_stage_configs/`.
+
+    Its AdamW block is taken out: the trainer builds the same AdamW itself, with a learning rate per part, from the
+    flags that the block's `auto` values refer to. Values written out in the block must agree with the flags.
+    `wall_clock_breakdown` acts with --log_level debug only: it prints, and waits for the device, at every micro-batch.
+    """
+    path = next((p for p in (Path(name), ZERO_CONFIGS / name) if p.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.name for p in ZERO_CONFIGS.glob("*.json")))
+        raise ValueError(f"--deepspeed {name}: no such file, and not one of {known}.")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--deepspeed {path} is not valid JSON: {error}.") from error
+    config["wall_clock_breakdown"] = config.get("wall_clock_breakdown", False) and args.log_level == "debug"
+    optimizer = config.pop("optimizer", {"type": "AdamW", "params": {}})
+    if optimizer.get("type") != "AdamW":
+        raise ValueError(f"--deepspeed {path}: optimizer {optimizer.get('type')} is not supported, only AdamW is.")
+    flags = {
+        "lr": args.learning_rate,
+        "betas": [args.adam_beta1, args.adam_beta2],
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+    for key, value in optimizer.get("params", {}).items():
+        if value != "auto" and value != flags.get(key):
+            raise ValueError(
+                f"--deepspeed {path} sets optimizer {key} to {value}, the command line to {flags.get(key)}."
+            )
+    return config
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataTrainingArguments, TrainingArguments]:
+    """Parse a command line (default: this program's), or one `.json` file of arguments.
+
+    Raises:
+        ValueError: for a flag whose value cannot be used, in one sentence.
+        SystemExit: for an unknown flag (argparse).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        return parser.parse_json_file(argv[0])
+    return parser.parse_args_into_dataclasses(argv)

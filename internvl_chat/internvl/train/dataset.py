@@ -1,0 +1,269 @@
+"""One entry of a meta file as a map from (index, epoch) to a Sample.
+
+    record -> pictures -> tiles -> pixel_values
+           -> turns with one `<image>` per picture -> input_ids, labels
+
+`get` walks both lines; `measure` walks the lower one with tile counts from image headers, which is how `lengths.py`
+knows every sample before training. A record that cannot be used raises BadSample; nothing is replaced. Upstream's names
+for the data path can be imported from here.
+"""
+
+import os
+import random
+
+import torch
+from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset, WeightedRandomSampler
+
+from internvl.train.arguments import DataTrainingArguments
+from internvl.train.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, BadSample
+from internvl.train.image import (
+    build_transform,
+    dynamic_preprocess,
+    expand2square,
+    find_closest_aspect_ratio,
+    image_size,
+    jpeg_degrade_functions,
+    load_image,
+    num_tiles,
+    pil_loader,
+    qualities,
+    simulate_jpeg_degradation,
+)
+from internvl.train.jsonl import Jsonl
+from internvl.train.preprocess import (
+    preprocess,
+    preprocess_internlm,
+    preprocess_internvl2_5,
+    preprocess_mpt,
+    preprocess_phi3,
+    tokenize_turns,
+)
+from internvl.train.record import check_entry, load_meta, place_markers, read_turns, sources
+from internvl.train.video import (
+    count_frames,
+    extract_frame_number,
+    get_frame_indices,
+    read_frames,
+    read_frames_folder,
+    read_frames_gif,
+    sort_frames,
+)
+
+__all__ = [
+    "ConcatDataset",
+    "IGNORE_TOKEN_ID",
+    "LazySupervisedDataset",
+    "TCSLoader",
+    "WeightedConcatDataset",
+    "build_transform",
+    "dynamic_preprocess",
+    "expand2square",
+    "extract_frame_number",
+    "find_closest_aspect_ratio",
+    "get_frame_indices",
+    "jpeg_degrade_functions",
+    "load_meta",
+    "pil_loader",
+    "preprocess",
+    "preprocess_internlm",
+    "preprocess_internvl2_5",
+    "preprocess_mpt",
+    "preprocess_phi3",
+    "qualities",
+    "read_frames_folder",
+    "read_frames_gif",
+    "simulate_jpeg_degradation",
+    "sort_frames",
+]
+
+IGNORE_TOKEN_ID = IGNORE_INDEX
+
+
+class LazySupervisedDataset(Dataset):
+    """Samples of one data set; `(seed, index, epoch)` decides each of them completely.
+
+    Args:
+        ds_name: name for messages.
+        meta: its entry in the meta file: `root`, `annotation`; optional `repeat_time` (0.5: the first half of the
+            lines, 2: all twice), `data_augment` (JPEG degradation), `max_dynamic_patch` (in place of the flag's).
+        tokenizer: knows the image tokens; its `model_max_length` is where samples are cut.
+        num_image_token: tokens of one tile.
+
+    Raises:
+        ValueError: an entry that cannot be used, in one sentence.
+    """
+
+    def __init__(
+        self,
+        ds_name: str,
+        meta: dict,
+        tokenizer,
+        num_image_token: int,
+        data_args: DataTrainingArguments,
+        seed: int = 0,
+    ):
+        check_entry(ds_name, meta)
+        self.ds_name, self.tokenizer, self.num_image_token = ds_name, tokenizer, num_image_token
+        self.data_args, self.seed = data_args, seed
+        self.root = meta["root"]
+        self.data_augment = meta.get("data_augment", False)
+        self.max_dynamic_patch = meta.get("max_dynamic_patch", data_args.max_dynamic_patch)
+        self.records = Jsonl(meta["annotation"])
+        self.length = int(len(self.records) * meta.get("repeat_time", 1))
+        if self.length == 0:
+            raise ValueError(
+                f"data set {ds_name}: repeat_time {meta.get('repeat_time', 1)} of the {len(self.records)} records in "
+                f"{self.records.path} leaves no sample."
+            )
+        self._blank = None
+        self.img_context_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.get(index, epoch=0)
+
+    def get(self, index: int, epoch: int) -> dict[str, torch.Tensor]:
+        """Sample number `index` as this epoch sees it.
+
+        Returns:
+            `input_ids`, `labels`, `position_ids` (L,) int64, `pixel_values` (T, 3, S, S) float32, `image_flags` (T,)
+            int64. A record without pictures has one white tile of flag 0.
+
+        Raises:
+            BadSample: the record cannot be used; the message says why.
+        """
+        record = self._record(index)
+        generator = random.Random(f"{self.seed} {epoch} {index}")
+        pictures = self._pictures(record, generator)
+        input_ids, labels = self._tokens(record, [len(tiles) for tiles in pictures])
+        transform = self._transform(generator)
+        tiles = [transform(tile) for tiles in pictures for tile in tiles]
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": torch.arange(len(input_ids)),
+            "pixel_values": torch.stack(tiles) if tiles else self._blank_tile(),
+            "image_flags": torch.tensor([1] * len(tiles) or [0]),
+        }
+
+    def measure(self, index: int) -> tuple[int, int, int]:
+        """(tokens, trained tokens, tiles) of `get(index, any epoch)`, from the text and the headers of its images.
+
+        Raises:
+            BadSample: as `get`, but for pictures that only decoding shows to be broken.
+        """
+        record = self._record(index)
+        tiles = self._tile_counts(record)
+        input_ids, labels = self._tokens(record, tiles)
+        return len(input_ids), int((labels != IGNORE_INDEX).sum()), sum(tiles) or 1
+
+    def describe(self, index: int) -> str:
+        """Where a sample comes from, for messages."""
+        return f"{self.ds_name} line {self.records.line(index % len(self.records))} ({self.records.path})"
+
+    def _record(self, index: int) -> dict:
+        if not 0 <= index < self.length:
+            raise IndexError(f"sample {index} of {self.length} in {self.ds_name}")
+        return self.records[index % len(self.records)]
+
+    def _path(self, path: str) -> str:
+        path = os.path.join(self.root, path)
+        if path.startswith("s3://"):
+            raise ValueError(f"data set {self.ds_name}: {path} lies in an object store, which is not supported yet.")
+        return path
+
+    def _frame_budget(self, record: dict) -> int:
+        """Frames to ask a video for: decided by its path alone, so that measured lengths hold in every epoch."""
+        return random.Random(record["video"]).randint(self.data_args.min_num_frame, self.data_args.max_num_frame)
+
+    def _tiling(self, num_images: int) -> dict:
+        """Keywords of `dynamic_preprocess` for each image of a record; its images share the budget of tiles."""
+        return {
+            "min_num": self.data_args.min_dynamic_patch,
+            "max_num": max(1, self.max_dynamic_patch // num_images),
+            "image_size": self.data_args.force_image_size,
+            "use_thumbnail": self.data_args.use_thumbnail,
+        }
+
+    def _pictures(self, record: dict, generator: random.Random) -> list[list[Image.Image]]:
+        """The tiles of each picture, before the transform."""
+        kind, paths = sources(record)
+        if kind == "video":
+            budget = self._frame_budget(record)
+            frames = read_frames(self._path(paths[0]), budget, clip=record.get("clip"), generator=generator)
+            return [[frame] for frame in frames]
+        images = [load_image(self._path(path)) for path in paths]
+        if not self.data_args.dynamic_image_size:
+            return [[image] for image in images]
+        return [dynamic_preprocess(image, **self._tiling(len(images))) for image in images]
+
+    def _tile_counts(self, record: dict) -> list[int]:
+        """How many tiles `_pictures` gives for each picture; nothing is decoded."""
+        kind, paths = sources(record)
+        if kind == "video":
+            return [1] * count_frames(self._path(paths[0]), self._frame_budget(record))
+        sizes = [image_size(self._path(path)) for path in paths]
+        if not self.data_args.dynamic_image_size:
+            return [1] * len(sizes)
+        return [num_tiles(*size, **self._tiling(len(sizes))) for size in sizes]
+
+    def _transform(self, generator: random.Random | None):
+        args = self.data_args
+        return build_transform(
+            self.data_augment, args.force_image_size, args.pad2square, args.normalize_type, generator=generator
+        )
+
+    def _blank_tile(self) -> torch.Tensor:
+        """What the model is shown, flag 0, where there is no picture: (1, 3, S, S). The same tensor each time."""
+        if self._blank is None:
+            self._blank = self._transform(random.Random(0))(Image.new("RGB", (224, 224), (255, 255, 255)))[None]
+        return self._blank
+
+    def _tokens(self, record: dict, tiles: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`input_ids`, `labels` of a record whose pictures have these numbers of tiles, cut to the longest allowed."""
+        kind, _ = sources(record)
+        turns = place_markers(read_turns(record), kind, len(tiles))
+        counts = [n * self.num_image_token for n in tiles]
+        input_ids, labels = tokenize_turns(
+            self.data_args.conv_style, turns, self.tokenizer, counts, text_only=kind == "text"
+        )
+        total, limit = len(input_ids), min(len(input_ids), self.tokenizer.model_max_length)
+        input_ids, labels = input_ids[:limit], labels[:limit]
+        needed, held = sum(counts), int((input_ids == self.img_context_id).sum())
+        if held < needed and limit < total:
+            raise BadSample(
+                f"its {total} tokens are cut to --max_seq_length {limit}, which leaves {held} of {needed} image "
+                f"tokens: raise --max_seq_length or lower --max_dynamic_patch (now {self.max_dynamic_patch})"
+            )
+        assert held == needed, f"{held} {IMG_CONTEXT_TOKEN} for {sum(tiles)} tiles of {self.num_image_token} tokens"
+        if (labels == IGNORE_INDEX).all():
+            cut = f" in the first {limit} of its {total} tokens (--max_seq_length)" if limit < total else ""
+            raise BadSample(f"it has no answer to train on{cut}")
+        return input_ids, labels
+
+
+class WeightedConcatDataset(ConcatDataset):
+    """Concatenated data sets whose `sampler` draws samples with replacement, each data set in proportion to its
+    weight."""
+
+    def __init__(self, datasets, weights):
+        super().__init__(datasets)
+        self.weights = torch.as_tensor(weights, dtype=torch.float64)
+        self.total_size = len(self)
+        per_sample = torch.cat([w.div(len(d)).expand(len(d)) for d, w in zip(datasets, self.weights, strict=True)])
+        self.sampler = WeightedRandomSampler(per_sample, self.total_size)
+
+    def __iter__(self):
+        return iter(self.sampler)
+
+
+class TCSLoader:
+    """Upstream's reader of object stores: not supported yet."""
+
+    def __init__(self, conf_path, sc_config_key="sensecore"):
+        raise ValueError(
+            f"TCSLoader({conf_path!r}): object stores (petrel) are not supported; put the data on a file system."
+        )

@@ -1,0 +1,12 @@
+"""Continue pre-training an InternVL chat model: the same program as `internvl_chat_finetune.py`, at upstream's other path."""
+
+from internvl.train.internvl_chat_finetune import (  # noqa: F401
+    IGNORE_INDEX,
+    DataTrainingArguments,
+    LazySupervisedDataset,
+    ModelArguments,
+    main,
+)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The tokenizers give the recorded ids and texts, agree with sentencepiece itself, and survive saving."""
+
+import json
+import pickle
+import random
+import shutil
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from internvl.model.internlm2.tokenization_internlm2 import InternLM2Tokenizer
+from internvl.model.internlm2.tokenization_internlm2_fast import InternLM2TokenizerFast
+from internvl.model.tokenizer import load_tokenizer
+
+INTERNLM2 = ["tokenizer_internlm2", "tokenizer_internlm2_prefix"]
+# tokenizer_phi3 is left out: transformers 5 has no slow tokenizer any more, and its ids need one.
+FOLDERS = ["tokenizer", "tokenizer_phi3_fast", *INTERNLM2]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "encodings.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def assert_recorded(tokenizer, folder):
+    for row in rows(folder):
+        assert tokenizer(row["text"]).input_ids == row["ids"], row["text"]
+        assert tokenizer(row["text"], add_special_tokens=False).input_ids == row["ids_no_special"], row["text"]
+        assert tokenizer.decode(row["ids"]) == row["decoded"], row["text"]
+        assert tokenizer.decode(row["ids"], skip_special_tokens=True) == row["decoded_skip_special"], row["text"]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_recorded_ids_and_texts(goldens, name):
+    assert_recorded(load_tokenizer(goldens / name), goldens / name)
+
+
+@pytest.mark.parametrize("name", INTERNLM2)
+@pytest.mark.parametrize("load", [load_tokenizer, AutoTokenizer.from_pretrained, InternLM2Tokenizer.from_pretrained])
+def test_config_that_names_code_loads_our_class(goldens, tmp_path, name, load):
+    """`auto_map` points at a file that is not there: running it would fail."""
+    shutil.copytree(goldens / name, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.saved_by_upstream.json").replace(tmp_path / "tokenizer_config.json")
+    tokenizer = load(tmp_path)
+    assert type(tokenizer) is InternLM2Tokenizer
+    assert_recorded(tokenizer, goldens / name)
+
+
+@pytest.mark.parametrize("name", INTERNLM2)
+def test_agrees_with_sentencepiece(goldens, name):
+    """Every piece of the model as a text of its own, and random texts over the model's characters and unknown ones."""
+    original = sentencepiece.SentencePieceProcessor(model_file=str(goldens / name / "tokenizer.model"))
+    tokenizer = load_tokenizer(goldens / name)
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pieces = [original.id_to_piece(index).replace("▁", " ") for index in range(len(original)) if index not in special]
+    draw = random.Random(0)
+    texts = pieces + ["".join(draw.choices([*pieces, " ", "  ", "\n", "é", "猫", "🙂"], k=30)) for _ in range(500)]
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids == original.encode(text), text
+        assert tokenizer.decode(ids) == original.decode(ids), text
+
+
+@pytest.mark.parametrize("name", INTERNLM2)
+def test_added_tokens_file_is_enough(goldens, tmp_path, name):
+    """Older checkpoints list their tokens in added_tokens.json and special_tokens_map.json only."""
+    shutil.copytree(goldens / name, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    overlaid = {t["content"]: int(i) for i, t in config.pop("added_tokens_decoder").items() if int(i) < 1000}
+    added = json.loads((tmp_path / "added_tokens.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(overlaid | added))
+    assert_recorded(load_tokenizer(tmp_path), goldens / name)
+
+
+@pytest.mark.parametrize("name", INTERNLM2)
+def test_save_and_reload(goldens, tmp_path, name):
+    tokenizer = load_tokenizer(goldens / name, add_bos_token=False)
+    tokenizer.add_tokens(["<extra>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    for reloaded in (load_tokenizer(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert reloaded.get_vocab() == tokenizer.get_vocab()
+        assert reloaded.all_special_tokens == tokenizer.all_special_tokens
+        assert reloaded.model_max_length == tokenizer.model_max_length
+        for row in rows(goldens / name):
+            text = row["text"] + "<extra>"
+            assert reloaded(text).input_ids == tokenizer(text).input_ids == [*row["ids_no_special"], len(tokenizer) - 1]
+            assert reloaded.decode(row["ids"]) == row["decoded"]
+
+
+def test_bos_and_eos_switches(goldens):
+    tokenizer = load_tokenizer(goldens / "tokenizer_internlm2")
+    bare = tokenizer("Hello", add_special_tokens=False).input_ids
+    for bos in (True, False):
+        for eos in (True, False):
+            tokenizer.add_bos_token, tokenizer.add_eos_token = bos, eos
+            assert tokenizer("Hello").input_ids == [1] * bos + bare + [2] * eos
+
+
+def test_upstreams_fast_name_is_the_same_class():
+    assert InternLM2TokenizerFast is InternLM2Tokenizer
+
+
+def test_missing_tokenizer_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.*tokenizer_config.json is missing"):
+        load_tokenizer(tmp_path / "nowhere")

@@ -1,0 +1,87 @@
+"""The walls of the house, read off the syntax tree: imports only go down, and the data path knows no process group."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "internvl_chat"
+
+# Lowest first. Inside a line a file may import those to its left.
+LAYERS = [
+    ["internvl.train.constants", "internvl.train"],
+    ["internvl.conversation", "internvl.dist_utils"],
+    ["internvl.model.internlm2.configuration_internlm2", "internvl.model.phi3.configuration_phi3"],
+    [
+        "internvl.model.internvl_chat.configuration_intern_vit",
+        "internvl.model.internvl_chat.configuration_internvl_chat",
+    ],
+    ["internvl.train.arguments", "internvl.train.jsonl", "internvl.train.record"],
+    ["internvl.train.image", "internvl.train.video"],
+    ["internvl.train.collator", "internvl.train.plan", "internvl.train.metrics"],
+    ["internvl.model.chat", "internvl.model.lora", "internvl.model.token_loss"],
+    ["internvl.model.internlm2.tokenization_internlm2", "internvl.model.internlm2.tokenization_internlm2_fast"],
+    ["internvl.model.tokenizer"],
+    ["internvl.train.preprocess"],
+    ["internvl.model.internvl_chat.modeling_intern_vit"],
+    ["internvl.model.internlm2.modeling_internlm2", "internvl.model.phi3.modeling_phi3"],
+    ["internvl.train.dataset", "internvl.model.internvl_chat.modeling_internvl_chat", "internvl.model.internvl_chat"],
+    ["internvl.train.lengths", "internvl.train.dataset_packed", "internvl.model.checkpoint", "internvl.model"],
+    ["internvl.train.trainable", "internvl.train.trainer"],
+    ["internvl.train.build"],
+    ["internvl.train.internvl_chat_finetune", "internvl.train.internvl_chat_pretrain", "internvl.patch", "tools"],
+]
+HEIGHT = {module: (level, place) for level, layer in enumerate(LAYERS) for place, module in enumerate(layer)}
+DATA_PATH = ["jsonl", "record", "image", "video", "preprocess", "dataset", "lengths", "plan"]
+DATA_PATH += ["dataset_packed", "collator"]
+FILES = sorted(PACKAGE.glob("internvl/**/*.py")) + sorted(PACKAGE.glob("tools/**/*.py"))
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    if parts[0] == "tools":
+        return "tools"
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(file: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module_of(file).split(".") if file.name == "__init__.py" else module_of(file).split(".")[:-1]
+                base = ".".join(package[: len(package) - node.level + 1] + ([node.module] if node.module else []))
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in HEIGHT else base for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_only_go_down(file):
+    module = module_of(file)
+    assert module in HEIGHT, f"{module} has no place in the house: give it one in LAYERS"
+    above = {name for name in imports_of(file) if name in HEIGHT and name != module and HEIGHT[name] > HEIGHT[module]}
+    assert not above, f"{module} imports {above}, which stand above it"
+    unknown = {name for name in imports_of(file) if name.startswith("internvl") and name not in HEIGHT}
+    assert not unknown, f"{module} imports {unknown}, which have no place in the house"
+
+
+def test_model_never_imports_train():
+    for file in PACKAGE.glob("internvl/model/**/*.py"):
+        assert not {name for name in imports_of(file) if name.startswith("internvl.train")}, file
+
+
+@pytest.mark.parametrize("name", DATA_PATH)
+def test_data_path_knows_no_process_group(name):
+    names = imports_of(PACKAGE / "internvl" / "train" / f"{name}.py")
+    assert not {n for n in names if n.startswith("torch.distributed") or n == "internvl.dist_utils"}
+
+
+def test_entry_points_and_patch_are_imported_by_nobody():
+    tops = {"internvl.train.internvl_chat_finetune", "internvl.train.internvl_chat_pretrain", "internvl.patch"}
+    for file in FILES:
+        if module_of(file) not in tops:
+            assert not imports_of(file) & tops, file

@@ -1,0 +1,130 @@
+"""The command line: upstream's names and defaults, transformers' dropped flags, DeepSpeed files by bare name."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from internvl.train.arguments import ZERO_CONFIGS, DataTrainingArguments, ModelArguments, parse_args
+
+MODEL_DEFAULTS = {
+    "model_name_or_path": None,
+    "vision_path": None,
+    "llm_path": None,
+    "mlp_path": None,
+    "freeze_llm": False,
+    "freeze_backbone": False,
+    "freeze_mlp": False,
+    "unfreeze_vit_layers": 0,
+    "vision_select_layer": -1,
+    "use_backbone_lora": 0,
+    "use_llm_lora": 0,
+    "unfreeze_lm_head": False,
+    "grad_checkpoint": True,
+    "drop_path_rate": 0.0,
+    "ps_version": "v2",
+    "use_fast_tokenizer": False,
+    "use_liger": False,
+}
+DATA_DEFAULTS = {
+    "max_seq_length": 8192,
+    "force_image_size": 448,
+    "down_sample_ratio": 0.5,
+    "pad2square": False,
+    "conv_style": "internlm2-chat",
+    "meta_path": None,
+    "use_data_resampling": False,
+    "dynamic_image_size": False,
+    "use_thumbnail": False,
+    "min_dynamic_patch": 1,
+    "max_dynamic_patch": 12,
+    "min_num_frame": 8,
+    "max_num_frame": 32,
+    "normalize_type": "imagenet",
+    "use_packed_ds": False,
+    "num_images_expected": 40,
+    "max_packed_tokens": 8192,
+    "max_buffer_size": 20,
+    "log_freq": 1000,
+    "strict_mode": True,
+    "replacement": False,
+    "allow_overflow": False,
+    "loss_reduction": "token",
+    "loss_reduction_all_gather": False,
+}
+OUR_OWN = {"max_bad_samples"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "defaults"), [(ModelArguments, MODEL_DEFAULTS), (DataTrainingArguments, DATA_DEFAULTS)]
+)
+def test_fields_and_defaults_are_upstreams(arguments, defaults):
+    assert {f.name: f.default for f in fields(arguments) if f.name not in OUR_OWN} == defaults
+
+
+def parse(tmp_path, *flags):
+    return parse_args(["--output_dir", str(tmp_path), *flags])
+
+
+def test_flags_that_transformers_5_dropped_still_act(tmp_path):
+    flags = "--evaluation_strategy no --overwrite_output_dir True --group_by_length True --warmup_ratio 0.25".split()
+    _, _, training = parse(tmp_path, *flags)
+    assert training.eval_strategy == "no"
+    assert training.overwrite_output_dir
+    assert training.group_by_length
+    assert training.get_warmup_steps(1000) == 250
+
+
+def test_the_last_flag_wins(tmp_path):
+    model, _, training = parse(
+        tmp_path, *"--use_llm_lora 16 --learning_rate 1e-4 --use_llm_lora 8 --learning_rate 3".split()
+    )
+    assert (model.use_llm_lora, training.learning_rate) == (8, 3)
+
+
+def test_booleans_take_all_upstream_forms(tmp_path):
+    _, data, _ = parse(tmp_path, "--use_thumbnail", "--dynamic_image_size", "True", "--strict_mode", "False")
+    assert (data.use_thumbnail, data.dynamic_image_size, data.strict_mode) == (True, True, False)
+    assert not parse(tmp_path, "--no_strict_mode")[1].strict_mode
+
+
+def test_a_json_file_of_arguments(tmp_path):
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps({"output_dir": str(tmp_path), "use_backbone_lora": 4}))
+    assert parse_args([str(file)])[0].use_backbone_lora == 4
+
+
+@pytest.mark.parametrize("name", [p.name for p in sorted(ZERO_CONFIGS.glob("*.json"))])
+def test_zero_configs_resolve_by_bare_name_from_any_directory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, _, training = parse(tmp_path, "--deepspeed", name, "--bf16", "True", "--gradient_accumulation_steps", "3")
+    config = training.hf_deepspeed_config.config
+    assert config["zero_optimization"]["stage"] == int(name.removeprefix("zero_stage")[0])
+    assert config["bf16"]["enabled"] is True
+    assert config["gradient_accumulation_steps"] == 3
+    assert "optimizer" not in config, "the trainer brings its own AdamW, with a group a part"
+
+
+def test_there_are_eight_zero_configs():
+    assert len(list(ZERO_CONFIGS.glob("*.json"))) == 8
+
+
+WRONG = {
+    "unknown ZeRO file": (["--deepspeed", "zero_stage9.json"], "zero_stage9.json: no such file"),
+    "warmup ratio of 3": (["--warmup_ratio", "3"], r"--warmup_ratio is a share of the steps in \[0, 1\), not 3.0"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_values_are_refused(flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        parse(tmp_path, *flags)
+
+
+def test_an_optimizer_that_contradicts_the_flags_is_refused(tmp_path):
+    file = tmp_path / "zero.json"
+    file.write_text(
+        json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}, "zero_optimization": {"stage": 1}})
+    )
+    with pytest.raises(ValueError, match="sets optimizer lr to 0.5, the command line to 0.001"):
+        parse(tmp_path, "--deepspeed", str(file), "--learning_rate", "1e-3")

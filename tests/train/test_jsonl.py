@@ -1,0 +1,71 @@
+"""Records by number: the same ones as a plain reading of the file gives, whoever reads and in whatever order."""
+
+import json
+import multiprocessing
+import pickle
+
+import pytest
+
+from internvl.train import jsonl
+from internvl.train.constants import BadSample
+from internvl.train.jsonl import Jsonl
+
+
+def write(path, text: str) -> str:
+    path.write_bytes(text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_same_records_as_a_plain_reading(tmp_path, monkeypatch, newline, end, chunk):
+    monkeypatch.setattr(jsonl, "CHUNK", chunk)  # offsets must not depend on how the file is scanned
+    records = [{"id": i, "text": "天空 é\u2028\\n" * i} for i in range(9)]
+    lines = [json.dumps(record, ensure_ascii=i % 2 == 0) for i, record in enumerate(records)]
+    lines.insert(4, "")  # blank lines hold no record but count as lines
+    file = Jsonl(write(tmp_path / "a.jsonl", newline.join(lines) + end.replace("\n", newline)))
+    assert len(file) == 9
+    assert [file[i] for i in (8, 0, 5, 3, 1, 2, 4, 7, 6)] == [records[i] for i in (8, 0, 5, 3, 1, 2, 4, 7, 6)]
+    assert [file.line(i) for i in range(9)] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+
+
+def test_empty_file_has_no_records(tmp_path):
+    assert len(Jsonl(write(tmp_path / "a.jsonl", ""))) == 0
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [("{'a': 1}", "line 2 is not JSON"), ("[1]", "line 2 is a JSON list"), ('{"a": "\udcff"}', "line 2 is not JSON")],
+)
+def test_a_line_that_is_no_object_is_a_bad_sample_and_the_others_stay_good(tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"id": 0}\n' + line.encode(errors="surrogateescape") + b'\n{"id": 2}\n')
+    file = Jsonl(str(path))
+    with pytest.raises(BadSample, match=reason):
+        file[1]
+    assert (file[0], file[2]) == ({"id": 0}, {"id": 2})
+
+
+@pytest.mark.parametrize("name, reason", [("absent.jsonl", "does not exist"), ("a.json", "must be a .jsonl file")])
+def test_wrong_path_is_one_sentence(tmp_path, name, reason):
+    with pytest.raises(ValueError, match=f"{name}.*{reason}"):
+        Jsonl(str(tmp_path / name))
+
+
+def read_all(file: Jsonl, order: list[int]) -> list[int]:
+    return [file[i]["id"] for i in order]
+
+
+def test_forked_workers_do_not_disturb_each_other(tmp_path):
+    file = Jsonl(write(tmp_path / "a.jsonl", "".join(f'{{"id": {i}, "x": "{"y" * (i % 97)}"}}\n' for i in range(500))))
+    file[0]  # opened before the fork, so the workers share the open file
+    orders = [list(range(start, 500, 3)) * 5 for start in range(3)]
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert pool.starmap(read_all, [(file, order) for order in orders]) == orders
+
+
+def test_pickled_while_open(tmp_path):
+    file = Jsonl(write(tmp_path / "a.jsonl", '{"id": 0}\n{"id": 1}\n'))
+    file[0]
+    assert pickle.loads(pickle.dumps(file))[1] == {"id": 1}

@@ -1,0 +1,222 @@
+"""Measured before training = produced in training, for every sample; and the files that keep it."""
+
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from samples import BAD, recorded_configs, recorded_dataset, turns
+
+from internvl.model.tokenizer import load_tokenizer
+from internvl.train import lengths
+from internvl.train.constants import BadSample
+from internvl.train.lengths import fingerprint, measure
+
+DECODING_ONLY = ("truncated PNG", "truncated JPEG")  # their headers are whole
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def same(one: lengths.Lengths, other: lengths.Lengths) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one[:3], other[:3], strict=True)) and one.bad == other.bad
+
+
+def assert_true(dataset):
+    """Each measured number is that of the sample itself, each reason the one that `get` gives."""
+    measured = measure(dataset, progress=False)
+    reasons = dict(measured.bad)
+    assert len(measured.tokens) == len(measured.trained) == len(measured.tiles) == len(dataset)
+    for index in range(len(dataset)):
+        found = measured.tokens[index], measured.trained[index], measured.tiles[index]
+        try:
+            sample = dataset.get(index, epoch=index % 3)
+        except BadSample as reason:
+            assert reasons[index] == str(reason) and found == (0, 0, 0)
+        else:
+            trained = int((sample["labels"] != -100).sum())
+            assert found == (len(sample["input_ids"]), trained, len(sample["pixel_values"])) and index not in reasons
+
+
+def test_lengths_of_recorded_data_sets(goldens):
+    for config in recorded_configs(goldens).values():
+        assert_true(recorded_dataset(goldens, config))
+
+
+def test_lengths_of_videos_and_cut_samples(make):
+    film = {"video": "film", "conversations": turns("What?", "A. " * 30)}
+    pictures = {"image": ["a.png", "b.jpg"], "conversations": turns("Which?", "B.")}
+    for limit in (40, 60, 80, 120, 400):
+        assert_true(make(film, pictures, film, max_length=limit, min_num_frame=1, max_num_frame=9))
+
+
+def test_bad_samples_are_found_before_training_with_their_reason(make):
+    good = {"image": "a.png", "conversations": turns("What?", "A.")}
+    names = [name for name in BAD if name not in DECODING_ONLY]
+    dataset = make(good, *(BAD[name][0] for name in names), good)
+    # The record that is broken JSON names its line.
+    measured = measure(dataset, progress=False)
+    assert [index for index, _ in measured.bad] == list(range(1, len(names) + 1))
+    assert all(measured.tokens[[0, -1]]) and not measured.tokens[1:-1].any()
+    for index, reason in measured.bad:
+        with pytest.raises(BadSample) as caught:
+            dataset.get(index, 0)
+        assert str(caught.value) == reason
+
+
+def test_repeats_are_measured_once_and_counted_as_often_as_they_come(make, monkeypatch):
+    good = {"image": "a.png", "conversations": turns("What?", "A.")}
+    bad = {"image": "absent.png", "conversations": turns("What?", "A.")}
+    dataset = make(good, bad, good, meta={"repeat_time": 2.4})
+    seen = []
+    monkeypatch.setattr(type(dataset), "measure", lambda self, index: seen.append(index) or (5, 2, 1))
+    measured = measure(dataset, progress=False)
+    assert seen == [0, 1, 2] and measured.tokens.tolist() == [5] * 7
+    monkeypatch.undo()
+
+
+def test_bad_repeats_are_all_listed(make):
+    good = {"image": "a.png", "conversations": turns("What?", "A.")}
+    bad = {"image": "absent.png", "conversations": turns("What?", "A.")}
+    dataset = make(good, bad, good, meta={"repeat_time": 2.4})
+    assert [index for index, _ in measure(dataset, progress=False).bad] == [1, 4]
+    assert_true(dataset)
+
+
+def test_processes_measure_the_same(make, monkeypatch):
+    good = {"image": "a.png", "conversations": turns("What?", "A.")}
+    records = [good | {"conversations": turns("What? " * (n % 7), "A. " * (1 + n % 5))} for n in range(30)]
+    records[11] = {"image": "absent.png", "conversations": turns("What?", "A.")}
+    dataset = make(*records)
+    alone = measure(dataset, progress=False, cache_dir=dataset.root + "/one")
+    monkeypatch.setattr(lengths, "WORTH_A_PROCESS", 10)
+    monkeypatch.setattr(lengths, "CHUNK", 4)
+    assert same(alone, measure(dataset, num_workers=2, progress=False, cache_dir=dataset.root + "/two"))
+    assert [index for index, _ in alone.bad] == [11]
+
+
+# -- on disk -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(make, monkeypatch):
+    """A data set of 6 records, the third bad, and the list of records that were looked at."""
+    good = {"image": "a.png", "conversations": turns("What?", "A.")}
+    bad = {"image": "late.png", "conversations": turns("What?", "A.")}
+    dataset = make(good, good, bad, good, good, good)
+    looked_at = []
+    plain = lengths._measure_one
+    monkeypatch.setattr(lengths, "_measure_one", lambda d, record: looked_at.append(record) or plain(d, record))
+    return dataset, looked_at
+
+
+def test_kept_results_are_used_and_only_bad_samples_looked_at_again(counted):
+    dataset, looked_at = counted
+    first = measure(dataset, progress=False)
+    assert looked_at == list(range(6)) and [index for index, _ in first.bad] == [2]
+    looked_at.clear()
+    assert same(first, measure(dataset, progress=False)) and looked_at == [2]
+    shutil.copy(os.path.join(dataset.root, "a.png"), os.path.join(dataset.root, "late.png"))
+    mended = measure(dataset, progress=False)
+    assert mended.bad == [] and mended.tokens[2] == mended.tokens[0]
+    looked_at.clear()
+    assert same(mended, measure(dataset, progress=False)) and looked_at == []
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+@pytest.mark.parametrize("damage", ["absent", "empty", "half", "text", "of another data set"])
+def test_damaged_files_are_made_anew(counted, cache, suffix, damage):
+    dataset, looked_at = counted
+    first = measure(dataset, progress=False)
+    looked_at.clear()
+    (file,) = cache.glob(f"*{suffix}")
+    content = file.read_bytes()
+    if damage == "absent":
+        file.unlink()
+    elif damage == "of another data set" and suffix == ".npy":
+        np.save(file, np.ones((3, 5), np.int32))
+    else:
+        new = {"empty": b"", "half": content[: len(content) // 2], "text": b"hm", "of another data set": b'{"4": "x"}'}
+        file.write_bytes(new[damage])
+    assert same(first, measure(dataset, progress=False)) and looked_at == list(range(6))
+
+
+def test_an_interrupted_measurement_leaves_nothing_behind(counted, cache, monkeypatch):
+    dataset, looked_at = counted
+
+    def stop(dataset, record):
+        if record == 4:
+            raise KeyboardInterrupt
+        return 5, 2, 1, None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lengths, "_measure_one", stop)
+        with pytest.raises(KeyboardInterrupt):
+            measure(dataset, progress=False)
+    assert not cache.exists() or not list(cache.iterdir())
+    assert measure(dataset, progress=False).tokens[0] != 5 and looked_at == list(range(6))
+
+
+def test_everything_that_decides_lengths_names_the_file(make, goldens):
+    record = {"image": "a.png", "conversations": turns("What?", "A.")}
+    base = make(record)
+    names = {fingerprint(base)}
+    variants = [
+        {"max_length": 399},
+        {"use_thumbnail": False},
+        {"dynamic_image_size": False},
+        {"max_dynamic_patch": 3},
+        {"min_dynamic_patch": 2},
+        {"force_image_size": 56},
+        {"conv_style": "Hermes-2"},
+        {"max_num_frame": 9},
+        {"meta": {"max_dynamic_patch": 4}},
+        {"meta": {"root": "/"}},
+    ]
+    for variant in variants:
+        names.add(fingerprint(make(record, **variant)))
+    assert len(names) == 1 + len(variants)
+    time.sleep(0.01)
+    assert fingerprint(make(record, pad2square=True, seed=5)) not in names, "the annotation was written anew"
+    path = base.records.path
+    stamp = os.stat(path).st_mtime_ns
+    again = make(record, pad2square=True, normalize_type="clip", seed=5)
+    os.utime(path, ns=(stamp, stamp))
+    os.utime(base.records.path, ns=(stamp, stamp))
+    assert fingerprint(again) == fingerprint(base), "what does not matter for lengths does not count"
+
+
+def test_the_tokenizer_names_the_file_but_not_how_it_was_called(make, goldens):
+    dataset = make({"conversations": turns("What?", "A.")})
+    name = fingerprint(dataset)
+    dataset.tokenizer("What?", padding="max_length", truncation=True)
+    assert fingerprint(dataset) == name
+    dataset.tokenizer = load_tokenizer(goldens / "tokenizer")
+    dataset.tokenizer.model_max_length = 400
+    assert fingerprint(dataset) == name
+    dataset.tokenizer.add_tokens(["What?"])
+    assert fingerprint(dataset) != name
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(make, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/cache.*cannot be written.*INTERNVL_CACHE"):
+        measure(
+            make({"conversations": turns("What?", "A.")}), cache_dir=str(tmp_path / "file" / "cache"), progress=False
+        )
+
+
+def test_results_are_memory_mapped(make, cache):
+    dataset = make({"conversations": turns("What?", "A.")})
+    measure(dataset, progress=False)
+    again = measure(dataset, progress=False)
+    assert isinstance(again.tokens, np.memmap) and again.tokens.dtype == np.int32
+    (table,) = cache.glob("*.npy")
+    assert json.loads(table.with_suffix(".json").read_text()) == {}
+    assert torch.from_numpy(np.array(again.tokens)).tolist() == [len(dataset.get(0, 0)["input_ids"])]

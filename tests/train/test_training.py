@@ -1,0 +1,184 @@
+"""Real runs of the entry point on a tiny checkpoint: gloo ranks, DeepSpeed, files. One run serves many laws."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from internvl.dist_utils import free_port
+
+ROOT = Path(__file__).parents[2]
+ENTRY = ROOT / "internvl_chat/internvl/train/internvl_chat_finetune.py"
+LORA = "--freeze_backbone True --freeze_llm True --freeze_mlp True --use_backbone_lora 4 --use_llm_lora 4".split()
+FULL = "--freeze_backbone True".split()  # no dropout anywhere: the same numbers whatever the number of ranks
+
+
+@pytest.fixture(scope="module")
+def tiny(goldens, tmp_path_factory) -> Path:
+    """A checkpoint folder (model, tokenizer) and a meta file of real images and conversations."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shutil.copytree(goldens / "e2e/qwen2", folder / "model")
+    for file in (goldens / "tokenizer").glob("*token*"):
+        shutil.copy(file, folder / "model")
+    records = [json.loads(line) for line in (goldens / "dataset/ds_main.jsonl").read_text().splitlines()]
+    good = [record for record in records if record["conversations"][-1]["value"]]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, good)))
+    write_meta(folder, goldens / "dataset/images")
+    return folder
+
+
+def write_meta(folder: Path, images: Path) -> None:
+    entry = {"root": str(images), "annotation": str(folder / "train.jsonl"), "repeat_time": 1, "data_augment": False}
+    (folder / "meta.json").write_text(json.dumps({"tiny": entry}))
+
+
+def run(tiny: Path, output: Path, *flags: str, ranks: int = 1, status: int = 0) -> subprocess.CompletedProcess:
+    """Train 6 steps of 4 samples in fp32 on `ranks` processes."""
+    command = [
+        sys.executable,
+        str(ROOT / "shell/torchrun.py"),
+        f"--nproc_per_node={ranks}",
+        f"--master_port={free_port()}",
+    ]
+    common = f"""--model_name_or_path {tiny}/model --meta_path {tiny}/meta.json --output_dir {output} --conv_style internvl2_5
+        --force_image_size 56 --dynamic_image_size True --use_thumbnail True --max_dynamic_patch 4 --max_seq_length 512
+        --per_device_train_batch_size 1 --gradient_accumulation_steps {4 // ranks} --max_steps 6 --learning_rate 1e-3
+        --logging_steps 1 --save_steps 3 --report_to none --lr_scheduler_type constant --weight_decay 0.05""".split()
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT / "internvl_chat"),
+        "OMP_NUM_THREADS": "1",
+        "INTERNVL_CACHE": str(tiny / "cache"),
+    }
+    done = subprocess.run([*command, str(ENTRY), *common, *flags], env=env, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-5000:]
+    return done
+
+
+def losses(output: Path) -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def lora_run(tiny, tmp_path_factory):
+    """Two ranks, both adapters, no DeepSpeed."""
+    output = tmp_path_factory.mktemp("runs") / "lora"
+    return output, run(tiny, output, *LORA, ranks=2).stdout
+
+
+def test_a_lora_run_moves_adapters_and_nothing_else(tiny, lora_run):
+    output, _ = lora_run
+    base, trained = weights(tiny / "model"), weights(output)
+    frozen = {name: t for name, t in trained.items() if "lora_" not in name}
+    assert len(frozen) == len(base)
+    for name, tensor in frozen.items():
+        plain = name.replace("base_model.model.", "").replace("base_layer.", "")
+        assert torch.equal(tensor, base[plain]), f"{name} is frozen and moved"
+    lora_b = [tensor for name, tensor in trained.items() if "lora_B" in name]
+    assert lora_b
+    assert all(tensor.any() for tensor in lora_b), "an adapter did not train"
+
+
+def test_a_run_tells_what_it_does(lora_run):
+    output, printed = lora_run
+    assert "vision encoder" in printed
+    assert "LoRA rank" in printed
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "loss" in entry]
+    assert len(steps) == 6
+    for key in ("grad_norm", "learning_rate", "tokens_per_second"):
+        assert all(entry[key] > 0 for entry in steps), key
+    assert any(entry["tiles_per_second"] > 0 for entry in steps)
+    assert (output / "train_results.json").exists()
+    assert (output / "checkpoint-3").is_dir()
+
+
+def test_the_output_opens_again(lora_run, goldens):
+    from internvl.model.internvl_chat import InternVLChatModel
+
+    output, _ = lora_run
+    model = InternVLChatModel.from_pretrained(output)
+    assert (model.config.use_backbone_lora, model.config.use_llm_lora) == (4, 4)
+    saved = weights(output)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+
+
+def test_adapters_are_saved_alone_in_pefts_format(lora_run, tiny):
+    from peft import PeftModel
+
+    from internvl.model.internvl_chat import InternVLChatModel
+
+    output, _ = lora_run
+    model = InternVLChatModel.from_pretrained(tiny / "model")
+    vision = PeftModel.from_pretrained(model.vision_model, output / "adapters/vision_model")
+    saved = weights(output)
+    for name, tensor in vision.state_dict().items():
+        assert torch.equal(tensor, saved[f"vision_model.{name}"])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_changes_no_loss(tiny, lora_run, stage, tmp_path):
+    run(tiny, tmp_path / "out", *LORA, "--deepspeed", f"zero_stage{stage}_config.json", ranks=2)
+    torch.testing.assert_close(losses(tmp_path / "out"), losses(lora_run[0]), atol=1e-5, rtol=0)
+    for name, tensor in weights(lora_run[0]).items():
+        torch.testing.assert_close(weights(tmp_path / "out")[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_the_number_of_ranks_and_of_workers_changes_no_loss(tiny, tmp_path):
+    run(tiny, tmp_path / "one", *FULL, "--dataloader_num_workers", "2")
+    run(tiny, tmp_path / "two", *FULL, ranks=2)
+    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5, rtol=0)
+
+
+def test_resume_equals_unbroken(tiny, lora_run, tmp_path):
+    shutil.copytree(lora_run[0] / "checkpoint-3", tmp_path / "out/checkpoint-3")
+    printed = run(tiny, tmp_path / "out", *LORA, ranks=2).stdout
+    assert "resuming from" in printed
+    assert losses(tmp_path / "out") == losses(lora_run[0])
+    resumed = weights(tmp_path / "out")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights(lora_run[0]).items())
+
+
+def test_a_bad_image_found_while_training_is_left_out(tiny, goldens, tmp_path):
+    """The header is whole, so measuring does not see it; the pixels are cut off."""
+    images = tmp_path / "images"
+    shutil.copytree(goldens / "dataset/images", images)
+    (images / "im0.png").write_bytes((images / "im0.png").read_bytes()[:200])
+    shutil.copytree(tiny, tmp_path / "tiny")
+    write_meta(tmp_path / "tiny", images)
+    printed = run(tmp_path / "tiny", tmp_path / "out", *LORA, "--max_bad_samples", "8", "--num_train_epochs", "2")
+    assert "left out: tiny line 1" in printed.stdout
+    assert all(loss > 0 for loss in losses(tmp_path / "out"))
+    refused = run(tmp_path / "tiny", tmp_path / "refused", *LORA, "--max_bad_samples", "1", ranks=2, status=1)
+    assert "samples cannot be used, --max_bad_samples allows 1" in refused.stderr
+
+
+WRONG = {
+    "no such model": (["--model_name_or_path", "/nowhere/model"], "/nowhere/model"),
+    "no such meta file": (["--meta_path", "/nowhere/meta.json"], "/nowhere/meta.json"),
+    "nothing to train": (["--freeze_backbone", "--freeze_llm", "--freeze_mlp"], "nothing is left to train"),
+    "unknown template": (["--conv_style", "vicuna"], "vicuna"),
+    "another pixel shuffle": (["--down_sample_ratio", "0.25"], "--down_sample_ratio 0.25 differs"),
+    "not supported": (["--use_packed_ds", "True"], "--use_packed_ds True: not supported yet"),
+    "a negative rank": (["--use_llm_lora", "-3"], "--use_llm_lora -3"),
+    "tokens too few for one tile": (["--max_seq_length", "40"], "samples cannot be used"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_inputs_end_in_one_sentence(tiny, flags, message, tmp_path):
+    done = run(tiny, tmp_path / "out", *flags, status=1)
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(sentences) == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
