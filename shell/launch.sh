@@ -20,9 +20,10 @@ machine_lacks() { if [[ ${DRY_RUN:-0} == 1 ]]; then printf 'launch.sh: warning: 
 ROOT=$(CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 RECIPE=$(realpath -- "${BASH_SOURCE[1]:-$0}")
 [[ $RECIPE == "$ROOT"/shell/* ]] && RECIPE=${RECIPE#"$ROOT"/shell/} || RECIPE=${RECIPE##*/}
+RECIPE=${RECIPE%.sh}
 : "${ENTRY:=$ROOT/internvl_chat/internvl/train/internvl_chat_finetune.py}"
 : "${META_PATH:=$ROOT/shell/data/internvl_1_2_finetune_custom.json}"
-: "${OUTPUT_DIR:=work_dirs/${RECIPE%.sh}}" "${ZERO_CONFIG:=zero_stage2_config.json}"
+: "${OUTPUT_DIR:=work_dirs/$RECIPE}" "${ZERO_CONFIG:=zero_stage2_config.json}"
 : "${BATCH_SIZE:=128}" "${PER_DEVICE_BATCH_SIZE:=4}"
 
 gpus_here() {
@@ -80,8 +81,8 @@ GRADIENT_ACC=$((BATCH_SIZE / UNIT))
 if ((GRADIENT_ACC * UNIT != BATCH_SIZE)); then
     NEAREST=$((UNIT * (GRADIENT_ACC + 1)))
     ((GRADIENT_ACC == 0)) || NEAREST="$((UNIT * GRADIENT_ACC)) and $NEAREST"
-    stop "BATCH_SIZE=$BATCH_SIZE is not a multiple of PER_DEVICE_BATCH_SIZE=$PER_DEVICE_BATCH_SIZE x GPUS=$GPUS = $UNIT;" \
-        "nearest that are: $NEAREST"
+    stop "BATCH_SIZE=$BATCH_SIZE is not a multiple of PER_DEVICE_BATCH_SIZE=$PER_DEVICE_BATCH_SIZE x GPUS=$GPUS" \
+        "= $UNIT; nearest that are: $NEAREST"
 fi
 
 ARGS=( # what upstream's InternVL2.5 recipes share; those of other models override it in FLAGS

@@ -50,24 +50,27 @@ _internvl_install() { # root, environment, content of its stamp
     local root=$1 env=$2 wanted=$3 python version free
     # One installation at a time, also of jobs that share the disk. The kernel drops the lock however its owner ends.
     # A checkout that nobody may write to, or a disk without locks: go on without.
-    if { exec 9<>"$root/requirements.txt"; } 2>/dev/null && command -v flock >/dev/null && ! flock -n 9 2>/dev/null; then
+    { exec 9<>"$root/requirements.txt"; } 2>/dev/null
+    if [[ -e /dev/fd/9 ]] && command -v flock >/dev/null && ! flock -n 9 2>/dev/null; then
         _internvl_say "another process is installing into $env; waiting for it"
         flock 9 || true
         [[ -f $env/.internvl && $(<"$env/.internvl") == "$wanted" ]] && return
     fi
 
-    python=$(_internvl_python) || _internvl_stop "no Python >= 3.10 on PATH: apt-get install python3 python3-venv python3-dev"
+    python=$(_internvl_python) ||
+        _internvl_stop "no Python >= 3.10 on PATH: apt-get install python3 python3-venv python3-dev"
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     "$python" -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null ||
-        _internvl_stop "Python $version has no headers (Python.h) for DeepSpeed's op: apt-get install python$version-dev"
+        _internvl_stop "Python $version lacks Python.h, which DeepSpeed's op needs: apt-get install python$version-dev"
 
     if [[ ${INTERNVL_VENV:-} != none ]]; then
         "$python" -c 'import venv, ensurepip' 2>/dev/null ||
             _internvl_stop "Python $version cannot make environments: apt-get install python$version-venv"
-        mkdir -p "$env" || _internvl_stop "cannot write to $env"
+        mkdir -p "$env" 2>/dev/null || _internvl_stop "cannot write to $env"
         if [[ ! -f $env/.internvl ]]; then
             free=$(df -Pk "$env" | awk 'NR == 2 {print int($4 / 1048576)}')
-            ((${free:-0} >= 10)) || _internvl_stop "$env needs 10 GB of disk and $free GB are free; INTERNVL_VENV=PATH puts it elsewhere"
+            ((${free:-0} >= 10)) ||
+                _internvl_stop "$env needs 10 GB of disk, $free GB are free: INTERNVL_VENV=PATH puts it elsewhere"
         fi
         _internvl_say "installing requirements.txt into $env with Python $version (once, some minutes)"
         rm -f "$env"/bin/python* # a link to a Python that is gone would stay
@@ -81,14 +84,17 @@ _internvl_install() { # root, environment, content of its stamp
 
 _internvl_pip() { # python, what to install: silent, or the last words of pip
     local log
-    log=$("$1" -m pip install --quiet --disable-pip-version-check "${@:2}" 2>&1) || { tail -n 12 <<<"$log" >&2 && return 1; }
+    log=$("$1" -m pip install --quiet --disable-pip-version-check "${@:2}" 2>&1) && return
+    tail -n 12 <<<"$log" >&2
+    return 1
 }
 
 _internvl_flash_attn() { # tried once per environment, where a GPU can run it; without it attention is PyTorch's
     local env=$1 python=$1/bin/python3 wheels=(setuptools wheel psutil ninja packaging)
     command -v nvidia-smi >/dev/null || return 0
     { : >"$env/.internvl-flash-attn"; } 2>/dev/null || return 0
-    nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | awk '$1 >= 8 {ok = 1} END {exit !ok}' || return 0
+    nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
+        awk '$1 >= 8 {ok = 1} END {exit !ok}' || return 0
     "$python" -c 'import flash_attn' 2>/dev/null && return 0
     _internvl_say "installing flash-attn (once, at most 30 minutes)"
     { "$python" -m pip install --quiet "${wheels[@]}" &&

@@ -195,7 +195,7 @@ def test_same_samples_whatever_the_number_of_workers(make):
     picture = {"image": "b.jpg", "conversations": turns("What?", "A.")}
     dataset = make(*[picture] * 12, meta={"data_augment": True})
     alone = list(torch.utils.data.DataLoader(dataset, batch_size=None, shuffle=False))
-    shared = list(torch.utils.data.DataLoader(dataset, batch_size=None, shuffle=False, num_workers=3))
+    shared = list(torch.utils.data.DataLoader(dataset, batch_size=None, shuffle=False, num_workers=2))
     assert len(alone) == len(shared) == 12 and all(map(samples_equal, alone, shared))
 
 

@@ -53,16 +53,21 @@ def test_wrong_path_is_one_sentence(tmp_path, name, reason):
         Jsonl(str(tmp_path / name))
 
 
-def read_all(file: Jsonl, order: list[int]) -> list[int]:
-    return [file[i]["id"] for i in order]
+def read_all(file: Jsonl, order: list[int]):
+    assert [file[i]["id"] for i in order] == order
 
 
 def test_forked_workers_do_not_disturb_each_other(tmp_path):
     file = Jsonl(write(tmp_path / "a.jsonl", "".join(f'{{"id": {i}, "x": "{"y" * (i % 97)}"}}\n' for i in range(500))))
     file[0]  # opened before the fork, so the workers share the open file
-    orders = [list(range(start, 500, 3)) * 5 for start in range(3)]
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        assert pool.starmap(read_all, [(file, order) for order in orders]) == orders
+    orders = [list(range(start, 500, 3)) * 150 for start in range(3)]
+    fork = multiprocessing.get_context("fork")  # hands the file over without pickling
+    workers = [fork.Process(target=read_all, args=(file, order)) for order in orders]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
 
 
 def test_pickled_while_open(tmp_path):

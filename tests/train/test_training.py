@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from internvl.dist_utils import free_port
+from internvl.train.arguments import parse_args
+from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer, check
 
 ROOT = Path(__file__).parents[2]
 ENTRY = ROOT / "internvl_chat/internvl/train/internvl_chat_finetune.py"
@@ -38,24 +40,21 @@ def write_meta(folder: Path, images: Path) -> None:
     (folder / "meta.json").write_text(json.dumps({"tiny": entry}))
 
 
+def flags_of(tiny: Path, output: Path, ranks: int = 1) -> list[str]:
+    """6 steps of 4 samples in fp32."""
+    return f"""--model_name_or_path {tiny}/model --meta_path {tiny}/meta.json --output_dir {output}
+        --conv_style internvl2_5 --force_image_size 56 --dynamic_image_size True --use_thumbnail True
+        --max_dynamic_patch 4 --max_seq_length 512 --max_steps 6 --learning_rate 1e-3 --lr_scheduler_type constant
+        --per_device_train_batch_size 1 --gradient_accumulation_steps {4 // ranks} --weight_decay 0.05
+        --logging_steps 1 --save_steps 3 --report_to none""".split()
+
+
 def run(tiny: Path, output: Path, *flags: str, ranks: int = 1, status: int = 0) -> subprocess.CompletedProcess:
-    """Train 6 steps of 4 samples in fp32 on `ranks` processes."""
-    command = [
-        sys.executable,
-        str(ROOT / "shell/torchrun.py"),
-        f"--nproc_per_node={ranks}",
-        f"--master_port={free_port()}",
-    ]
-    common = f"""--model_name_or_path {tiny}/model --meta_path {tiny}/meta.json --output_dir {output} --conv_style internvl2_5
-        --force_image_size 56 --dynamic_image_size True --use_thumbnail True --max_dynamic_patch 4 --max_seq_length 512
-        --per_device_train_batch_size 1 --gradient_accumulation_steps {4 // ranks} --max_steps 6 --learning_rate 1e-3
-        --logging_steps 1 --save_steps 3 --report_to none --lr_scheduler_type constant --weight_decay 0.05""".split()
-    env = os.environ | {
-        "PYTHONPATH": str(ROOT / "internvl_chat"),
-        "OMP_NUM_THREADS": "1",
-        "INTERNVL_CACHE": str(tiny / "cache"),
-    }
-    done = subprocess.run([*command, str(ENTRY), *common, *flags], env=env, capture_output=True, text=True)
+    """Train in `ranks` processes of their own; a single one is started without a launcher."""
+    torchrun = [ROOT / "shell/torchrun.py", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), ENTRY, *flags_of(tiny, output, ranks), *flags]
+    ours = {"PYTHONPATH": str(ROOT / "internvl_chat"), "OMP_NUM_THREADS": "1", "INTERNVL_CACHE": str(tiny / "cache")}
+    done = subprocess.run(list(map(str, command)), env=os.environ | ours, capture_output=True, text=True)
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-5000:]
     return done
 
@@ -167,18 +166,57 @@ WRONG = {
     "no such model": (["--model_name_or_path", "/nowhere/model"], "/nowhere/model"),
     "no such meta file": (["--meta_path", "/nowhere/meta.json"], "/nowhere/meta.json"),
     "nothing to train": (["--freeze_backbone", "--freeze_llm", "--freeze_mlp"], "nothing is left to train"),
-    "unknown template": (["--conv_style", "vicuna"], "vicuna"),
+    "unknown template": (["--conv_style", "vicuna"], "--conv_style vicuna: known templates are"),
     "another pixel shuffle": (["--down_sample_ratio", "0.25"], "--down_sample_ratio 0.25 differs"),
     "not supported": (["--use_packed_ds", "True"], "--use_packed_ds True: not supported yet"),
     "a negative rank": (["--use_llm_lora", "-3"], "--use_llm_lora -3"),
     "tokens too few for one tile": (["--max_seq_length", "40"], "samples cannot be used"),
+    "tiles that do not divide": (["--force_image_size", "70"], "70 pixels does not divide"),
 }
 
 
 @pytest.mark.parametrize(("flags", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_inputs_end_in_one_sentence(tiny, flags, message, tmp_path):
-    done = run(tiny, tmp_path / "out", *flags, status=1)
-    sentences = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert len(sentences) == 1
-    assert message in done.stderr
+def test_wrong_inputs_are_refused_before_the_first_step(tiny, flags, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=message):
+        prepare([*flags_of(tiny, tmp_path / "out"), *flags])
+
+
+def prepare(argv: list[str]):
+    """What `main` does before the first step, in this process."""
+    model_args, data_args, training_args = parse_args(argv)
+    check(model_args, data_args)
+    tokenizer = build_tokenizer(model_args, data_args)
+    model = build_model(model_args, data_args, training_args, tokenizer)
+    data = build_data(data_args, training_args, tokenizer, model.num_image_token)
+    return build_trainer(model, tokenizer, data, data_args, training_args)
+
+
+def test_an_error_is_one_sentence_on_every_launcher(tiny, tmp_path):
+    done = run(tiny, tmp_path / "out", "--use_llm_lora", "-3", ranks=2, status=1)
+    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [
+        "error: --use_llm_lora -3: a LoRA rank is positive, or 0 for none."
+    ]
     assert "Traceback" not in done.stderr
+
+
+def test_a_finished_model_is_not_overwritten(tiny, tmp_path):
+    done = run(tiny, tiny / "model", *LORA, status=1)
+    assert "holds a finished model and no checkpoint to resume from" in done.stderr
+    assert weights(tiny / "model")
+
+
+def test_the_last_step_of_an_epoch_counts_its_samples_in_full(tiny, tmp_path, monkeypatch):
+    """13 samples in steps of 4: the fourth step holds one, whose loss the mean over 4 micro-batches must not shrink."""
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+    trainer = prepare([*flags_of(tiny, tmp_path / "out"), *FULL])
+    last = trainer.plan(0)[3]
+    assert last.tolist() == [[[last.max()]], [[-1]], [[-1]], [[-1]]]
+    batch = trainer.data_collator([trainer.train_dataset[(0, last.max())]])
+    del batch["bad_samples"]
+    trainer.model.train()
+    for step, scale in ((2, 1), (3, 4)):
+        trainer.state.global_step = step
+        assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(
+            scale * trainer.model(**batch).loss.item(), rel=1e-6
+        )

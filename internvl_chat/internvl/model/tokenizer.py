@@ -1,23 +1,25 @@
-"""Which tokenizer a checkpoint folder holds; the one way in which this package loads any."""
+"""Which tokenizer a checkpoint holds; the one way in which this package loads any."""
 
-import json
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .internlm2.tokenization_internlm2 import InternLM2Tokenizer
 
 
 def load_tokenizer(path: str | Path, **kwargs) -> PreTrainedTokenizerBase:
-    """The tokenizer of folder `path`, always a fast one; code that lies in the folder is not run.
+    """The tokenizer of a folder or of a hub's ORG/NAME, always a fast one; code that lies there is not run.
 
     Raises:
-        ValueError: there is no such folder, or it has no tokenizer_config.json.
+        ValueError: there is no such folder, or no tokenizer_config.json in it.
     """
-    config_file = Path(path) / "tokenizer_config.json"
-    if not config_file.is_file():
-        raise ValueError(f"no tokenizer in {str(path)!r}: {config_file.name} is missing there")
-    name = json.loads(config_file.read_text(encoding="utf-8")).get("tokenizer_class") or ""
-    if name.removesuffix("Fast") == InternLM2Tokenizer.__name__:
+    if not Path(path).is_dir() and str(path).count("/") > 1:
+        raise ValueError(f"there is no checkpoint folder {str(path)!r}")
+    config = get_tokenizer_config(path)
+    if not config:
+        raise ValueError(f"no tokenizer in {str(path)!r}: tokenizer_config.json is missing there")
+    if (config.get("tokenizer_class") or "").removesuffix("Fast") == InternLM2Tokenizer.__name__:
         return InternLM2Tokenizer.from_pretrained(path, **kwargs)
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
+    # The chat model's configuration would tell AutoTokenizer nothing, and it would warn that it does not know it.
+    return AutoTokenizer.from_pretrained(path, config=PretrainedConfig(), trust_remote_code=False, **kwargs)

@@ -74,13 +74,9 @@ def _pad(key: str, rows: Sequence, pad_id: int, length: int) -> torch.Tensor:
     longest = max(map(len, rows))
     if longest > length:
         raise ValueError(f"a row of {longest} tokens does not fit into {length}.")
-    if key == "position_ids":
-        padding = torch.arange(length).expand(len(rows), -1)
-    else:
-        padding = torch.full((len(rows), length), pad_id if key == "input_ids" else fill)
-    return torch.stack(
-        [
-            torch.cat([torch.as_tensor(row).to(dtype), tail[: length - len(row)].to(dtype)])
-            for row, tail in zip(rows, padding, strict=True)
-        ]
-    )
+    padded = torch.full((len(rows), length), pad_id if key == "input_ids" else fill or 0, dtype=dtype)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = torch.as_tensor(row)
+        if key == "position_ids":
+            target[len(row) :] = torch.arange(length - len(row))
+    return padded

@@ -52,8 +52,7 @@ def plan_epoch(
 
 
 def _group(ids: np.ndarray, tokens: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Order shuffled ids so that each run of `size` is of similar length, descending, and the runs are in random
-    order."""
+    """Order ids so that each run of `size` is of similar length, descending; the runs are in random order."""
     # Lengths that differ by less than 5 % are the same: neighbours change from epoch to epoch.
     ids = ids[np.argsort(-tokens[ids] * rng.uniform(0.95, 1.05, len(ids)), kind="stable")]
     left_over = len(ids) % size

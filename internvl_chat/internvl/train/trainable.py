@@ -35,9 +35,9 @@ def set_trainable(model: nn.Module, args: ModelArguments) -> None:
     if args.unfreeze_lm_head:
         model.language_model.get_output_embeddings().requires_grad_(True)
     if args.use_backbone_lora:
-        add_lora(model, "use_backbone_lora", args.use_backbone_lora, model.wrap_backbone_lora)
+        add_lora(model, "vision encoder", args.use_backbone_lora, model.wrap_backbone_lora)
     if args.use_llm_lora:
-        add_lora(model, "use_llm_lora", args.use_llm_lora, model.wrap_llm_lora)
+        add_lora(model, "language model", args.use_llm_lora, model.wrap_llm_lora)
         if args.unfreeze_lm_head:  # wrapping froze it again
             model.language_model.get_output_embeddings().requires_grad_(True)
     if args.freeze_mlp:
@@ -52,14 +52,18 @@ def set_trainable(model: nn.Module, args: ModelArguments) -> None:
         )
 
 
-def add_lora(model: nn.Module, rank_field: str, rank: int, wrap: Callable) -> None:
+def add_lora(model: nn.Module, part: str, rank: int, wrap: Callable) -> None:
+    attribute, rank_field = PARTS[part]
     if rank < 0:
         raise ValueError(f"--{rank_field} {rank}: a LoRA rank is positive, or 0 for none.")
     present = getattr(model.config, rank_field)
     if present == 0:
         wrap(r=rank, lora_alpha=2 * rank)
         setattr(model.config, rank_field, rank)
-    elif present != rank:
+    elif present == rank:
+        wrapped = getattr(model, attribute)
+        wrapped.set_adapter(wrapped.active_adapter)  # freezing the part froze them too
+    else:
         raise ValueError(
             f"the checkpoint holds adapters of rank {present}, but --{rank_field} asks for {rank}: continue with "
             f"{present}, or merge them first with tools/merge_lora.py."

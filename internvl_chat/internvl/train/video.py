@@ -130,7 +130,11 @@ def read_frames_gif(path, num_frames, sample="rand", fix_start=None, generator=N
     def frames(gif: Image.Image) -> list[Image.Image]:
         total = getattr(gif, "n_frames", 1)
         chosen = get_frame_indices(min(num_frames, total), total, sample, fix_start, generator=generator)
-        return [(gif.seek(index), gif.convert("RGB"))[1] for index in chosen]
+        pictures = []
+        for index in chosen:
+            gif.seek(index)
+            pictures.append(gif.convert("RGB"))
+        return pictures
 
     return read_image(path, frames)
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from internvl.conversation import get_conv_template
@@ -115,11 +116,12 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
             ValueError: a key is missing, unexpected or of another shape; the message lists all of them.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
+        # Other shapes are ignored so that they can be listed; under ZeRO-3 the model's own shapes are not there to compare.
+        lenient = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), "output_loading_info": True}
+        kwargs = {"use_safetensors": True, **kwargs, **lenient}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        problems = {
-            kind: sorted(map(str, info.get(f"{kind}_keys", ()))) for kind in ("missing", "unexpected", "mismatched")
-        }
+        problems = {kind: sorted(info.get(f"{kind}_keys") or ()) for kind in ("missing", "unexpected", "mismatched")}
+        problems["mismatched"] = [f"{key} {tuple(a)} for {tuple(b)}" for key, a, b in problems["mismatched"]]
         if any(problems.values()):
             listed = "\n".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
             raise ValueError(f"{pretrained_model_name_or_path} is no checkpoint of this model. Its keys:\n{listed}")
@@ -127,6 +129,12 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
             if is_wrapped(part):
                 freeze_base(part)
         return (model, info) if want_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Writes upstream's layout: safetensors, `config.json` and the language model's `generation_config.json`."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            plain(self.language_model).generation_config.save_pretrained(save_directory)
 
     def wrap_backbone_lora(self, r: int = 128, lora_alpha: int = 256, lora_dropout: float = 0.05):
         """Adds LoRA to the vision encoder; of it, only the adapters train from then on. ValueError if it has some."""

@@ -1,0 +1,110 @@
+"""Dialogue: upstream's answers, one question or many, and callers who find their things as they left them."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from internvl.conversation import get_conv_template
+from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.tokenizer import load_tokenizer
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture
+def speaker(e2e_case, goldens):
+    golden = json.loads((e2e_case / "expected.json").read_text())
+    model = InternVLChatModel.from_pretrained(e2e_case)
+    pixels = next(iter(load_file(goldens / "e2e" / "chat_pixels.safetensors").values()))
+    return model, load_tokenizer(goldens / golden["tokenizer"]), pixels, golden
+
+
+def test_upstreams_answers(speaker):
+    """The recorded ids begin with transformers 4's placeholder, which therefore stood in the recorded answers, too."""
+    model, tokenizer, pixels, golden = speaker
+    separator = get_conv_template(golden["template"]).sep.strip()
+    for row in golden["chat"]:
+        history = row["history"] and [tuple(pair) for pair in row["history"]]
+        tiles = pixels[: row["n_tiles"]] if row["n_tiles"] else None
+        arguments = (tokenizer, tiles, row["question"], GREEDY, history, True, row["num_patches_list"])
+        if "error" in row:
+            with pytest.raises(ValueError):
+                model.chat(*arguments)
+            continue
+        answer, longer = model.chat(*arguments)
+        text = tokenizer.decode(row["new_tokens"][1:], skip_special_tokens=True)
+        assert answer == text.split(separator)[0].strip(), row
+        assert len(longer) == len(history or []) + 1 and longer[-1][1] == answer
+        assert longer[:-1] == (history or [])
+
+
+def test_many_questions_are_answered_like_each_alone(speaker):
+    """Text only, one image, several images, with history; of different lengths, hence padded."""
+    model, tokenizer, pixels, _ = speaker
+    dialogues = [
+        ("Hello", [], None),
+        ("Describe the image.", [2], None),
+        ("Compare <image> with <image>\nin one word.", [1, 2], None),
+        ("And now?", [1], [("<image>\nWhat is this?", "A tree.")]),
+    ]
+    questions, patches, histories = (list(column) for column in zip(*dialogues, strict=True))
+    ends = [sum(map(sum, patches[: i + 1])) for i in range(len(patches))]
+    pixels = torch.cat([pixels, pixels, pixels])[: ends[-1]]
+    alone = []
+    for end, (question, tiles, history) in zip(ends, dialogues, strict=True):
+        own = pixels[end - sum(tiles) : end] if tiles else None
+        alone.append(model.chat(tokenizer, own, question, GREEDY, history, num_patches_list=tiles))
+    side = tokenizer.padding_side
+    together, longer = model.batch_chat(tokenizer, pixels, questions, GREEDY, patches, histories, return_history=True)
+    assert together == alone and len(set(alone)) > 1
+    assert tokenizer.padding_side == side
+    assert [len(history) for history in longer] == [1, 1, 1, 2]
+    assert model.batch_chat(tokenizer, pixels[:2], questions[1:2], GREEDY, num_patches_list=[2]) == alone[1:2]
+    assert model.batch_chat(tokenizer, None, questions[:1], GREEDY) == alone[:1]
+
+
+def test_the_callers_configuration_is_left_alone_and_streams(speaker):
+    model, tokenizer, pixels, _ = speaker
+
+    class Streamer:
+        def __init__(self):
+            self.ids = []
+
+        def put(self, value):
+            self.ids += value.flatten().tolist()
+
+        def end(self):
+            self.ids.append("end")
+
+    streamer = Streamer()
+    config = {**GREEDY, "streamer": streamer}
+    before = dict(config)
+    answer = model.chat(tokenizer, pixels[:1], "What is this?", config)
+    assert config == before
+    assert streamer.ids.pop() == "end"
+    assert tokenizer.decode(streamer.ids, skip_special_tokens=True).strip().startswith(answer[:3])
+
+
+def test_ends_at_the_tokenizers_own_end(speaker):
+    """Upstream stops at the template's separator only; a model that ends its text otherwise would talk on."""
+    model, tokenizer, _, golden = speaker
+    ids = next(row["new_tokens"][1:] for row in golden["chat"] if row["question"] == "Hello")
+    assert len(model.chat(tokenizer, None, "Hello", GREEDY)) > len(tokenizer.decode(ids[:2]))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[1])
+    assert model.chat(tokenizer, None, "Hello", GREEDY) == tokenizer.decode(ids[:1]).strip()
+
+
+def test_wrong_calls_say_what_is_wrong(speaker):
+    model, tokenizer, pixels, _ = speaker
+    with pytest.raises(ValueError, match="speaks of 3 tiles, pixel_values has 2"):
+        model.chat(tokenizer, pixels[:2], "x", GREEDY, num_patches_list=[3])
+    with pytest.raises(ValueError, match="2 images, but 1 <image>"):
+        model.chat(tokenizer, pixels[:2], "<image> x", GREEDY, num_patches_list=[1, 1])
+    with pytest.raises(ValueError, match="2 questions, but num_patches_list has 1"):
+        model.batch_chat(tokenizer, pixels[:2], ["x", "y"], GREEDY, num_patches_list=[2])
+    with pytest.raises(ValueError, match="2 tiles for 2 questions"):
+        model.batch_chat(tokenizer, pixels[:2], ["x", "y"], GREEDY)
+    with pytest.raises(ValueError, match="1 questions, but 2 histories"):
+        model.batch_chat(tokenizer, None, ["x"], GREEDY, history=[None, None])

@@ -1,0 +1,150 @@
+"""Loading says what is wrong with a checkpoint; tokens and tile sizes are changed in all the places that know them."""
+
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Case
+from safetensors.torch import load_file, save_file
+
+from internvl.model import load_model_and_tokenizer, split_model
+from internvl.model.checkpoint import add_special_tokens, resize_image
+from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.tokenizer import load_tokenizer
+
+PACKAGE = Path(__file__).parents[2] / "internvl_chat"
+
+
+@pytest.fixture
+def broken(goldens, tmp_path):
+    """A copy of a checkpoint with its weights changed by a function."""
+
+    def make(change) -> Path:
+        source = goldens / "models" / "internlm2"
+        (tmp_path / "config.json").write_text((source / "config.json").read_text())
+        weights = load_file(source / "model.safetensors")
+        change(weights)
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        return tmp_path
+
+    return make
+
+
+def test_wrong_keys_are_listed(broken):
+    def change(weights):
+        weights["language_model.model.norm.wait"] = weights.pop("language_model.model.norm.weight")
+        del weights["mlp1.0.bias"]
+        weights["mlp1.3.bias"] = torch.zeros(3)
+
+    with pytest.raises(ValueError) as error:
+        InternVLChatModel.from_pretrained(broken(change))
+    lines = str(error.value).splitlines()[1:]
+    assert lines[0] == "missing: language_model.model.norm.weight, mlp1.0.bias"
+    assert lines[1] == "unexpected: language_model.model.norm.wait"
+    assert lines[2] == "mismatched: mlp1.3.bias (3,) for (32,)"
+
+
+def test_old_rotary_tables_are_passed_over(broken):
+    def change(weights):
+        weights["language_model.model.layers.0.attention.rotary_emb.inv_freq"] = torch.zeros(4)
+
+    InternVLChatModel.from_pretrained(broken(change))
+
+
+def test_only_safetensors_are_read(broken):
+    folder = broken(lambda weights: None)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        InternVLChatModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+def test_dtype(model_case, argument):
+    assert model_case.model().dtype == torch.float32  # the checkpoint's own
+    model = model_case.model(**{argument: torch.bfloat16})
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.fixture
+def pair(goldens):
+    """A model whose vocabulary is that of a tokenizer."""
+    return InternVLChatModel.from_pretrained(goldens / "e2e" / "qwen2"), load_tokenizer(goldens / "tokenizer")
+
+
+def test_added_tokens_start_at_the_mean(pair):
+    model, tokenizer = pair
+    old = [e.weight.detach().clone() for e in (model.get_input_embeddings(), model.get_output_embeddings())]
+    assert add_special_tokens(model, tokenizer, ["<img>", "</img>"]) == 0  # known already: nothing moves
+    assert torch.equal(model.get_input_embeddings().weight, old[0])
+
+    assert add_special_tokens(model, tokenizer, ["<img>", "<one>", "<two>"]) == 2
+    assert model.config.llm_config.vocab_size == model.language_model.config.vocab_size == len(tokenizer)
+    for before, layer in zip(old, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True):
+        rows = len(tokenizer) - 2
+        assert len(layer.weight) == len(tokenizer)
+        assert torch.equal(layer.weight[:rows], before[:rows])
+        torch.testing.assert_close(layer.weight[rows:], before[:rows].mean(0).expand(2, -1))
+    assert tokenizer.convert_tokens_to_ids("<two>") == len(tokenizer) - 1
+
+
+def test_resize_image(goldens):
+    case = Case(goldens / "models" / "qwen2")
+    model, size = case.model(), 2 * case.model().config.vision_config.image_size
+    resize_image(model, size)
+    assert model.config.force_image_size == model.config.vision_config.image_size == size
+    assert model.num_image_token == 4 * case.meta["num_image_token"]
+    assert model.extract_feature(torch.zeros(1, 3, size, size)).shape[1] == model.num_image_token
+    with pytest.raises(ValueError, match=f"{size + 14} pixels"):
+        resize_image(model, size + 14)
+
+
+def test_resized_and_grown_model_survives_saving(pair, tmp_path):
+    model, tokenizer = pair
+    add_special_tokens(model, tokenizer, ["<one>"])
+    resize_image(model, 2 * model.config.vision_config.image_size)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    args = Namespace(checkpoint=str(tmp_path), auto=False, load_in_8bit=False, load_in_4bit=False)
+    again, its_tokenizer = load_model_and_tokenizer(args)
+    assert again.num_image_token == model.num_image_token and len(its_tokenizer) == len(tokenizer)
+    assert not again.training and again.dtype == torch.bfloat16
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name].cpu(), tensor.to(torch.bfloat16)), name
+
+
+def test_split_model(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    devices = split_model(32)
+    layers = [devices[f"language_model.model.layers.{i}"] for i in range(32)]
+    assert layers == [0] * 5 + [1] * 10 + [2] * 10 + [3] * 6 + [0]
+    assert {devices[name] for name in ("vision_model", "mlp1", "language_model.lm_head")} == {0}
+
+
+def run(*command, **kwargs):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=PACKAGE, **kwargs)
+
+
+def test_importing_prints_nothing():
+    result = run("-W", "error::UserWarning", "-c", "from internvl.model.internvl_chat import InternVLChatModel")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_merge_tool(goldens, tmp_path):
+    source, merged = tmp_path / "in", tmp_path / "out"
+    model = InternVLChatModel.from_pretrained(goldens / "e2e" / "qwen2")
+    model.wrap_backbone_lora(r=2, lora_alpha=4)
+    model.config.use_backbone_lora = 2
+    model.save_pretrained(source)
+    load_tokenizer(goldens / "tokenizer").save_pretrained(source)
+    tool = ["tools/merge_lora.py", str(source), str(merged)]
+    result = run(*tool, env={"PYTHONPATH": str(PACKAGE), "PATH": "", "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    plain = InternVLChatModel.from_pretrained(merged)
+    assert plain.config.use_backbone_lora == 0 and plain.dtype == torch.bfloat16
+    assert len(load_tokenizer(merged)) == len(load_tokenizer(source))
+    again = run(tool[0], str(merged), str(source), env={"PYTHONPATH": str(PACKAGE), "PATH": ""})
+    assert again.returncode == 2 and "has no adapters" in again.stderr

@@ -1,0 +1,48 @@
+"""Runs shell scripts in a clean environment of the interpreter that runs the tests."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from internvl.train.arguments import parse_args
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTRY = ROOT / "internvl_chat/internvl/train/internvl_chat_finetune.py"
+
+
+@pytest.fixture
+def bash(tmp_path):
+    """`bash(script, *flags, NAME=value, ...)`: run it in an empty folder with only the named variables set."""
+
+    def run(script, *flags, cwd=tmp_path, **variables):
+        env = {"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "HOME": str(tmp_path), "INTERNVL_VENV": "none"}
+        env |= {name: str(value) for name, value in variables.items()}
+        command = ["/bin/bash", str(script), *map(str, flags)]
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+    return run
+
+
+@pytest.fixture
+def dry_run(bash):
+    """Like `bash` with DRY_RUN=1; returns the words of the command that would start, before and after the entry."""
+
+    def run(script, *flags, **variables):
+        done = bash(script, *flags, DRY_RUN=1, **variables)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("\n") == 1
+        words = shlex.split(done.stdout)
+        cut = words.index(str(variables.get("ENTRY", ENTRY)))
+        return words[:cut], words[cut + 1 :]
+
+    return run
+
+
+@pytest.fixture
+def parsed(dry_run):
+    """The three dataclasses that the training would parse from a recipe."""
+    return lambda *args, **variables: parse_args(dry_run(*args, **variables)[1])

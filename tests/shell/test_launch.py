@@ -1,0 +1,169 @@
+"""launch.sh: wrong inputs end in one sentence, SLURM's places, status and log of a training."""
+
+import subprocess
+import time
+
+import pytest
+
+from .conftest import ROOT
+
+RECIPE = ROOT / "shell/internvl2.5/8b_vit_lora.sh"
+NVIDIA_SMI = '#!/bin/sh\n[ "$1" = -L ] && printf "GPU 0: A (UUID: x)\\nGPU 1: A (UUID: y)\\n"\n'
+JOB = {"SLURM_JOB_ID": 12345, "SLURM_JOB_NUM_NODES": 2, "SLURM_GPUS_ON_NODE": 4, "SLURM_CPUS_ON_NODE": 32}
+TASK = JOB | {"SLURM_STEP_ID": 0, "SLURM_PROCID": 3, "SLURM_STEP_NUM_TASKS": 8, "SLURM_STEP_NUM_NODES": 2}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"GPUS": 3}, ["BATCH_SIZE=128", "GPUS=3", "= 12", "120 and 132"]),
+        ({"GPUS": 2, "BATCH_SIZE": 4}, ["BATCH_SIZE=4", "= 8", "are: 8."]),
+        ({"GPUS": "two"}, ["GPUS=two is not a positive whole number"]),
+        ({"PER_DEVICE_BATCH_SIZE": 0}, ["PER_DEVICE_BATCH_SIZE=0"]),
+        ({"BATCH_SIZE": "08"}, ["BATCH_SIZE=08"]),
+        ({"GPUS": 5, "NODES": 2}, ["GPUS=5", "NODES=2"]),
+        ({"GPUS": 16, "GPUS_PER_NODE": 8}, ["NODES=2", "MASTER_ADDR and NODE_RANK"]),
+        ({"MODEL_PATH": "./nowhere"}, ["MODEL_PATH=./nowhere"]),
+        ({"MODEL_PATH": "folder/model"}, ["MODEL_PATH=folder/model"]),
+        ({"META_PATH": "nowhere.json"}, ["META_PATH=nowhere.json", "example.json"]),
+        ({"LAUNCHER": "magic"}, ["LAUNCHER=magic", "pytorch", "slurm"]),
+        ({"LAUNCHER": "slurm", "GPUS": 8}, ["srun"]),
+        ({"OUTPUT_DIR": "/dev/null/out"}, ["OUTPUT_DIR=/dev/null/out"]),
+        (TASK | {"GPUS": 4}, ["GPUS=4", "8 tasks"]),
+    ],
+)
+def test_wrong_input_is_one_sentence(bash, tmp_path, variables, words):
+    (tmp_path / "folder").mkdir()
+    done = bash(RECIPE, **{"CUDA_VISIBLE_DEVICES": ""} | variables)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith(".\n")
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_more_gpus_than_there_are(bash, dry_run, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(NVIDIA_SMI)
+    smi.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = bash(RECIPE, GPUS=4, **variables)
+    assert done.returncode == 1
+    assert done.stderr == "launch.sh: GPUS=4 asks for 4 on this machine, which has 2.\n"
+    assert "--nproc_per_node=2" in dry_run(RECIPE, **variables)[0], "all GPUs are the default"
+    assert "--nproc_per_node=1" in dry_run(RECIPE, CUDA_VISIBLE_DEVICES=1, **variables)[0]
+    assert "--nproc_per_node=4" in dry_run(RECIPE, GPUS=4, CUDA_VISIBLE_DEVICES=-1, **variables)[0], (
+        "processes on a CPU"
+    )
+
+
+def test_dry_run_only_warns_of_what_a_machine_lacks(bash):
+    done = bash(RECIPE, DRY_RUN=1, GPUS=8, LAUNCHER="slurm", MODEL_PATH="./nowhere", META_PATH="nowhere.json")
+    assert done.returncode == 0
+    assert done.stderr.count("warning") == done.stderr.count("\n") == 3
+    assert bash(RECIPE, DRY_RUN=1, GPUS=3).returncode == 1
+
+
+def test_checks_follow_the_users_flags(bash):
+    done = bash(RECIPE, "--meta_path=nowhere.json", META_PATH=__file__)
+    assert (done.returncode, "META_PATH=nowhere.json" in done.stderr) == (1, True)
+
+
+def test_several_nodes_without_slurm(dry_run):
+    start, args = dry_run(RECIPE, NODES=2, GPUS=16, NODE_RANK=1, MASTER_ADDR="10.0.0.1", CUDA_VISIBLE_DEVICES="")
+    for word in ("--nnodes=2", "--node_rank=1", "--nproc_per_node=8", "--master_addr=10.0.0.1", "--master_port=34229"):
+        assert word in start
+    assert args[args.index("--gradient_accumulation_steps") + 1] == "2"
+
+
+def test_slurm_from_outside(dry_run):
+    start, args = dry_run(
+        RECIPE, LAUNCHER="slurm", GPUS=16, PARTITION="big", SRUN_ARGS="--quotatype=reserved --time 60"
+    )
+    step = start[start.index("srun") :]
+    assert step[1:] == [
+        "--job-name=internvl2.5-8b_vit_lora",
+        *("--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "-p", "big", "--gres=gpu:8"),
+        *("--cpus-per-task=10", "--kill-on-bad-exit=1", "--quotatype=reserved", "--time", "60", "python3", "-u"),
+    ]
+    assert "LAUNCHER=slurm" in start
+    assert args[args.index("--gradient_accumulation_steps") + 1] == "2"
+    assert not any("gres" in word for word in dry_run(RECIPE, LAUNCHER="slurm", GPUS=2, GRES="none")[0])
+
+
+@pytest.mark.parametrize("shell", [{}, {"SLURM_PROCID": 0}, {"SLURM_PROCID": 0, "SLURM_STEP_ID": 4294967290}])
+def test_slurm_in_an_allocation(dry_run, shell):
+    """From sbatch, and from the shells that salloc opens on the login node or on the first node."""
+    start, _ = dry_run(RECIPE, **JOB, **shell)
+    for word in ("srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=8", "LAUNCHER=slurm"):
+        assert word in start
+    assert not any("gres" in word for word in start), "a step inherits the GPUs of its allocation"
+
+
+def test_slurm_inside_a_task(dry_run):
+    commands = [dry_run(RECIPE, **TASK | {"SLURM_PROCID": rank}) for rank in (0, 7)]
+    assert commands[0] == commands[1], "one port for all"
+    start, args = commands[0]
+    assert start[-2:] == ["python3", "-u"]
+    assert "srun" not in start
+    assert "LAUNCHER=slurm" in start
+    assert args[args.index("--gradient_accumulation_steps") + 1] == "4"
+
+
+def test_a_shell_of_one_task_is_a_machine(dry_run):
+    start, _ = dry_run(RECIPE, **TASK | {"SLURM_STEP_NUM_TASKS": 1, "SLURM_PROCID": 0, "CUDA_VISIBLE_DEVICES": "0,1"})
+    assert "LAUNCHER=pytorch" in start
+    assert "--nproc_per_node=2" in start
+
+
+def train(folder, code):
+    """A training of a few lines in place of the real one."""
+    entry = folder / "entry.py"
+    entry.write_text(code)
+    return {"ENTRY": entry, "OUTPUT_DIR": folder / "out", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_exit_status_and_log(bash, tmp_path):
+    code = "import os, sys\nprint(os.environ['LAUNCHER'], sys.argv[-1])\nsys.stderr.write('ends\\n')\nsys.exit(3)\n"
+    variables = train(tmp_path, code)
+    for run in (1, 2):
+        done = bash(RECIPE, "--last", f"word {run}", **variables)
+        assert done.returncode == 3, done.stdout + done.stderr
+        assert f"pytorch word {run}\n" in done.stdout
+    log = (tmp_path / "out/training_log.txt").read_text()
+    assert log.index("pytorch word 1") < log.index("pytorch word 2"), "appended"
+    assert log.count("ends\n") == 2
+
+
+def test_two_processes_meet(bash, tmp_path):
+    code = """
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.tensor(dist.get_rank() + 1)
+dist.all_reduce(total)
+print(f"sum {total.item()} threads {os.environ['OMP_NUM_THREADS']}\\n", end="")
+dist.destroy_process_group()
+"""
+    done = bash(RECIPE, GPUS=2, OMP_NUM_THREADS=1, **train(tmp_path, code))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("sum 3 threads 1\n") == 2
+
+
+def test_only_task_0_of_a_step_logs(bash, tmp_path):
+    variables = train(tmp_path, "import os; print('task', os.environ['SLURM_PROCID'])")
+    for rank in (1, 0):
+        assert bash(RECIPE, **TASK | variables | {"SLURM_PROCID": rank}).stdout == f"task {rank}\n"
+    assert (tmp_path / "out/training_log.txt").read_text() == "task 0\n"
+
+
+def test_dry_run_is_instant_and_leaves_nothing(bash, tmp_path):
+    start = time.monotonic()
+    bash(RECIPE, DRY_RUN=1, INTERNVL_VENV="")
+    assert time.monotonic() - start < 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_dry_run_prints_can_be_run(bash, tmp_path):
+    variables = train(tmp_path, "import sys; print(sys.argv[-1])") | TASK
+    command = bash(RECIPE, "it's me", DRY_RUN=1, **variables).stdout
+    assert subprocess.check_output(["bash", "-c", command], text=True) == "it's me\n"

@@ -1,0 +1,85 @@
+"""The eight DeepSpeed files: what they share and every value in which they differ."""
+
+import json
+
+import pytest
+
+from .conftest import ROOT
+
+FILES = sorted((ROOT / "zero_stage_configs").glob("*.json"))
+STAGE_3 = {
+    "stage": 3,
+    "overlap_comm": True,
+    "contiguous_gradients": True,
+    "sub_group_size": 1e9,
+    "reduce_bucket_size": 1e9,
+    "stage3_prefetch_bucket_size": 1e9,
+    "stage3_param_persistence_threshold": 1e7,
+    "stage3_max_live_parameters": 1e9,
+    "stage3_max_reuse_distance": 1e9,
+    "stage3_gather_16bit_weights_on_model_save": True,
+}
+SPLIT = {
+    "stage": 1,
+    "allgather_partitions": True,
+    "allgather_bucket_size": 1e9,
+    "overlap_comm": True,
+    "reduce_scatter": True,
+    "reduce_bucket_size": 1e9,
+    "contiguous_gradients": True,
+}
+PIECES = ("sub_group_size", "reduce_bucket_size", "stage3_prefetch_bucket_size")
+LIVE = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+THRESHOLD = "stage3_param_persistence_threshold"
+CPU = {"device": "cpu", "pin_memory": True}
+ZERO = {
+    "zero_stage1_config.json": SPLIT,
+    "zero_stage2_config.json": SPLIT | {"stage": 2, "allgather_bucket_size": 1e8, "reduce_bucket_size": 1e8},
+    "zero_stage3_config.json": STAGE_3,
+    "zero_stage3_config_34b.json": STAGE_3 | {THRESHOLD: 1e5},
+    "zero_stage3_config_70b.json": STAGE_3 | {THRESHOLD: 1e5},
+    "zero_stage3_config_100b.json": STAGE_3 | {THRESHOLD: 1e4},
+    "zero_stage3_config_100b_1e8.json": STAGE_3 | {THRESHOLD: 1e4} | dict.fromkeys(PIECES, 1e8),
+    "zero_stage3_config_100b_1e7_offload.json": STAGE_3
+    | {THRESHOLD: 1e4, "overlap_comm": False, "offload_param": CPU, "offload_optimizer": CPU}
+    | dict.fromkeys(PIECES, 1e7)
+    | dict.fromkeys(LIVE, 1e8),
+}
+SHARED = {
+    "fp16": {
+        "enabled": "auto",
+        "auto_cast": True,
+        "loss_scale": 0,
+        "initial_scale_power": 32,
+        "loss_scale_window": 1000,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
+    "bf16": {"enabled": "auto"},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": "auto"},
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+}
+
+
+def test_the_eight_are_there():
+    assert {f.name for f in FILES} == set(ZERO)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_values(file):
+    breakdown = {"wall_clock_breakdown": file.name != "zero_stage2_config.json"}
+    assert json.loads(file.read_text()) == SHARED | breakdown | {"zero_optimization": ZERO[file.name]}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "shell/data").glob("*.json")), ids=lambda f: f.stem)
+def test_meta_files_have_what_a_meta_file_needs(file):
+    for entry in json.loads(file.read_text()).values():
+        assert {"root", "annotation", "repeat_time", "data_augment"} <= set(entry)
+        assert entry["annotation"].endswith(".jsonl")
