@@ -93,7 +93,7 @@ def test_ends_at_the_tokenizers_own_end(speaker):
     ids = next(row["new_tokens"][1:] for row in golden["chat"] if row["question"] == "Hello")
     assert len(model.chat(tokenizer, None, "Hello", GREEDY)) > len(tokenizer.decode(ids[:2]))
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[1])
-    assert model.chat(tokenizer, None, "Hello", GREEDY) == tokenizer.decode(ids[:1]).strip()
+    assert model.chat(tokenizer, None, "Hello", GREEDY) == tokenizer.decode(ids[:2]).strip()
 
 
 def test_wrong_calls_say_what_is_wrong(speaker):

@@ -88,6 +88,7 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = option(False, "batches are made for the model; nothing is removed")
     ddp_find_unused_parameters: bool | None = option(False, "every trainable parameter takes part in every step")
     log_level: str = option("error", "of transformers; a run tells what matters itself")
+    log_level_replica: str = option("error", "the same, on ranks other than the first")
     use_cpu: bool = option(not torch.cuda.is_available(), "train without an accelerator")
 
     def __post_init__(self):

@@ -11,12 +11,12 @@ import torch
 
 from internvl.train.constants import IGNORE_INDEX
 
-# Tensors along tokens: type, and what stands behind the end of a row (None: see `_pad`).
+# Tensors along tokens: type, and what stands behind the end of a row; `_pad` puts in `pad_id` and positions.
 TOKENS = {
-    "input_ids": (torch.int64, None),
+    "input_ids": (torch.int64, 0),
     "labels": (torch.int64, IGNORE_INDEX),
     "attention_mask": (torch.bool, False),
-    "position_ids": (torch.int64, None),
+    "position_ids": (torch.int64, 0),
     "loss_weight": (torch.float32, 0.0),
 }
 TILES = ("pixel_values", "image_flags")
@@ -74,7 +74,7 @@ def _pad(key: str, rows: Sequence, pad_id: int, length: int) -> torch.Tensor:
     longest = max(map(len, rows))
     if longest > length:
         raise ValueError(f"a row of {longest} tokens does not fit into {length}.")
-    padded = torch.full((len(rows), length), pad_id if key == "input_ids" else fill or 0, dtype=dtype)
+    padded = torch.full((len(rows), length), pad_id if key == "input_ids" else fill, dtype=dtype)
     for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = torch.as_tensor(row)
         if key == "position_ids":

@@ -1,4 +1,4 @@
-"""Continue pre-training an InternVL chat model: the same program as `internvl_chat_finetune.py`, at upstream's other path."""
+"""Continue pre-training an InternVL chat model: the program of `internvl_chat_finetune.py` at upstream's other path."""
 
 from internvl.train.internvl_chat_finetune import (  # noqa: F401
     IGNORE_INDEX,

@@ -4,6 +4,7 @@ Made by `build.py`; everything else of a run (loop, DeepSpeed, schedule, checkpo
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,7 +70,8 @@ class InternVLTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Each rank reads its own column of the plan, so accelerate must not split the batches once more."""
-        workers = self.args.dataloader_num_workers
+        cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = min(self.args.dataloader_num_workers, cores)  # the order is the same with any number
         batches = PlannedBatches(self.plan, self.args.process_index, epoch=lambda: int(self.state.epoch or 0))
         return DataLoader(
             self.train_dataset,

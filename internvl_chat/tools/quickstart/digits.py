@@ -54,7 +54,7 @@ def shifted(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for _ in range(2):
         angle, phase = rng.uniform(0, 2 * np.pi, 2)
         wavelength = rng.uniform(10, 40)
-        slate += 35 * np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / wavelength + phase)
+        slate += 20 * np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / wavelength + phase)
     chalk = np.rot90(ink(scan))
     return np.clip(slate + (250 - slate) * chalk, 0, 255).astype(np.uint8)
 

@@ -116,7 +116,7 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
             ValueError: a key is missing, unexpected or of another shape; the message lists all of them.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        # Other shapes are ignored so that they can be listed; under ZeRO-3 the model's own shapes are not there to compare.
+        # Other shapes are ignored so that all can be listed; under ZeRO-3 the model's own are not there to compare.
         lenient = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), "output_loading_info": True}
         kwargs = {"use_safetensors": True, **kwargs, **lenient}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
