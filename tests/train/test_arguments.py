@@ -111,6 +111,8 @@ def test_there_are_eight_zero_configs():
 
 WRONG = {
     "unknown ZeRO file": (["--deepspeed", "zero_stage9.json"], "zero_stage9.json: no such file"),
+    "a misspelt flag": (["--no_such_flag", "3"], "not a flag of this program: --no_such_flag 3"),
+    "not a number": (["--learning_rate", "fast"], "--learning_rate.*: invalid float value: 'fast'"),
     "warmup ratio of 3": (["--warmup_ratio", "3"], r"--warmup_ratio is a share of the steps in \[0, 1\), not 3.0"),
 }
 

@@ -171,6 +171,7 @@ WRONG = {
     "not supported": (["--use_packed_ds", "True"], "--use_packed_ds True: not supported yet"),
     "a negative rank": (["--use_llm_lora", "-3"], "--use_llm_lora -3"),
     "tokens too few for one tile": (["--max_seq_length", "40"], "samples cannot be used"),
+    "no tile at all": (["--max_dynamic_patch", "0"], "--max_dynamic_patch 0: fewest and most tiles"),
     "tiles that do not divide": (["--force_image_size", "70"], "70 pixels does not divide"),
 }
 

@@ -89,6 +89,7 @@ class TrainingArguments(transformers.TrainingArguments):
     ddp_find_unused_parameters: bool | None = option(False, "every trainable parameter takes part in every step")
     log_level: str = option("error", "of transformers; a run tells what matters itself")
     log_level_replica: str = option("error", "the same, on ranks other than the first")
+    logging_nan_inf_filter: bool = option(False, "report a loss that is not finite as what it is")
     use_cpu: bool = option(not torch.cuda.is_available(), "train without an accelerator")
 
     def __post_init__(self):
@@ -138,15 +139,24 @@ def load_zero_config(name: str, args: transformers.TrainingArguments) -> dict:
     return config
 
 
+class Parser(HfArgumentParser):
+    """Raises what argparse would print below a page of usage."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}.")
+
+
 def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataTrainingArguments, TrainingArguments]:
     """Parse a command line (default: this program's), or one `.json` file of arguments.
 
     Raises:
-        ValueError: for a flag whose value cannot be used, in one sentence.
-        SystemExit: for an unknown flag (argparse).
+        ValueError: an unknown flag, or a value that cannot be used, in one sentence.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TrainingArguments))
+    parser = Parser((ModelArguments, DataTrainingArguments, TrainingArguments))
     if len(argv) == 1 and argv[0].endswith(".json"):
         return parser.parse_json_file(argv[0])
-    return parser.parse_args_into_dataclasses(argv)
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"not a flag of this program: {' '.join(unknown)}; --help lists all.")
+    return tuple(parsed)

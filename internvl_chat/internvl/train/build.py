@@ -56,6 +56,11 @@ def check(model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
         raise ValueError("--model_name_or_path is missing: which checkpoint shall the run start from?")
     if not data_args.meta_path:
         raise ValueError("--meta_path is missing: which JSON file lists the data sets?")
+    if not 1 <= data_args.min_dynamic_patch <= data_args.max_dynamic_patch:
+        raise ValueError(
+            f"--min_dynamic_patch {data_args.min_dynamic_patch} --max_dynamic_patch {data_args.max_dynamic_patch}: "
+            "fewest and most tiles of an image are at least 1, and the fewest not above the most."
+        )
     if data_args.conv_style not in conv_templates:
         raise ValueError(f"--conv_style {data_args.conv_style}: known templates are {', '.join(conv_templates)}.")
 
