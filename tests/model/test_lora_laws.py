@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import Case
+from model_cases import Case
 
 from internvl.model.checkpoint import merge_adapters, save_adapters
 from internvl.model.internvl_chat import InternVLChatModel

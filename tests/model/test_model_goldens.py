@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import check_norms, close, gradient_norms
+from model_cases import check_norms, close, gradient_norms
 
 
 @torch.no_grad()
