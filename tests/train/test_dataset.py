@@ -18,6 +18,7 @@ from internvl.train.constants import BadSample
 from internvl.train.dataset import LazySupervisedDataset, load_meta
 
 SAME_ARITHMETIC = PIL.__version__ == "13.0.0" and torchvision.__version__.startswith("0.29.1")
+GREY_LEVELS = 0.04  # two steps of 1 / 255, normalised: where another Pillow rounds otherwise while it resizes
 
 
 def assert_same_sample(sample: dict, item: dict, where: str):
@@ -31,8 +32,8 @@ def assert_same_sample(sample: dict, item: dict, where: str):
     if SAME_ARITHMETIC:
         assert hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest() == digest["sha256"], where
     else:
-        torch.testing.assert_close(pixels.flatten()[:8], torch.tensor(digest["first8"]), atol=1e-6, rtol=0)
-        assert abs(pixels.mean().item() - digest["mean"]) < 1e-6, where
+        torch.testing.assert_close(pixels.flatten()[:8], torch.tensor(digest["first8"]), atol=GREY_LEVELS, rtol=0)
+        assert abs(pixels.mean().item() - digest["mean"]) < 1e-3, where
 
 
 def test_recorded_samples(goldens):
