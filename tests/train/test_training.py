@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from internvl.dist_utils import free_port
 from internvl.train.arguments import parse_args
-from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer, check
+from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer, check, resume_point
 
 ROOT = Path(__file__).parents[2]
 ENTRY = ROOT / "internvl_chat/internvl/train/internvl_chat_finetune.py"
@@ -171,6 +171,7 @@ WRONG = {
     "not supported": (["--use_packed_ds", "True"], "--use_packed_ds True: not supported yet"),
     "a negative rank": (["--use_llm_lora", "-3"], "--use_llm_lora -3"),
     "tokens too few for one tile": (["--max_seq_length", "40"], "samples cannot be used"),
+    "no such checkpoint": (["--resume_from_checkpoint", "/nowhere/checkpoint-3"], "no checkpoint"),
     "no tile at all": (["--max_dynamic_patch", "0"], "--max_dynamic_patch 0: fewest and most tiles"),
     "tiles that do not divide": (["--force_image_size", "70"], "70 pixels does not divide"),
 }
@@ -187,6 +188,7 @@ def prepare(argv: list[str]):
     """What `main` does before the first step, in this process."""
     model_args, data_args, training_args = parse_args(argv)
     check(model_args, data_args)
+    resume_point(training_args)
     tokenizer = build_tokenizer(model_args, data_args)
     model = build_model(model_args, data_args, training_args, tokenizer)
     data = build_data(data_args, training_args, tokenizer, model.num_image_token)

@@ -206,10 +206,12 @@ def resume_point(training_args: TrainingArguments) -> str | None:
     """The checkpoint to go on from: the one asked for, else the last one in the output folder.
 
     Raises:
-        ValueError: when the output folder holds something else than checkpoints of a run, and may not be overwritten.
+        ValueError: there is no such checkpoint; or the output folder holds a finished model and may not be overwritten.
     """
-    if training_args.resume_from_checkpoint:
-        return training_args.resume_from_checkpoint
+    if asked := training_args.resume_from_checkpoint:
+        if not (Path(asked) / "trainer_state.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint (no trainer_state.json) there.")
+        return asked
     folder = Path(training_args.output_dir)
     if training_args.overwrite_output_dir or not folder.is_dir():
         return None

@@ -95,10 +95,9 @@ class InternVLTrainer(Trainer):
         if self.optimizer is None:
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.hf_ds_config.is_offload():
-                from deepspeed.ops.adam import (
-                    DeepSpeedCPUAdam as optimizer_class,
-                )  # the one that steps offloaded states
+                from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+                optimizer_class = DeepSpeedCPUAdam  # the one that steps states which are not on the device
                 kwargs = {key: kwargs[key] for key in ("lr", "betas", "eps")}
             groups = parameter_groups(self.model, self.args.learning_rate, self.args.weight_decay)
             self.optimizer = optimizer_class(groups, **kwargs)
@@ -107,6 +106,8 @@ class InternVLTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over ranks and accumulation counts every micro-batch alike; the empty ones of an epoch's last step
         must not make its loss and gradient smaller."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         step = self.plan(int(self.state.epoch or 0))
         step = step[self.state.global_step % len(step)]
         scale = step[..., 0].size / (step >= 0).any(-1).sum()
