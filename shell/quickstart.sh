@@ -66,7 +66,7 @@ COMMON=(--overwrite_output_dir True --save_strategy no --group_by_length False -
 train_base() { # everything trains, by the same entry as any other run
     (
         export MODEL_PATH=$MODELS/init META_PATH=$DATA/plain_train.json OUTPUT_DIR=$MODELS/base
-        FLAGS=("${COMMON[@]}" --num_train_epochs 3 --learning_rate 1e-3 --weight_decay 0.05)
+        FLAGS=("${COMMON[@]}" --num_train_epochs 2.5 --learning_rate 1e-3 --weight_decay 0.05)
         set --
         # shellcheck source=shell/launch.sh
         source "$ROOT/shell/launch.sh"
@@ -75,7 +75,7 @@ train_base() { # everything trains, by the same entry as any other run
 
 adapt() { # name of the outcome, flags...: the recipe for InternVL2.5-8B as it is, with other weights and data
     MODEL_PATH=$MODELS/base META_PATH=$DATA/shifted_train.json OUTPUT_DIR=$MODELS/$1 \
-        bash "$ROOT/shell/internvl2.5/8b_vit_lora.sh" "${COMMON[@]}" --num_train_epochs 3 --learning_rate 3e-3 "${@:2}"
+        bash "$ROOT/shell/internvl2.5/8b_vit_lora.sh" "${COMMON[@]}" --num_train_epochs 2.5 --learning_rate 3e-3 "${@:2}"
 }
 
 evaluate() { # name of the model, looks...
