@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from internvl.dist_utils import free_port
+from internvl.model.tokenizer import load_tokenizer
 from internvl.train.arguments import parse_args
 from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer, check, resume_point
+from internvl.train.constants import SPECIAL_TOKENS
 
 ROOT = Path(__file__).parents[2]
 ENTRY = ROOT / "internvl_chat/internvl/train/internvl_chat_finetune.py"
@@ -201,6 +203,33 @@ def test_an_error_is_one_sentence_on_every_launcher(tiny, tmp_path):
         "error: --use_llm_lora -3: a LoRA rank is positive, or 0 for none."
     ]
     assert "Traceback" not in done.stderr
+
+
+def without_image_tokens(folder: Path) -> None:
+    """Take the nine image tokens, the last of the vocabulary, out of a tokenizer's files."""
+    (folder / "special_tokens_map.json").unlink()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] not in SPECIAL_TOKENS]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    kept = {i: t for i, t in config["added_tokens_decoder"].items() if t["content"] not in SPECIAL_TOKENS}
+    config = {k: v for k, v in config.items() if k != "additional_special_tokens"} | {"added_tokens_decoder": kept}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_missing_image_tokens_and_another_tile_size_are_fitted(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    without_image_tokens(tmp_path / "model")
+    assert not set(SPECIAL_TOKENS) & load_tokenizer(tmp_path / "model").get_vocab().keys()
+    flags = [*flags_of(tiny, tmp_path / "out"), "--model_name_or_path", str(tmp_path / "model")]
+    trainer = prepare([*flags, "--force_image_size", "112", *FULL])
+    ids = [trainer.processing_class.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
+    assert ids == load_tokenizer(tiny / "model").convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    assert trainer.model.num_image_token == 16
+    batch = trainer.data_collator([trainer.train_dataset[(0, 0)]])
+    assert (batch["input_ids"] == trainer.model.img_context_token_id).sum() % 16 == 0
+    assert torch.isfinite(trainer.model(**{k: v for k, v in batch.items() if k != "bad_samples"}).loss)
 
 
 def test_a_finished_model_is_not_overwritten(tiny, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from internvl.conversation import conv_templates
@@ -84,12 +85,7 @@ def build_model(
     config = build_config(model_args, data_args)
     dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     model = InternVLChatModel.from_pretrained(model_args.model_name_or_path, config=config, dtype=dtype)
-    added = add_special_tokens(model, tokenizer, SPECIAL_TOKENS)
-    if added:
-        logger.info("added %d image tokens to the tokenizer and the embeddings", added)
-    model.img_context_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
-    if config.vision_config.image_size != data_args.force_image_size:
-        resize_image(model, data_args.force_image_size)
+    fit(model, tokenizer, data_args.force_image_size)
     model.config.use_cache = model.language_model.config.use_cache = False
     if model_args.grad_checkpoint:
         # Not reentrant: adapters in a frozen tower get gradients although its input needs none.
@@ -119,6 +115,23 @@ def build_config(model_args: ModelArguments, data_args: DataTrainingArguments) -
     for name in ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch", "pad2square"):
         setattr(config, name, getattr(data_args, name))
     return config
+
+
+def fit(model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, image_size: int) -> None:
+    """Give model and tokenizer the image tokens they lack, and the model position embeddings for tiles of this size."""
+    missing = sorted(set(SPECIAL_TOKENS) - tokenizer.get_vocab().keys())
+    size = model.config.vision_config.image_size
+    if is_deepspeed_zero3_enabled() and (missing or size != image_size):
+        raise ValueError(
+            f"the checkpoint has tiles of {size} pixels and lacks {len(missing)} image tokens; with --force_image_size "
+            f"{image_size} its weights must change, which ZeRO-3 cannot do: use ZeRO-2 for the first run."
+        )
+    if missing:
+        logger.info("adding the image tokens %s", ", ".join(missing))
+        add_special_tokens(model, tokenizer, SPECIAL_TOKENS)
+    model.img_context_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
+    if size != image_size:
+        resize_image(model, image_size)
 
 
 def cast_trainable(model: nn.Module, dtype: torch.dtype) -> None:
