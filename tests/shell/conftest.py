@@ -14,12 +14,24 @@ ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "internvl_chat/internvl/train/internvl_chat_finetune.py"
 
 
+@pytest.fixture(scope="session")
+def plain_machine(tmp_path_factory) -> Path:
+    """A folder of this machine's commands, less those of SLURM and of GPUs: the tests mean a machine without either."""
+    folder = tmp_path_factory.mktemp("commands")
+    for directory in map(Path, os.environ["PATH"].split(os.pathsep)):
+        for command in directory.iterdir() if directory.is_dir() else []:
+            link = folder / command.name
+            if command.name not in ("srun", "scontrol", "nvidia-smi") and not link.is_symlink():
+                link.symlink_to(command)
+    return folder
+
+
 @pytest.fixture
-def bash(tmp_path):
+def bash(tmp_path, plain_machine):
     """`bash(script, *flags, NAME=value, ...)`: run it in an empty folder with only the named variables set."""
 
     def run(script, *flags, cwd=tmp_path, **variables):
-        env = {"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "HOME": str(tmp_path), "INTERNVL_VENV": "none"}
+        env = {"PATH": f"{sys.prefix}/bin:{plain_machine}", "HOME": str(tmp_path), "INTERNVL_VENV": "none"}
         env |= {name: str(value) for name, value in variables.items()}
         command = ["/bin/bash", str(script), *map(str, flags)]
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
