@@ -19,7 +19,7 @@ LAYERS = [
     ["internvl.train.arguments", "internvl.train.jsonl", "internvl.train.record"],
     ["internvl.train.image", "internvl.train.video"],
     ["internvl.train.collator", "internvl.train.plan", "internvl.train.metrics"],
-    ["internvl.model.chat", "internvl.model.lora", "internvl.model.token_loss"],
+    ["internvl.model.internvl_chat.chat", "internvl.model.lora", "internvl.model.token_loss"],
     ["internvl.model.internlm2.tokenization_internlm2", "internvl.model.internlm2.tokenization_internlm2_fast"],
     ["internvl.model.tokenizer"],
     ["internvl.train.preprocess"],

@@ -14,12 +14,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from internvl.conversation import get_conv_template
-from internvl.model.chat import ChatMixin
 from internvl.model.internlm2.modeling_internlm2 import InternLM2ForCausalLM
 from internvl.model.lora import VISION_TARGETS, LoraSettings, freeze_base, is_wrapped, llm_targets, plain, wrap
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
 from internvl.model.token_loss import token_loss
 
+from .chat import ChatMixin
 from .configuration_internvl_chat import InternVLChatConfig
 from .modeling_intern_vit import InternVisionModel, has_flash_attn
 
