@@ -1,28 +1,35 @@
 #!/usr/bin/env bash
 # Starts a training: environment, arithmetic, torchrun or srun, log. The only script with logic; a recipe sets what
-# differs (variables, the array FLAGS) and sources this file with the user's words: `source .../launch.sh "$@"`.
+# differs (variables, flags in FLAGS), in words that `sh` reads too, and ends with `. .../launch.sh`.
 #
 #   MODEL_PATH META_PATH OUTPUT_DIR          what to train, on what, where to
-#   BATCH_SIZE PER_DEVICE_BATCH_SIZE         samples per step, of all processes and of one micro-batch
+#   BATCH_SIZE PER_DEVICE_BATCH_SIZE         samples per step, of all processes and (at most) of one micro-batch
 #   GPUS NODES GPUS_PER_NODE                 processes; without a GPU they run on the CPU
 #   ZERO_CONFIG                              a file of zero_stage_configs/, or none
-#   LAUNCHER                                 pytorch, or slurm (the default inside a SLURM allocation)
+#   LAUNCHER                                 pytorch, or slurm: the default inside a SLURM allocation, with PARTITION,
+#                                            and where srun is for a recipe that names its GPUs there, CLUSTER_GPUS
 #   NODE_RANK MASTER_ADDR MASTER_PORT        pytorch on several nodes: start it on each
 #   PARTITION GRES CPUS_PER_TASK SRUN_ARGS   slurm; GRES=none for tasks without a GPU
 #   DRY_RUN=1                                print the command and stop
 # The user's flags come last and win. The exit status is the training's.
 
+# shellcheck disable=SC2015 # `sh recipe.sh` goes on with bash
+[ -n "${BASH_VERSION:-}" ] && set +o posix || exec bash "$0" "$@"
 set -euo pipefail
 stop() { printf 'launch.sh: %s.\n' "$*" >&2 && exit 1; }
 # What depends on this machine is only a warning in a dry run: recipes can be inspected anywhere.
 machine_lacks() { if [[ ${DRY_RUN:-0} == 1 ]]; then printf 'launch.sh: warning: %s.\n' "$*" >&2; else stop "$*"; fi; }
 
-ROOT=$(CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-RECIPE=$(realpath -- "${BASH_SOURCE[1]:-$0}")
+ROOT=$(realpath -- "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")/..")
+CODE=$ROOT/internvl_chat
+[[ -d $CODE ]] || CODE=$ROOT # laid over an upstream checkout, shell/ stands inside internvl_chat/
+RECIPE=$(realpath -- "$0")
 [[ $RECIPE == "$ROOT"/shell/* ]] && RECIPE=${RECIPE#"$ROOT"/shell/} || RECIPE=${RECIPE##*/}
 RECIPE=${RECIPE%.sh}
-: "${ENTRY:=$ROOT/internvl_chat/internvl/train/internvl_chat_finetune.py}"
-: "${META_PATH:=$ROOT/shell/data/internvl_1_2_finetune_custom.json}"
+[[ -z ${PROJECT_NAME:-} ]] || RECIPE=$PROJECT_NAME/${RECIPE##*/}
+: "${ENTRY:=internvl_chat_finetune.py}" "${META_PATH:=$ROOT/shell/data/internvl_1_2_finetune_custom.json}"
+[[ $ENTRY == */* ]] || ENTRY=$CODE/internvl/train/$ENTRY
+[[ -f $META_PATH || ! -f $ROOT/$META_PATH ]] || META_PATH=$ROOT/$META_PATH # those of this repository, from anywhere
 : "${OUTPUT_DIR:=work_dirs/$RECIPE}" "${ZERO_CONFIG:=zero_stage2_config.json}"
 : "${BATCH_SIZE:=128}" "${PER_DEVICE_BATCH_SIZE:=4}"
 
@@ -47,8 +54,12 @@ SLURM_PLACE=outside
 # Step 4294967290 is the shell that salloc opens on the first node.
 [[ -n ${SLURM_STEP_ID:-} && $SLURM_STEP_ID != 4294967290 ]] && SLURM_PLACE=task
 STEP_TASKS=${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-1}}
-if [[ -z ${LAUNCHER:-} ]]; then # a step of one task, `srun --pty bash`, is a machine like any other
-    [[ $SLURM_PLACE == outside || ($SLURM_PLACE == task && $STEP_TASKS == 1) ]] && LAUNCHER=pytorch || LAUNCHER=slurm
+if [[ -z ${LAUNCHER:-} ]]; then
+    LAUNCHER=slurm
+    case $SLURM_PLACE in
+        outside) [[ -n ${PARTITION:-} || (-n ${CLUSTER_GPUS:-} && -n $(command -v srun)) ]] || LAUNCHER=pytorch ;;
+        task) ((STEP_TASKS > 1)) || LAUNCHER=pytorch ;; # `srun --pty bash` is a machine like any other
+    esac
 fi
 is_count GPUS NODES GPUS_PER_NODE BATCH_SIZE PER_DEVICE_BATCH_SIZE CPUS_PER_TASK MASTER_PORT
 
@@ -57,7 +68,7 @@ case $LAUNCHER-$SLURM_PLACE in
     pytorch-*) NODES=${NODES:-} PER_NODE=${GPUS:-$((HERE > 0 ? HERE : 1))} ;;
     slurm-task) GPUS=${GPUS:-$STEP_TASKS} NODES=${NODES:-${SLURM_STEP_NUM_NODES:-1}} PER_NODE=1 ;;
     slurm-allocation) NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}} PER_NODE=${SLURM_GPUS_ON_NODE:-8} ;;
-    slurm-*) NODES=${NODES:-} PER_NODE=8 ;;
+    slurm-*) NODES=${NODES:-} PER_NODE=8 && [[ -n $NODES ]] || : "${GPUS:=${CLUSTER_GPUS:-}}" ;;
     *) stop "LAUNCHER=$LAUNCHER is neither pytorch nor slurm" ;;
 esac
 if [[ -n ${GPUS:-} ]]; then
@@ -76,6 +87,10 @@ if [[ $LAUNCHER-$SLURM_PLACE == slurm-task ]] && ((GPUS != STEP_TASKS)); then
     stop "GPUS=$GPUS, but this step of SLURM has $STEP_TASKS tasks"
 fi
 
+if ((GPUS <= BATCH_SIZE && BATCH_SIZE < GPUS * PER_DEVICE_BATCH_SIZE)); then
+    PER_DEVICE_BATCH_SIZE=$((BATCH_SIZE / GPUS))
+    echo "launch.sh: micro-batches of $PER_DEVICE_BATCH_SIZE: BATCH_SIZE=$BATCH_SIZE gives no more to GPUS=$GPUS." >&2
+fi
 UNIT=$((PER_DEVICE_BATCH_SIZE * GPUS))
 GRADIENT_ACC=$((BATCH_SIZE / UNIT))
 if ((GRADIENT_ACC * UNIT != BATCH_SIZE)); then
@@ -96,7 +111,8 @@ ARGS=( # what upstream's InternVL2.5 recipes share; those of other models overri
 )
 [[ -z ${MODEL_PATH:-} ]] || ARGS+=(--model_name_or_path "$MODEL_PATH")
 [[ $ZERO_CONFIG == none ]] || ARGS+=(--deepspeed "$ZERO_CONFIG")
-ARGS+=(${FLAGS[@]+"${FLAGS[@]}"} "$@")
+# shellcheck disable=SC2206 # several words are meant
+ARGS+=(${FLAGS:-} "$@")
 
 last_value() { # what the parser will see for flag $1
     local i value=
@@ -164,7 +180,7 @@ esac
 COMMAND=(
     env LAUNCHER="$LAUNCHER" MASTER_PORT="$MASTER_PORT" TF_CPP_MIN_LOG_LEVEL=3
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CPUS_PER_TASK > 0 ? CPUS_PER_TASK : 1))}"
-    PYTHONPATH="$ROOT/internvl_chat${PYTHONPATH:+:$PYTHONPATH}"
+    PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"
     "${START[@]}" "$ENTRY" "${ARGS[@]}"
 )
 if [[ ${DRY_RUN:-0} == 1 ]]; then

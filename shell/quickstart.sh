@@ -66,7 +66,7 @@ COMMON=(--overwrite_output_dir True --save_strategy no --group_by_length False -
 train_base() { # everything trains, by the same entry as any other run
     (
         export MODEL_PATH=$MODELS/init META_PATH=$DATA/plain_train.json OUTPUT_DIR=$MODELS/base
-        FLAGS=("${COMMON[@]}" --num_train_epochs 2.5 --learning_rate 1e-3 --weight_decay 0.05)
+        FLAGS="${COMMON[*]} --num_train_epochs 2.5 --learning_rate 1e-3 --weight_decay 0.05"
         set --
         # shellcheck source=shell/launch.sh
         source "$ROOT/shell/launch.sh"

@@ -7,8 +7,10 @@
 # its last line is its own.
 
 _internvl_setup() {
-    local root env wanted compiler=${CXX:-c++}
+    local root code env wanted compiler=${CXX:-c++}
     root=$(CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd) || return
+    code=$root/internvl_chat
+    [[ -d $code ]] || code=$root # laid over an upstream checkout, shell/ stands inside internvl_chat/
     env=${INTERNVL_VENV:-$root/.venv}
     if [[ $env == none ]]; then
         env=$(python3 -Ic 'import sys; print(sys.prefix)' 2>/dev/null) || env=
@@ -29,8 +31,8 @@ _internvl_setup() {
         # shellcheck source=/dev/null
         source "$env/bin/activate" || return
     fi
-    [[ :${PYTHONPATH:-}: == *:$root/internvl_chat:* ]] ||
-        export PYTHONPATH=$root/internvl_chat${PYTHONPATH:+:$PYTHONPATH}
+    [[ :${PYTHONPATH:-}: == *:$code:* ]] ||
+        export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}
     [[ -f $env/.internvl-flash-attn ]] || (_internvl_flash_attn "$env")
 }
 

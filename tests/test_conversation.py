@@ -9,7 +9,7 @@ from internvl.conversation import STYLES, Conversation, SeparatorStyle, conv_tem
 
 def test_template_fields(goldens):
     templates = json.loads((goldens / "templates.json").read_text(encoding="utf-8"))["templates"]
-    assert set(templates) == set(conv_templates)
+    assert set(templates) | {"internvl3_5_gpt_oss"} == set(conv_templates)
     for name, fields in templates.items():
         template = get_conv_template(name)
         ours = {field: getattr(template, field) for field in fields}
@@ -18,7 +18,7 @@ def test_template_fields(goldens):
 
 def test_prompts(goldens):
     rows = [json.loads(line) for line in (goldens / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert {row["template"] for row in rows} == set(conv_templates)
+    assert {row["template"] for row in rows} | {"internvl3_5_gpt_oss"} == set(conv_templates)
     for row in rows:
         template = get_conv_template(row["template"])
         if row["system_message"] is not None:
@@ -26,6 +26,27 @@ def test_prompts(goldens):
         for message in row["messages"]:
             template.append_message(template.roles[message["role"] == "assistant"], message["text"])
         assert template.get_prompt() == row["prompt"]
+
+
+def test_internvl3_5_gpt_oss():
+    """The goldens are older than this template: the text that its published checkpoints were trained on."""
+    template = get_conv_template("internvl3_5_gpt_oss")
+    assert template.sep_style is SeparatorStyle.MPT_TWO and SeparatorStyle.MPT_TWO == 19
+    system = (
+        "<|start|>system<|message|>You are InternVL, a large language model trained by Shanghai AI Laboratory.\n"
+        "Knowledge cutoff: 2024-06\nCurrent date: 2025-08-06\n\nReasoning: low\n\n"
+        "# Valid channels: final. Channel must be included for every message.<|end|>"
+    )
+    said = ["Q1", "<|channel|>final<|message|>A1", "Q2", "<|channel|>final<|message|>A2"]
+    for index, text in enumerate(said):
+        template.append_message(template.roles[index % 2], text)
+    answered = (
+        "<|start|>user<|message|>Q1<|end|><|start|>assistant<|channel|>final<|message|>A1<|end|>"
+        "<|start|>user<|message|>Q2<|end|><|start|>assistant"
+    )
+    assert template.get_prompt() == system + answered + "<|channel|>final<|message|>A2<|return|>"
+    template.update_last_message(None)
+    assert template.get_prompt() == system + answered
 
 
 @pytest.mark.parametrize("style", SeparatorStyle)

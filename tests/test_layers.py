@@ -10,30 +10,52 @@ PACKAGE = Path(__file__).parents[1] / "internvl_chat"
 # Lowest first. Inside a line a file may import those to its left.
 LAYERS = [
     ["internvl.train.constants", "internvl.train"],
-    ["internvl.conversation", "internvl.dist_utils"],
+    ["internvl.command_line", "internvl.conversation", "internvl.dist_utils"],
     ["internvl.model.internlm2.configuration_internlm2", "internvl.model.phi3.configuration_phi3"],
     [
         "internvl.model.internvl_chat.configuration_intern_vit",
         "internvl.model.internvl_chat.configuration_internvl_chat",
     ],
-    ["internvl.train.arguments", "internvl.train.jsonl", "internvl.train.record"],
-    ["internvl.train.image", "internvl.train.video"],
+    [
+        "internvl.train.refused",
+        "internvl.train.arguments",
+        "internvl.train.files",
+        "internvl.train.jsonl",
+        "internvl.train.record",
+    ],
+    ["internvl.train.image", "internvl.train.video", "internvl.train.upstream_names"],
     ["internvl.train.collator", "internvl.train.plan", "internvl.train.metrics"],
-    ["internvl.model.internvl_chat.chat", "internvl.model.lora", "internvl.model.token_loss"],
+    [
+        "internvl.model.internvl_chat.chat",
+        "internvl.model.internvl_chat.checkpoint_keys",
+        "internvl.model.lora",
+        "internvl.model.token_loss",
+    ],
+    ["internvl.model.saved_tokenizer"],
     ["internvl.model.internlm2.tokenization_internlm2", "internvl.model.internlm2.tokenization_internlm2_fast"],
-    ["internvl.model.tokenizer"],
-    ["internvl.train.preprocess"],
+    ["internvl.model.tokenization_llama", "internvl.model.tokenizer"],
+    ["internvl.train.segments", "internvl.train.preprocess"],
     ["internvl.model.internvl_chat.modeling_intern_vit"],
     ["internvl.model.internlm2.modeling_internlm2", "internvl.model.phi3.modeling_phi3"],
     ["internvl.train.dataset", "internvl.model.internvl_chat.modeling_internvl_chat", "internvl.model.internvl_chat"],
     ["internvl.train.lengths", "internvl.train.dataset_packed", "internvl.model.checkpoint", "internvl.model"],
-    ["internvl.train.trainable", "internvl.train.trainer"],
-    ["internvl.train.build"],
-    ["internvl.train.internvl_chat_finetune", "internvl.train.internvl_chat_pretrain", "internvl.patch", "tools"],
+    [
+        "internvl.model.tensor_files",
+        "internvl.model.hf_format",
+        "internvl.model.hf_config",
+        "internvl.model.hf_processor",
+    ],
+    ["internvl.model.liger", "internvl.train.check"],
+    ["internvl.train.preference", "internvl.train.preference_loss"],
+    ["internvl.train.trainable", "internvl.train.trainer", "internvl.train.trainer_dpo"],
+    ["internvl.train.build", "internvl.train.build_mpo"],
+    ["internvl.train.internvl_chat_finetune", "internvl.train.internvl_chat_pretrain"],
+    ["internvl.train.internvl_chat_mpo", "tools"],
+    ["internvl.patch.pad_data_collator", "internvl.patch.train_sampler_patch", "internvl.patch"],
 ]
 HEIGHT = {module: (level, place) for level, layer in enumerate(LAYERS) for place, module in enumerate(layer)}
-DATA_PATH = ["jsonl", "record", "image", "video", "preprocess", "dataset", "lengths", "plan"]
-DATA_PATH += ["dataset_packed", "collator"]
+DATA_PATH = ["files", "jsonl", "record", "image", "video", "upstream_names", "segments", "preprocess", "dataset"]
+DATA_PATH += ["lengths", "plan", "dataset_packed", "collator", "preference"]
 FILES = sorted(PACKAGE.glob("internvl/**/*.py")) + sorted(PACKAGE.glob("tools/**/*.py"))
 
 
@@ -81,7 +103,8 @@ def test_data_path_knows_no_process_group(name):
 
 
 def test_entry_points_and_patch_are_imported_by_nobody():
-    tops = {"internvl.train.internvl_chat_finetune", "internvl.train.internvl_chat_pretrain", "internvl.patch"}
+    entries = {f"internvl.train.internvl_chat_{name}" for name in ("finetune", "pretrain", "mpo")}
+    tops = entries | {"internvl.patch"}
     for file in FILES:
         if module_of(file) not in tops:
             assert not imports_of(file) & tops, file

@@ -32,6 +32,7 @@ class SeparatorStyle(IntEnum):
     CHATGLM3 = auto()
     INTERNVL_ZH = auto()
     MPT = auto()
+    MPT_TWO = auto()
 
 
 @dataclasses.dataclass
@@ -131,6 +132,11 @@ def _seps(c: Conversation, index: int) -> str:
     return (c.sep, c.sep2)[index % 2]
 
 
+def _sep_of_last_answer(c: Conversation, index: int) -> str:
+    """`sep2` ends an answer that ends the dialogue, `sep` every other message."""
+    return c.sep2 if index == len(c.messages) - 1 and c.messages[index][0] == c.roles[1] else c.sep
+
+
 def _system(c: Conversation) -> str:
     return c.system_text
 
@@ -181,6 +187,7 @@ STYLES: dict[SeparatorStyle, Style] = {
         lambda c: c.system_message + c.sep2, _role(": "), lambda c, index: _seps(c, index + 1), _role(":")
     ),
     S.MPT: Style(_system_sep, _role(), _sep, _role()),
+    S.MPT_TWO: Style(_system_sep, _role(), _sep_of_last_answer, _role()),
 }
 
 conv_templates: dict[str, Conversation] = {}
@@ -205,6 +212,13 @@ _ASSISTANT = (
 _WANXIANG = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
+_GPT_OSS = """You are InternVL, a large language model trained by Shanghai AI Laboratory.
+Knowledge cutoff: 2024-06
+Current date: 2025-08-06
+
+Reasoning: low
+
+# Valid channels: final. Channel must be included for every message."""
 _CHATML = {
     "system_template": "<|im_start|>system\n{system_message}",
     "roles": ("<|im_start|>user\n", "<|im_start|>assistant\n"),
@@ -224,5 +238,14 @@ for _template in (
         sep="<|end|>",
     ),
     Conversation("internvl2_5", **_CHATML, system_message=_WANXIANG, sep="<|im_end|>\n"),
+    Conversation(
+        "internvl3_5_gpt_oss",
+        system_template="<|start|>system<|message|>{system_message}",
+        system_message=_GPT_OSS,
+        roles=("<|start|>user<|message|>", "<|start|>assistant"),  # the model itself names the channel of its answer
+        sep_style=S.MPT_TWO,
+        sep="<|end|>",
+        sep2="<|return|>",
+    ),
 ):
     register_conv_template(_template)

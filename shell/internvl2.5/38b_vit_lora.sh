@@ -4,8 +4,8 @@
 # Two rows fit from 4 GPUs on (20 GB of weights each; 10 GB on 8).
 # Rate: half that of the models up to 8B, as in full fine-tuning (2e-5 there); adapters take 5x as much.
 : "${MODEL_PATH:=OpenGVLab/InternVL2_5-38B}" "${ZERO_CONFIG:=zero_stage3_config_34b.json}" "${PER_DEVICE_BATCH_SIZE:=2}"
-FLAGS=(
+FLAGS="
     --freeze_backbone True --freeze_llm True --freeze_mlp True --use_backbone_lora 16 --use_llm_lora 16
     --learning_rate 1e-4 --weight_decay 0.05
-)
-source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh" "$@"
+"
+. "$(dirname "$0")/../launch.sh"

@@ -4,8 +4,8 @@
 # ZeRO-2: only the adapters (40M parameters, 16 bytes each) have optimizer states, so weights need not be split.
 # Rate: adapters of rank 16 start at zero and take 5x the 4e-5 of full fine-tuning at this batch (128).
 : "${MODEL_PATH:=OpenGVLab/InternVL2_5-8B}" "${ZERO_CONFIG:=zero_stage2_config.json}" "${PER_DEVICE_BATCH_SIZE:=4}"
-FLAGS=(
+FLAGS="
     --freeze_backbone True --freeze_llm True --freeze_mlp True --use_backbone_lora 16 --use_llm_lora 16
     --learning_rate 2e-4 --weight_decay 0.05
-)
-source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh" "$@"
+"
+. "$(dirname "$0")/../launch.sh"

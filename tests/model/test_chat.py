@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LogitsProcessor
 
 from internvl.conversation import get_conv_template
+from internvl.model.checkpoint import add_special_tokens
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.tokenizer import load_tokenizer
 
@@ -93,7 +95,43 @@ def test_ends_at_the_tokenizers_own_end(speaker):
     ids = next(row["new_tokens"][1:] for row in golden["chat"] if row["question"] == "Hello")
     assert len(model.chat(tokenizer, None, "Hello", GREEDY)) > len(tokenizer.decode(ids[:2]))
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[1])
-    assert model.chat(tokenizer, None, "Hello", GREEDY) == tokenizer.decode(ids[:2]).strip()
+    assert model.chat(tokenizer, None, "Hello", GREEDY) == tokenizer.decode(ids[:1]).strip()
+
+
+class Dictate(LogitsProcessor):
+    """Makes each row of a batch write a given text."""
+
+    def __init__(self, *rows):
+        self.rows = rows
+        self.step = 0
+
+    def __call__(self, input_ids, scores):
+        dictated = torch.full_like(scores, -torch.inf)
+        for row, ids in enumerate(self.rows):
+            dictated[row, ids[min(self.step, len(ids) - 1)]] = 0
+        self.step += 1
+        return dictated
+
+
+def test_gpt_oss_answers_keep_their_channel(goldens, capsys):
+    """As upstream of InternVL 3.5 returns them, and as they stand in the next prompt."""
+    model = InternVLChatModel.from_pretrained(goldens / "e2e" / "qwen2")
+    tokenizer = load_tokenizer(goldens / "tokenizer")
+    markers = ["<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>"]
+    add_special_tokens(model, tokenizer, markers)
+    model.template, template = "internvl3_5_gpt_oss", get_conv_template("internvl3_5_gpt_oss")
+    model.system_message = template.system_message
+    short = "<|channel|>final<|message|>A cat."
+    long = "<|channel|>analysis<|message|>A tail.<|end|><|start|>assistant<|channel|>final<|message|>A <ref>cat</ref>."
+    ends = ["<|return|>", tokenizer.eos_token]
+    dictate = Dictate(*(tokenizer(text + end).input_ids for text, end in zip((short, long), ends, strict=True)))
+    options = {"max_new_tokens": 60, "do_sample": False, "logits_processor": [dictate]}
+    answers, histories = model.batch_chat(tokenizer, None, ["Q1", "Q1"], options, return_history=True)
+    assert answers == [short, long]
+    model.chat(tokenizer, None, "Q2", GREEDY, history=histories[0], verbose=True)
+    said = "<|start|>user<|message|>Q1<|end|><|start|>assistant<|channel|>final<|message|>A cat.<|end|>"
+    asked = said + "<|start|>user<|message|>Q2<|end|><|start|>assistant\n"
+    assert capsys.readouterr().out.endswith("every message.<|end|>" + asked)
 
 
 def test_wrong_calls_say_what_is_wrong(speaker):

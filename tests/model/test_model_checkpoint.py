@@ -91,6 +91,17 @@ def test_added_tokens_start_at_the_mean(pair):
     assert tokenizer.convert_tokens_to_ids("<two>") == len(tokenizer) - 1
 
 
+def test_tokens_without_a_row_get_one(pair):
+    """A tokenizer may know the image tokens already while the language model has no rows for them."""
+    model, tokenizer = pair
+    rows = len(tokenizer) - 3
+    model.language_model.resize_token_embeddings(rows)
+    assert add_special_tokens(model, tokenizer, ["<img>"]) == 0
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert len(layer.weight) == len(tokenizer)
+        torch.testing.assert_close(layer.weight[rows:], layer.weight[:rows].mean(0).expand(3, -1))
+
+
 def test_resize_image(goldens):
     case = Case(goldens / "models" / "qwen2")
     model, size = case.model(), 2 * case.model().config.vision_config.image_size

@@ -3,7 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from model_cases import check_norms, close, gradient_norms
+
+# Ids generated from embeddings alone begin, in transformers 4, with a placeholder; so do the recorded ones.
+PLACEHOLDER = 0 if transformers.__version__.startswith("4.") else 1
 
 
 @torch.no_grad()
@@ -56,7 +60,7 @@ def test_generate(model_case):
             else None
         )
         found = model.generate(pixels, ids, torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-        assert found[0].tolist() == row["new_tokens"][1:]  # the recorded ids begin with transformers 4's placeholder
+        assert found[0].tolist() == row["new_tokens"][PLACEHOLDER:]
 
 
 @torch.no_grad()

@@ -14,8 +14,7 @@ from internvl.model.internlm2.tokenization_internlm2_fast import InternLM2Tokeni
 from internvl.model.tokenizer import load_tokenizer
 
 INTERNLM2 = ["tokenizer_internlm2", "tokenizer_internlm2_prefix"]
-# tokenizer_phi3 is left out: transformers 5 has no slow tokenizer any more, and its ids need one.
-FOLDERS = ["tokenizer", "tokenizer_phi3_fast", *INTERNLM2]
+FOLDERS = ["tokenizer", "tokenizer_phi3", "tokenizer_phi3_fast", *INTERNLM2]
 
 
 def rows(folder):
@@ -88,6 +87,38 @@ def test_save_and_reload(goldens, tmp_path, name):
             assert reloaded.decode(row["ids"]) == row["decoded"]
 
 
+def test_what_upstream_reads_is_saved(goldens, tmp_path):
+    """The same added tokens, and the name of the code file that upstream looks for."""
+    folder = goldens / "tokenizer_internlm2"
+    load_tokenizer(folder).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    original = json.loads((folder / "tokenizer_config.saved_by_upstream.json").read_text())
+    assert {name: saved[name] for name in original} == original
+    assert (tmp_path / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+
+
+def test_other_files_of_a_folder_decide_nothing_but_its_chat_template(goldens, tmp_path):
+    folder = goldens / "tokenizer_internlm2"
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.copy(goldens / "tokenizer" / "tokenizer.json", tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    load_tokenizer(tmp_path).save_pretrained(tmp_path / "saved")
+    for tokenizer in (load_tokenizer(tmp_path), load_tokenizer(tmp_path / "saved")):
+        assert_recorded(tokenizer, folder)
+        messages = [{"role": "user", "content": "Hello"}]
+        ids = tokenizer.apply_chat_template(messages)["input_ids"]
+        assert ids == tokenizer("<|im_start|>user\nHello").input_ids
+
+
+def test_options_of_sentencepiece_are_refused(goldens):
+    with pytest.raises(ValueError, match="enable_sampling.*cannot be set"):
+        load_tokenizer(goldens / "tokenizer_internlm2", sp_model_kwargs={"enable_sampling": True})
+
+
 def test_bos_and_eos_switches(goldens):
     tokenizer = load_tokenizer(goldens / "tokenizer_internlm2")
     bare = tokenizer("Hello", add_special_tokens=False).input_ids
@@ -97,8 +128,14 @@ def test_bos_and_eos_switches(goldens):
             assert tokenizer("Hello").input_ids == [1] * bos + bare + [2] * eos
 
 
-def test_upstreams_fast_name_is_the_same_class():
-    assert InternLM2TokenizerFast is InternLM2Tokenizer
+def test_upstreams_fast_class_pads_on_the_left(goldens):
+    folder = goldens / "tokenizer_internlm2"
+    fast, slow = InternLM2TokenizerFast.from_pretrained(folder), InternLM2Tokenizer.from_pretrained(folder)
+    (long,), (short,) = (slow([text]).input_ids for text in ("Hello there", "x"))
+    padding = [slow.pad_token_id] * (len(long) - len(short))
+    assert slow(["Hello there", "x"], padding=True).input_ids == [long, short + padding]
+    assert fast(["Hello there", "x"], padding=True).input_ids == [long, padding + short]
+    assert_recorded(fast, folder)
 
 
 def test_missing_tokenizer_is_one_sentence(tmp_path):

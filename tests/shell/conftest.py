@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from internvl.train.arguments import parse_args
+from internvl.train.arguments import FINETUNE, MPO, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
-ENTRY = ROOT / "internvl_chat/internvl/train/internvl_chat_finetune.py"
+ENTRIES = ROOT / "internvl_chat/internvl/train"
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +30,10 @@ def plain_machine(tmp_path_factory) -> Path:
 def bash(tmp_path, plain_machine):
     """`bash(script, *flags, NAME=value, ...)`: run it in an empty folder with only the named variables set."""
 
-    def run(script, *flags, cwd=tmp_path, **variables):
+    def run(script, *flags, cwd=tmp_path, shell="/bin/bash", **variables):
         env = {"PATH": f"{sys.prefix}/bin:{plain_machine}", "HOME": str(tmp_path), "INTERNVL_VENV": "none"}
         env |= {name: str(value) for name, value in variables.items()}
-        command = ["/bin/bash", str(script), *map(str, flags)]
+        command = [shell, str(script), *map(str, flags)]
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
     return run
@@ -41,15 +41,15 @@ def bash(tmp_path, plain_machine):
 
 @pytest.fixture
 def dry_run(bash):
-    """Like `bash` with DRY_RUN=1; returns the words of the command that would start, before and after the entry."""
+    """Like `bash` with DRY_RUN=1; returns the words of the command that would start: up to the entry, and behind it."""
 
     def run(script, *flags, **variables):
         done = bash(script, *flags, DRY_RUN=1, **variables)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("\n") == 1
         words = shlex.split(done.stdout)
-        cut = words.index(str(variables.get("ENTRY", ENTRY)))
-        return words[:cut], words[cut + 1 :]
+        cut = 1 + next(i for i, word in enumerate(words) if Path(word).parent == ENTRIES)
+        return words[:cut], words[cut:]
 
     return run
 
@@ -57,4 +57,9 @@ def dry_run(bash):
 @pytest.fixture
 def parsed(dry_run):
     """The three dataclasses that the training would parse from a recipe."""
-    return lambda *args, **variables: parse_args(dry_run(*args, **variables)[1])
+
+    def run(*args, **variables):
+        start, argv = dry_run(*args, **variables)
+        return parse_args(argv, MPO if start[-1].endswith("mpo.py") else FINETUNE)
+
+    return run

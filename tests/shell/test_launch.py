@@ -17,7 +17,7 @@ TASK = JOB | {"SLURM_STEP_ID": 0, "SLURM_PROCID": 3, "SLURM_STEP_NUM_TASKS": 8, 
     ("variables", "words"),
     [
         ({"GPUS": 3}, ["BATCH_SIZE=128", "GPUS=3", "= 12", "120 and 132"]),
-        ({"GPUS": 2, "BATCH_SIZE": 4}, ["BATCH_SIZE=4", "= 8", "are: 8."]),
+        ({"GPUS": 8, "BATCH_SIZE": 4}, ["BATCH_SIZE=4", "= 32", "are: 32."]),
         ({"GPUS": "two"}, ["GPUS=two is not a positive whole number"]),
         ({"PER_DEVICE_BATCH_SIZE": 0}, ["PER_DEVICE_BATCH_SIZE=0"]),
         ({"BATCH_SIZE": "08"}, ["BATCH_SIZE=08"]),
@@ -76,12 +76,20 @@ def test_several_nodes_without_slurm(dry_run):
     assert args[args.index("--gradient_accumulation_steps") + 1] == "2"
 
 
+def test_a_micro_batch_is_at_most_what_a_process_gets(bash, dry_run):
+    done = bash(RECIPE, GPUS=8, BATCH_SIZE=16, DRY_RUN=1)
+    assert done.stderr == "launch.sh: micro-batches of 2: BATCH_SIZE=16 gives no more to GPUS=8.\n"
+    _, args = dry_run(RECIPE, GPUS=8, BATCH_SIZE=16)
+    assert args[args.index("--per_device_train_batch_size") + 1] == "2"
+    assert args[args.index("--gradient_accumulation_steps") + 1] == "1"
+
+
 def test_slurm_from_outside(dry_run):
     start, args = dry_run(
         RECIPE, LAUNCHER="slurm", GPUS=16, PARTITION="big", SRUN_ARGS="--quotatype=reserved --time 60"
     )
     step = start[start.index("srun") :]
-    assert step[1:] == [
+    assert step[1:-1] == [
         "--job-name=internvl2.5-8b_vit_lora",
         *("--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "-p", "big", "--gres=gpu:8"),
         *("--cpus-per-task=10", "--kill-on-bad-exit=1", "--quotatype=reserved", "--time", "60", "python3", "-u"),
@@ -89,6 +97,40 @@ def test_slurm_from_outside(dry_run):
     assert "LAUNCHER=slurm" in start
     assert args[args.index("--gradient_accumulation_steps") + 1] == "2"
     assert not any("gres" in word for word in dry_run(RECIPE, LAUNCHER="slurm", GPUS=2, GRES="none")[0])
+
+
+CLUSTER_RECIPE = ROOT / "shell/internvl2.5/2nd_finetune/internvl2_5_38b_dynamic_res_2nd_finetune_full.sh"
+
+
+def test_when_a_recipe_goes_to_the_cluster(dry_run, tmp_path):
+    def launcher(recipe, **variables):
+        start, _ = dry_run(recipe, **variables)
+        ntasks = [word for word in start if word.startswith(("--ntasks=", "--nproc_per_node="))]
+        return "slurm" if "srun" in start else "pytorch", ntasks[0].split("=")[1]
+
+    assert launcher(RECIPE, PARTITION="p") == ("slurm", "8")
+    assert launcher(CLUSTER_RECIPE, PARTITION="p") == ("slurm", "16"), "the recipe's own"
+    assert launcher(CLUSTER_RECIPE, PARTITION="p", GPUS=32) == ("slurm", "32")
+    assert launcher(CLUSTER_RECIPE, PARTITION="p", NODES=4) == ("slurm", "32")
+    assert launcher(CLUSTER_RECIPE) == ("pytorch", "1"), "a machine without SLURM"
+    (tmp_path / "srun").symlink_to("/bin/true")
+    path = f"{tmp_path}:/usr/bin:/bin"
+    assert launcher(CLUSTER_RECIPE, PATH=path) == ("slurm", "16")
+    assert launcher(CLUSTER_RECIPE, PATH=path, GPUS=8) == ("slurm", "8")
+    assert launcher(CLUSTER_RECIPE, PATH=path, GPUS=8, LAUNCHER="pytorch") == ("pytorch", "8")
+    assert launcher(RECIPE, PATH=path) == ("pytorch", "1")
+
+
+@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 99}])
+def test_the_variables_of_3_5_count_nodes(dry_run, variables):
+    recipe = ROOT / "shell/internvl3_5_qwen3/internvl3_5_8b_sft.sh"
+    start, args = dry_run(recipe, NPROC_PER_NODE=8, **variables)
+    nodes = variables.get("WORLD_SIZE", 1)
+    words = [f"--nnodes={nodes}", f"--node_rank={variables.get('RANK', 0)}", "--nproc_per_node=8"]
+    words += [f"--master_addr={variables.get('MASTER_ADDR', '127.0.0.1')}"]
+    words += [f"--master_port={port}"] if (port := variables.get("MASTER_PORT")) else []
+    assert {*words} <= {*start}
+    assert args[args.index("--gradient_accumulation_steps") + 1] == str(512 // 8 // nodes)
 
 
 @pytest.mark.parametrize("shell", [{}, {"SLURM_PROCID": 0}, {"SLURM_PROCID": 0, "SLURM_STEP_ID": 4294967290}])
@@ -104,7 +146,7 @@ def test_slurm_inside_a_task(dry_run):
     commands = [dry_run(RECIPE, **TASK | {"SLURM_PROCID": rank}) for rank in (0, 7)]
     assert commands[0] == commands[1], "one port for all"
     start, args = commands[0]
-    assert start[-2:] == ["python3", "-u"]
+    assert start[-3:-1] == ["python3", "-u"]
     assert "srun" not in start
     assert "LAUNCHER=slurm" in start
     assert args[args.index("--gradient_accumulation_steps") + 1] == "4"

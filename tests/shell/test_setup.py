@@ -20,6 +20,7 @@ def repository(tmp_path):
     """A checkout whose requirements are already met: installing it is real and short."""
     folder = tmp_path / "a checkout"
     (folder / "shell").mkdir(parents=True)
+    (folder / "internvl_chat").mkdir()
     shutil.copy(ROOT / "shell/setup.sh", folder / "shell")
     (folder / "requirements.txt").write_text("# nothing\n")
     return folder

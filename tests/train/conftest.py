@@ -1,11 +1,16 @@
 """A maker of small data sets with real files."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from runs import without_image_tokens, write_meta
 from samples import tokenizer_of
 
+from internvl.model.internvl_chat import InternVLChatModel
 from internvl.train.arguments import DataTrainingArguments
 from internvl.train.dataset import LazySupervisedDataset
 
@@ -24,12 +29,44 @@ def make(tmp_path, goldens):
     for k in range(20):
         noise.save(tmp_path / "film" / f"frame_{k}.png")
 
-    def make(*records, max_length=400, meta=None, seed=0, **data_args) -> LazySupervisedDataset:
+    def make(*records, max_length=400, meta=None, seed=0, kind=LazySupervisedDataset, **data_args):
         lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
         (tmp_path / "data.jsonl").write_text("\n".join(lines))
         flags = {"conv_style": "internvl2_5", "force_image_size": 28, "dynamic_image_size": True, "use_thumbnail": True}
         entry = {"root": str(tmp_path), "annotation": str(tmp_path / "data.jsonl")} | (meta or {})
         tokenizer = tokenizer_of(goldens / "tokenizer", max_length)
-        return LazySupervisedDataset("mine", entry, tokenizer, 4, DataTrainingArguments(**flags | data_args), seed)
+        return kind("mine", entry, tokenizer, 4, DataTrainingArguments(**flags | data_args), seed)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny(goldens, tmp_path_factory) -> Path:
+    """A checkpoint folder (model, tokenizer) and a meta file of real images and conversations."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shutil.copytree(goldens / "e2e/qwen2", folder / "model")
+    for file in (goldens / "tokenizer").glob("*token*"):
+        shutil.copy(file, folder / "model")
+    records = [json.loads(line) for line in (goldens / "dataset/ds_main.jsonl").read_text().splitlines()]
+    good = [record for record in records if record["conversations"][-1]["value"]]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, good)))
+    write_meta(folder, goldens / "dataset/images")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parts(tiny, tmp_path_factory) -> Path:
+    """The tiny checkpoint in parts, as they are published: `vit`, `llm` (its head tied to its embedding, its tokenizer
+    without image tokens) and `mlp_projector.pth`."""
+    folder = tmp_path_factory.mktemp("parts")
+    model = InternVLChatModel.from_pretrained(tiny / "model")
+    model.vision_model.save_pretrained(folder / "vit")
+    torch.save(model.mlp1.state_dict(), folder / "mlp_projector.pth")
+    llm = model.language_model
+    llm.config.tie_word_embeddings = True
+    llm.tie_weights()
+    llm.save_pretrained(folder / "llm")
+    for file in (tiny / "model").glob("*token*"):
+        shutil.copy(file, folder / "llm")
+    without_image_tokens(folder / "llm")
+    return folder

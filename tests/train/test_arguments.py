@@ -25,6 +25,7 @@ MODEL_DEFAULTS = {
     "ps_version": "v2",
     "use_fast_tokenizer": False,
     "use_liger": False,
+    "use_custom_flash_attn": False,
 }
 DATA_DEFAULTS = {
     "max_seq_length": 8192,
@@ -51,6 +52,7 @@ DATA_DEFAULTS = {
     "allow_overflow": False,
     "loss_reduction": "token",
     "loss_reduction_all_gather": False,
+    "split_annotations": False,
 }
 OUR_OWN = {"max_bad_samples"}
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import pickle
 
+import numpy as np
 import PIL
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torchvision
 from samples import ANSWER, BAD, QUESTION, recorded_configs, recorded_dataset, recorded_items, samples_equal, turns
 
 from internvl.train.constants import BadSample
-from internvl.train.dataset import LazySupervisedDataset, load_meta
+from internvl.train.dataset import LazySupervisedDataset
 
 SAME_ARITHMETIC = PIL.__version__ == "13.0.0" and torchvision.__version__.startswith("0.29.1")
 GREY_LEVELS = 0.04  # two steps of 1 / 255, normalised: where another Pillow rounds otherwise while it resizes
@@ -108,12 +109,12 @@ def test_what_upstream_replaced(goldens):
 
 
 def test_recorded_repeat_times(goldens):
+    """On purpose, a fraction is a random part, where upstream takes the first records, or refuses (1.5)."""
     config = recorded_configs(goldens)["dyn_thumb"]
     for row in json.loads((goldens / "dataset" / "configs.json").read_text())["repeat_time"]:
         dataset = recorded_dataset(goldens, config, repeat_time=row["repeat_time"])
-        if "error" in row:  # on purpose: upstream refuses 1.5, ours takes all records and then the first half again
-            assert len(dataset) == int(14 * row["repeat_time"])
-        else:
+        assert len(dataset) == (int(14 * row["repeat_time"]) if "error" in row else len(row["ids"]))
+        if row["repeat_time"] == int(row["repeat_time"]):
             assert [dataset._record(i)["id"] for i in range(len(dataset))] == row["ids"]
     assert len(recorded_dataset(goldens, config, repeat_time=2.0)) == 28
 
@@ -127,6 +128,32 @@ def text_of(dataset: LazySupervisedDataset, index: int = 0) -> str:
     for n in range(100, 0, -1):
         text = text.replace("<img>" + "<IMG_CONTEXT>" * n + "</img>", f"[{n}]")
     return text
+
+
+@pytest.mark.parametrize("repeat_time", [0.02, 0.3, 0.5, 0.999, 1, 1.0, 1.7, 2, 2.5, 7.25])
+def test_repeat_time_is_whole_copies_and_a_random_part(make, repeat_time):
+    records = [{"id": n, "conversations": turns("What?", "A.")} for n in range(60)]
+
+    def ids(**changes) -> list[int]:
+        dataset = make(*records, meta={"repeat_time": repeat_time}, **changes)
+        assert [int(dataset.describe(i).split()[2]) - 1 for i in range(len(dataset))] == dataset.order.tolist()
+        return [dataset._record(i)["id"] for i in range(len(dataset))]
+
+    copies, part = divmod(int(60 * repeat_time), 60)
+    drawn = ids()
+    assert len(drawn) == 60 * copies + part
+    assert drawn[: 60 * copies] == list(range(60)) * copies
+    assert drawn[60 * copies :] == sorted(set(drawn[60 * copies :])), "without replacement, in the order of the file"
+    assert drawn == ids(), "decided by the seed"
+    if 1 < part < 59:
+        assert drawn != ids(seed=1) and drawn[60 * copies :] != list(range(part)), "at random"
+
+
+def test_every_record_is_as_likely_as_another_to_be_in_the_part(make):
+    records = [{"conversations": turns("What?", "A.")}] * 10
+    drawn = [make(*records, meta={"repeat_time": 0.3}, seed=seed).order for seed in range(300)]
+    counts = np.bincount(np.concatenate(drawn), minlength=10)
+    assert np.abs(counts - 90).max() < 4 * np.sqrt(300 * 0.3 * 0.7), counts
 
 
 def test_missing_placeholders_go_to_the_first_human_turn(make):
@@ -238,59 +265,3 @@ def test_truncation(make):
         else:
             sample = dataset.get(0, 0)
             assert torch.equal(sample["input_ids"], ids[:limit]) and torch.equal(sample["labels"], labels[:limit])
-
-
-# -- meta files --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, reason",
-    [
-        (None, "cannot be opened: No such file"),
-        ("{", "cannot be used: Expecting"),
-        ("[]", "must look like"),
-        ("{}", "must look like"),
-        ('{"a": 1}', "must look like"),
-        ('{"a": {}, "a": {}}', "'a' is used twice"),
-    ],
-)
-def test_meta_files_that_cannot_be_used(tmp_path, text, reason):
-    if text is not None:
-        (tmp_path / "meta.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"meta\.json.*{reason}"):
-        load_meta(str(tmp_path / "meta.json"))
-
-
-def test_recorded_meta_file(goldens):
-    assert list(load_meta(str(goldens / "dataset" / "meta.json"))) == ["ds_main", "ds_text"]
-
-
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        ({"repeat_time": 0}, "repeat_time must be a positive number, not 0"),
-        ({"repeat_time": "2"}, "repeat_time must be a positive number, not '2'"),
-        ({"repeat_time": 0.1}, "repeat_time 0.1 of the 1 records .* leaves no sample"),
-        ({"data_augment": "no"}, "data_augment must be true or false"),
-        ({"max_dynamic_patch": 1.5}, "max_dynamic_patch must be a positive whole number"),
-        ({"weight": 3}, "'weight' is not known; known are root, annotation"),
-        ({"annotation": "/absent.jsonl"}, "/absent.jsonl does not exist"),
-        ({"root": None}, "root must be a path"),
-    ],
-)
-def test_meta_entries_that_cannot_be_used(make, change, reason):
-    with pytest.raises(ValueError, match=reason):
-        make({"conversations": [QUESTION, ANSWER]}, meta=change)
-
-
-def test_missing_keys_are_named(make):
-    dataset = make({"conversations": [QUESTION, ANSWER]})
-    with pytest.raises(ValueError, match="data set x: the key 'root' is missing; the key 'annotation' is missing"):
-        LazySupervisedDataset("x", {}, dataset.tokenizer, 4, dataset.data_args)
-
-
-def test_object_stores_are_not_supported_yet(make):
-    dataset = make({"image": "s3://bucket/a.png", "conversations": [QUESTION, ANSWER]}, meta={"root": ""})
-    with pytest.raises(ValueError, match="s3://bucket/a.png.*not supported") as caught:
-        dataset.get(0, 0)
-    assert not isinstance(caught.value, BadSample), "the run must stop, not skip the whole data set"

@@ -85,8 +85,28 @@ def test_bad_repeats_are_all_listed(make):
     good = {"image": "a.png", "conversations": turns("What?", "A.")}
     bad = {"image": "absent.png", "conversations": turns("What?", "A.")}
     dataset = make(good, bad, good, meta={"repeat_time": 2.4})
-    assert [index for index, _ in measure(dataset, progress=False).bad] == [1, 4]
+    expected = [index for index, record in enumerate(dataset.order) if record == 1]
+    assert [index for index, _ in measure(dataset, progress=False).bad] == expected and len(expected) >= 2
     assert_true(dataset)
+
+
+@pytest.mark.parametrize("repeat_time", [0.3, 0.8, 1.8])
+def test_a_random_part_is_measured_as_what_it_is(make, repeat_time):
+    good = [{"image": "a.png", "conversations": turns("What? " * (1 + n), "A.")} for n in range(9)]
+    bad = {"image": "absent.png", "conversations": turns("What?", "A.")}
+    datasets = [make(*good, bad, meta={"repeat_time": repeat_time}, seed=seed) for seed in range(4)]
+    for dataset in datasets:
+        assert_true(dataset)
+        assert_true(dataset)  # from the disk
+    names = {fingerprint(dataset) for dataset in datasets}
+    assert len(names) == (1 if repeat_time > 1 else 4), "another part is another measurement, a repeat is none"
+
+
+def test_only_the_part_is_measured(make, monkeypatch):
+    dataset = make(*[{"conversations": turns("What?", "A.")}] * 10, meta={"repeat_time": 0.3})
+    seen = []
+    monkeypatch.setattr(type(dataset), "measure", lambda self, index: seen.append(self.order[index]) or (5, 2, 1))
+    assert measure(dataset, progress=False).tokens.tolist() == [5] * 3 and seen == dataset.order.tolist()
 
 
 def test_processes_measure_the_same(make, monkeypatch):

@@ -121,3 +121,70 @@ def test_a_million_samples_take_seconds():
     tokens = lengths(1_000_000)
     steps = plan_epoch(tokens, seed=0, epoch=0, world_size=64, micro_batch=2, accumulation=2, group_by_length=True)
     assert steps.shape == (3907, 2, 64, 2)
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def resampled(sizes: list[int], shares: list[float], epoch: int = 0, usable=None, grouped: bool = False) -> np.ndarray:
+    """How often each sample is drawn, data sets of these sizes having these shares."""
+    weights = np.repeat(np.array(shares) / sizes, sizes)
+    steps = plan_epoch(
+        lengths(len(weights)),
+        seed=0,
+        epoch=epoch,
+        world_size=2,
+        micro_batch=3,
+        accumulation=2,
+        group_by_length=grouped,
+        usable=usable,
+        weights=weights,
+    )
+    return np.bincount(steps[steps >= 0], minlength=len(weights))
+
+
+def per_dataset(draws: np.ndarray, sizes: list[int]) -> np.ndarray:
+    return np.add.reduceat(draws, np.cumsum([0, *sizes[:-1]]))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_draws_follow_the_weights_exactly(grouped):
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        sizes = rng.permutation(np.arange(1, 90))[: rng.integers(1, 7)].tolist()
+        shares = np.sqrt(sizes) if seed % 2 else rng.lognormal(0, 2, len(sizes))
+        draws = resampled(sizes, shares, grouped=grouped)
+        total = per_dataset(draws, sizes)
+        exact = shares / shares.sum() * sum(sizes)
+        assert total.sum() == sum(sizes), "as many as there are samples"
+        assert (np.floor(exact) <= total + 1e-6).all() and (total <= np.ceil(exact)).all()
+        rounded_up = total > np.floor(exact + 1e-9)
+        remainders = exact - np.floor(exact + 1e-9)
+        assert remainders[rounded_up].min(initial=1) >= remainders[~rounded_up].max(initial=0) - 1e-9
+        for part in np.split(draws, np.cumsum(sizes)[:-1]):
+            assert part.max() - part.min() <= 1, "no sample comes again before every other has come"
+
+
+def test_equal_weights_are_every_sample_once():
+    assert (resampled([7, 20, 5], [7, 20, 5]) == 1).all()
+    assert (resampled([50], [1]) == 1).all()
+
+
+def test_weights_leave_unusable_samples_out():
+    sizes = [30, 40, 10]
+    usable = np.random.default_rng(0).random(80) < 0.6
+    draws = resampled(sizes, np.sqrt(sizes), usable=usable)
+    assert not draws[~usable].any() and draws.sum() == usable.sum()
+    usable[:30] = False
+    draws = resampled(sizes, np.sqrt(sizes), usable=usable)
+    assert not draws[:30].any() and draws.sum() == usable.sum(), "a data set may fall away whole"
+    assert not resampled(sizes, [0, 1, 1])[:30].any()
+
+
+def test_draws_change_with_the_epoch_and_are_fair():
+    sizes = [40, 10]
+    epochs = np.array([resampled(sizes, np.sqrt(sizes), epoch) for epoch in range(400)])
+    assert np.array_equal(epochs[3], resampled(sizes, np.sqrt(sizes), 3)) and not np.array_equal(epochs[3], epochs[4])
+    total = per_dataset(epochs[0], sizes)
+    for part, expected in zip(np.split(epochs, [40], axis=1), total / sizes, strict=True):
+        assert np.abs(part.mean(axis=0) - expected).max() < 4 * 0.5 / np.sqrt(400), "each sample as often as another"

@@ -69,8 +69,8 @@ def test_nothing_left_is_a_row_that_trains_nothing(rows, key):
 
 
 def test_only_bad_samples_are_caught(make):
-    dataset = make({"image": "s3://bucket/a.png", "conversations": turns("What?", "A.")}, meta={"root": ""})
-    with pytest.raises(ValueError, match="not supported yet"):
+    dataset = make({"image": "nowhere://bucket/a.png", "conversations": turns("What?", "A.")}, meta={"root": ""})
+    with pytest.raises(ValueError, match="cannot be opened by fsspec: Protocol not known: nowhere"):
         RowDataset([dataset])[0, 0]
 
 

@@ -36,6 +36,12 @@ MIXES = {
         lambda name: "lora_" in name or name.startswith("mlp1"),
     ),
     "the last vision layer": (FROZEN | {"unfreeze_vit_layers": -1}, lambda name: "encoder.layers.2." in name),
+    "the last two vision layers behind their adapters": (
+        FROZEN | {"unfreeze_vit_layers": 1, "use_backbone_lora": 4},
+        lambda name: (
+            name.startswith("vision_model") and ("lora_" in name or ".layers.0." not in name) and (".layers." in name)
+        ),
+    ),
     "the head": (FROZEN | {"unfreeze_lm_head": True}, lambda name: "lm_head" in name),
     "LLM LoRA and the head": (
         FROZEN | {"use_llm_lora": 4, "unfreeze_lm_head": True},
@@ -49,6 +55,32 @@ def test_what_trains(model, flags, trains):
     set_trainable(model, ModelArguments(**flags))
     assert trained(model)
     assert trained(model) == {name for name, _ in model.named_parameters() if trains(name)}
+
+
+@pytest.mark.parametrize("name", ["internlm2", "qwen2", "llama", "phi3"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_head_trains_by_every_name_and_apart_from_the_embedding(goldens, name, rank):
+    """InternLM2 calls it `output`. Head and embedding are stored apart in every chat checkpoint."""
+    model = InternVLChatModel.from_pretrained(goldens / "models" / name)
+    set_trainable(model, ModelArguments(**FROZEN, use_llm_lora=rank, unfreeze_lm_head=True))
+    head = model.get_output_embeddings().weight
+    assert head.requires_grad and not model.get_input_embeddings().weight.requires_grad
+    assert [p is head for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n] == [True]
+
+
+@pytest.mark.parametrize(("select", "idle"), [(-1, {}), (-2, {2}), (1, {1, 2}), (3, {}), (0, {0, 1, 2})])
+def test_layers_above_the_hidden_state_that_is_read_do_not_train(model, select, idle):
+    """They would get no gradient, which DDP waits for."""
+    model.select_layer, model.img_context_token_id = select, 7
+    set_trainable(model, ModelArguments(freeze_llm=True))
+    layers = model.vision_model.encoder.layers
+    assert {i for i, layer in enumerate(layers) if not trained(layer)} == set(idle)
+    model(
+        pixel_values=torch.randn(1, 3, *[model.config.vision_config.image_size] * 2),
+        input_ids=torch.full((1, model.num_image_token), 7),
+        labels=torch.full((1, model.num_image_token), 7),
+    ).loss.backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == trained(model)
 
 
 def test_lora_ranks_are_kept_in_the_config(model):

@@ -1,73 +1,14 @@
 """Real runs of the entry point on a tiny checkpoint: gloo ranks, DeepSpeed, files. One run serves many laws."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from runs import FULL, LORA, composed, flags_of, losses, prepare, run, weights, without_image_tokens, write_meta
 
-from internvl.dist_utils import free_port
 from internvl.model.tokenizer import load_tokenizer
-from internvl.train.arguments import parse_args
-from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer, check, resume_point
 from internvl.train.constants import SPECIAL_TOKENS
-
-ROOT = Path(__file__).parents[2]
-ENTRY = ROOT / "internvl_chat/internvl/train/internvl_chat_finetune.py"
-LORA = "--freeze_backbone True --freeze_llm True --freeze_mlp True --use_backbone_lora 4 --use_llm_lora 4".split()
-FULL = "--freeze_backbone True".split()  # no dropout anywhere: the same numbers whatever the number of ranks
-
-
-@pytest.fixture(scope="module")
-def tiny(goldens, tmp_path_factory) -> Path:
-    """A checkpoint folder (model, tokenizer) and a meta file of real images and conversations."""
-    folder = tmp_path_factory.mktemp("tiny")
-    shutil.copytree(goldens / "e2e/qwen2", folder / "model")
-    for file in (goldens / "tokenizer").glob("*token*"):
-        shutil.copy(file, folder / "model")
-    records = [json.loads(line) for line in (goldens / "dataset/ds_main.jsonl").read_text().splitlines()]
-    good = [record for record in records if record["conversations"][-1]["value"]]
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, good)))
-    write_meta(folder, goldens / "dataset/images")
-    return folder
-
-
-def write_meta(folder: Path, images: Path) -> None:
-    entry = {"root": str(images), "annotation": str(folder / "train.jsonl"), "repeat_time": 1, "data_augment": False}
-    (folder / "meta.json").write_text(json.dumps({"tiny": entry}))
-
-
-def flags_of(tiny: Path, output: Path, ranks: int = 1) -> list[str]:
-    """6 steps of 4 samples in fp32."""
-    return f"""--model_name_or_path {tiny}/model --meta_path {tiny}/meta.json --output_dir {output}
-        --conv_style internvl2_5 --force_image_size 56 --dynamic_image_size True --use_thumbnail True
-        --max_dynamic_patch 4 --max_seq_length 512 --max_steps 6 --learning_rate 1e-3 --lr_scheduler_type constant
-        --per_device_train_batch_size 1 --gradient_accumulation_steps {4 // ranks} --weight_decay 0.05
-        --logging_steps 1 --save_steps 3 --report_to none""".split()
-
-
-def run(tiny: Path, output: Path, *flags: str, ranks: int = 1, status: int = 0) -> subprocess.CompletedProcess:
-    """Train in `ranks` processes of their own; a single one is started without a launcher."""
-    torchrun = [ROOT / "shell/torchrun.py", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), ENTRY, *flags_of(tiny, output, ranks), *flags]
-    ours = {"PYTHONPATH": str(ROOT / "internvl_chat"), "OMP_NUM_THREADS": "1", "INTERNVL_CACHE": str(tiny / "cache")}
-    done = subprocess.run(list(map(str, command)), env=os.environ | ours, capture_output=True, text=True)
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-5000:]
-    return done
-
-
-def losses(output: Path) -> list[float]:
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +76,17 @@ def test_zero_changes_no_loss(tiny, lora_run, stage, tmp_path):
         torch.testing.assert_close(weights(tmp_path / "out")[name], tensor, atol=1e-5, rtol=1e-4)
 
 
+def test_zero_3_composes_resizes_and_grows_alike(tiny, parts, tmp_path):
+    """Parts of which every rank holds a slice: an untied head, a projector, nine new tokens and larger tiles."""
+    flags = [*composed(parts), "--mlp_path", f"{parts}/mlp_projector.pth", "--force_image_size", "112"]
+    flags += ["--max_steps", "3", "--unfreeze_vit_layers", "-1", *FULL]
+    run(tiny, tmp_path / "whole", *flags, ranks=2)
+    run(tiny, tmp_path / "sliced", *flags, "--deepspeed", "zero_stage3_config.json", ranks=2)
+    torch.testing.assert_close(losses(tmp_path / "sliced"), losses(tmp_path / "whole"), atol=1e-5, rtol=0)
+    sliced, whole = weights(tmp_path / "sliced"), weights(tmp_path / "whole")
+    assert {name: tensor.shape for name, tensor in sliced.items()} == {n: tensor.shape for n, tensor in whole.items()}
+
+
 def test_the_number_of_ranks_and_of_workers_changes_no_loss(tiny, tmp_path):
     run(tiny, tmp_path / "one", *FULL, "--dataloader_num_workers", "2")
     run(tiny, tmp_path / "two", *FULL, ranks=2)
@@ -186,35 +138,12 @@ def test_wrong_inputs_are_refused_before_the_first_step(tiny, flags, message, tm
         prepare([*flags_of(tiny, tmp_path / "out"), *flags])
 
 
-def prepare(argv: list[str]):
-    """What `main` does before the first step, in this process."""
-    model_args, data_args, training_args = parse_args(argv)
-    check(model_args, data_args)
-    resume_point(training_args)
-    tokenizer = build_tokenizer(model_args, data_args)
-    model = build_model(model_args, data_args, training_args, tokenizer)
-    data = build_data(data_args, training_args, tokenizer, model.num_image_token)
-    return build_trainer(model, tokenizer, data, data_args, training_args)
-
-
 def test_an_error_is_one_sentence_on_every_launcher(tiny, tmp_path):
     done = run(tiny, tmp_path / "out", "--use_llm_lora", "-3", ranks=2, status=1)
     assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [
         "error: --use_llm_lora -3: a LoRA rank is positive, or 0 for none."
     ]
     assert "Traceback" not in done.stderr
-
-
-def without_image_tokens(folder: Path) -> None:
-    """Take the nine image tokens, the last of the vocabulary, out of a tokenizer's files."""
-    (folder / "special_tokens_map.json").unlink()
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] not in SPECIAL_TOKENS]
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    kept = {i: t for i, t in config["added_tokens_decoder"].items() if t["content"] not in SPECIAL_TOKENS}
-    config = {k: v for k, v in config.items() if k != "additional_special_tokens"} | {"added_tokens_decoder": kept}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def test_missing_image_tokens_and_another_tile_size_are_fitted(tiny, tmp_path, monkeypatch):

@@ -1,18 +1,144 @@
-"""What is done to a whole chat model outside training: adapters saved or merged, tokens added, tiles resized.
+"""What is done to a whole chat model outside training: composed from parts, tokens added, tiles resized, adapters saved
+or merged.
 
-Used by `train/build.py`, the trainer and `tools/`.
+Used by `train/build.py`, the trainer and `tools/`. Under ZeRO-3, where every rank holds a slice of each weight, all
+ranks call these functions together and each gathers what it touches.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .internvl_chat import InternVLChatModel
+from .internvl_chat import InternVisionConfig, InternVisionModel, InternVLChatConfig, InternVLChatModel
+from .internvl_chat.modeling_intern_vit import has_flash_attn
+from .internvl_chat.modeling_internvl_chat import LLM_CLASSES
 from .lora import is_wrapped, plain
 
 # A part that can be wrapped, and the field of the config that holds its rank.
 PARTS = {"vision_model": "use_backbone_lora", "language_model": "use_llm_lora"}
+
+
+def whole(*parameters: nn.Parameter) -> AbstractContextManager:
+    """Inside it the parameters are there as a whole and may be changed, by all ranks alike, also under ZeRO-3."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def compose(
+    vision_path: str | Path,
+    llm_path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    drop_path_rate: float = 0.0,
+    seed: int = 0,
+    model_class: type[InternVLChatModel] = InternVLChatModel,
+    **settings,
+) -> InternVLChatModel:
+    """A chat model made of a vision encoder and a language model, with a fresh projector between them.
+
+    Args:
+        vision_path: an InternViT checkpoint, or a chat checkpoint, whose vision encoder is taken.
+        llm_path: a causal language model that transformers or this repository knows.
+        seed: of the projector's first weights.
+        settings: fields of InternVLChatConfig (template, select_layer, ...).
+
+    Raises:
+        ValueError: a checkpoint that is something else, or lacks weights.
+    """
+    vision = _load_vision(vision_path, dtype, drop_path_rate)
+    llm = _load_llm(llm_path, dtype)
+    # Copies: the chat model notes in its configuration what a model yet to be built shall do, and these are built.
+    config = InternVLChatConfig(vision.config.to_dict(), llm.config.to_dict(), **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config, vision, llm)
+    model.mlp1.to(dtype)
+    return model
+
+
+def _load_vision(path: str | Path, dtype: torch.dtype, drop_path_rate: float) -> InternVisionModel:
+    if PretrainedConfig.get_config_dict(path)[0].get("use_backbone_lora"):
+        raise ValueError(f"the vision encoder of {path} holds LoRA adapters: merge them first with tools/merge_lora.py")
+    config = InternVisionConfig.from_pretrained(path)
+    config.drop_path_rate = drop_path_rate
+    model, missing = _load(InternVisionModel, path, config, dtype, key_mapping={r"^vision_model\.": ""})
+    _complain(path, "vision encoder", missing)
+    return model
+
+
+def _load_llm(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    fields = PretrainedConfig.get_config_dict(path)[0]
+    config = InternVLChatConfig(llm_config=dict(fields)).llm_config
+    name = config.architectures[0]
+    flash = has_flash_attn and torch.cuda.is_available() and dtype in (torch.float16, torch.bfloat16)
+    model, missing = _load(
+        LLM_CLASSES.get(name) or getattr(transformers, name),
+        path,
+        config,
+        dtype,
+        attn_implementation="flash_attention_2" if flash else None,
+    )
+    head = model.get_output_embeddings()
+    tied = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    if missing == tied and fields.get("tie_word_embeddings") is not False:
+        # The checkpoint's head is its input embedding; a chat model has both, and they go apart from here on.
+        with whole(head.weight, model.get_input_embeddings().weight), torch.no_grad():
+            head.weight.copy_(model.get_input_embeddings().weight)
+    else:
+        _complain(path, name, missing)
+    return model
+
+
+def _load(cls: type[PreTrainedModel], path, config, dtype, **kwargs) -> tuple[PreTrainedModel, set[str]]:
+    """The model and the names of weights that `path` lacks or has in another shape."""
+    model, info = cls.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),
+        output_loading_info=True,
+        **kwargs,
+    )
+    return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+
+
+def _complain(path, what: str, missing: set[str]):
+    if missing:
+        listed = ", ".join(sorted(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(f"{path} is no {what} of its configuration; it lacks, or has in another shape: {listed}")
+
+
+def load_projector(model: InternVLChatModel, path: str | Path):
+    """Loads the projector from a state dict: a file of `torch.save` (nothing but tensors is read) or of safetensors.
+
+    Raises:
+        ValueError: it is no such file, or does not fit; the message has both lists of names and shapes.
+    """
+    try:
+        safe = Path(path).suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    except (OSError, RuntimeError, EOFError, AttributeError, UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"the projector file {path} cannot be read as a state dict ({error})") from error
+    own = dict(model.mlp1.named_parameters())
+    wanted = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in own.items()}
+    if found != wanted:
+        raise ValueError(f"the projector file {path} holds {found}, but the model's projector is {wanted}")
+    with whole(*own.values()), torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
 
 
 def save_adapters(model: InternVLChatModel, folder: str | Path, state_dict: dict | None = None) -> list[Path]:
@@ -42,31 +168,32 @@ def add_special_tokens(model: InternVLChatModel, tokenizer, tokens: list[str]) -
     """Adds those of `tokens` that the tokenizer lacks, and their rows to both embeddings: the mean of the old rows.
 
     Embeddings of published models have more rows than the tokenizer has tokens; they are resized, as upstream's, only
-    if something was added, and then to the length of the tokenizer. Returns the number of tokens added.
+    if something was added (or a token has no row), and then to the length of the tokenizer. Returns the number of
+    tokens added.
     """
     added = tokenizer.add_tokens(list(tokens), special_tokens=True)
-    if not added:
-        return 0
     llm = plain(model.language_model)
+    old_rows = min(llm.get_input_embeddings().num_embeddings, len(tokenizer) - added)
+    if old_rows == len(tokenizer):
+        return 0
     llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for embeddings in (llm.get_input_embeddings(), llm.get_output_embeddings()):
-        _fill_with_mean(embeddings.weight, added)
+    for weight in (llm.get_input_embeddings().weight, llm.get_output_embeddings().weight):
+        with whole(weight), torch.no_grad():
+            weight[old_rows:] = weight[:old_rows].float().mean(dim=0, keepdim=True).to(weight.dtype)
     model.config.llm_config.vocab_size = llm.config.vocab_size = len(tokenizer)
     return added
-
-
-@torch.no_grad()
-def _fill_with_mean(weight: nn.Parameter, rows: int):
-    weight[-rows:] = weight[:-rows].float().mean(dim=0, keepdim=True).to(weight.dtype)
 
 
 def resize_image(model: InternVLChatModel, size: int):
     """Fits the model to tiles of `size` pixels: position embeddings, both configs and the number of image tokens."""
     vision = plain(model.vision_model)
-    patch = vision.config.patch_size
-    if size % (step := patch * round(1 / model.downsample_ratio)):
+    patch, old_size = vision.config.patch_size, vision.config.image_size
+    step = patch * round(1 / model.downsample_ratio)
+    if size < step or size % step:
         raise ValueError(f"a tile of {size} pixels does not divide into image tokens of {step} pixels")
-    vision.resize_pos_embeddings(vision.config.image_size, size, patch)
+    if size != old_size:
+        with whole(vision.embeddings.position_embedding):
+            vision.resize_pos_embeddings(old_size, size, patch)
     model.config.vision_config.image_size = vision.config.image_size = size
     model.config.force_image_size = size
     model.num_image_token = int((size // patch) ** 2 * model.downsample_ratio**2)

@@ -5,15 +5,45 @@ trained tokens go through the head, in chunks whose logits are computed again in
 logits never exist.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 IGNORE_INDEX = -100
 # Not a size: under ZeRO-3 each call of the head gathers its weight from all ranks, so all must call it equally often.
 CHUNKS = 8
+
+
+# What some families do to their logits after the head: (start of the model type, field of the config, function).
+LOGIT_SCALES = [
+    ("cohere", "logit_scale", torch.mul),
+    ("granite", "logits_scaling", torch.div),
+    ("hyperclovax", "logits_scaling", torch.mul),
+    ("falcon_h1", "lm_head_multiplier", torch.mul),
+    ("gemma", "final_logit_softcapping", lambda logits, cap: cap * torch.tanh(logits / cap)),
+]
+
+
+def logits_of(llm: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """Decoder states (..., C) -> logits (..., V), as the language model computes them itself."""
+    logits = llm.get_output_embeddings()(states)
+    for family, field, function in LOGIT_SCALES:
+        if llm.config.model_type.startswith(family) and (value := getattr(llm.config, field, None)):
+            logits = function(logits, value)
+    return logits
+
+
+def balance_loss(llm: PreTrainedModel, router_logits: tuple, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """What a mixture of experts adds to its loss for tokens spread unevenly, times its `router_aux_loss_coef`."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    loss = load_balancing_loss_func(router_logits, llm.num_experts, llm.num_experts_per_tok, attention_mask)
+    return llm.router_aux_loss_coef * loss
 
 
 def trained_positions(labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
@@ -24,7 +54,7 @@ def trained_positions(labels: torch.Tensor, position_ids: torch.Tensor | None) -
 
 def token_loss(
     hidden_states: torch.Tensor,
-    head: nn.Module,
+    head: Callable[[torch.Tensor], torch.Tensor],
     labels: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     loss_weight=None,
@@ -34,7 +64,7 @@ def token_loss(
 
     Args:
         hidden_states: (B, L, C) of the decoder. The full logits (B, L, V) may stand in, with `nn.Identity()` as head.
-        head: the language model head as a module, so that hooks (ZeRO-3, LoRA) run.
+        head: states (n, C) -> logits (n, V), calling the head as a module, so that hooks (ZeRO-3, LoRA) run.
         labels: (B, L), -100 where nothing is trained. position_ids: (B, L), 0 where a document begins.
         loss_weight: (B, L) tensor or nested list, a weight for each label; default 1 each.
         average_weight_over_ranks: divide by the mean over all ranks of the summed weights instead of this rank's sum.
@@ -60,7 +90,7 @@ def token_loss(
     return total / torch.where(normalizer == 0, 1.0, normalizer)
 
 
-def _weighted_sum(head: nn.Module, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _weighted_sum(head: Callable, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum of weight times cross entropy over states (n, C) and targets (n,)."""
     losses = F.cross_entropy(head(states).float(), targets, reduction="none")
     return (losses * weights).sum()

@@ -14,7 +14,11 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
+from internvl.train.refused import DROPPED, refuse
+
 ZERO_CONFIGS = Path(__file__).resolve().parents[3] / "zero_stage_configs"
+if not ZERO_CONFIGS.is_dir():  # laid over an upstream checkout, they lie where upstream has them: beside the package
+    ZERO_CONFIGS = Path(__file__).resolve().parents[2]
 
 
 def option(default, help: str):
@@ -42,6 +46,9 @@ class ModelArguments:
     ps_version: Literal["v1", "v2"] = option("v2", "pixel shuffle version")
     use_fast_tokenizer: bool = option(False, "accepted for upstream's recipes; every tokenizer here is a fast one")
     use_liger: bool = option(False, "Liger kernels in the language model (CUDA)")
+    use_custom_flash_attn: bool = option(
+        False, "accepted for InternVL 3.5's recipes; attention is transformers' fastest with either value"
+    )
 
 
 @dataclass
@@ -72,6 +79,9 @@ class DataTrainingArguments:
     allow_overflow: bool = option(False, "packing: let rows exceed max_packed_tokens")
     loss_reduction: str = option("token", "packing: token, sample or square")
     loss_reduction_all_gather: bool = option(False, "packing: normalise the loss over all ranks")
+    split_annotations: bool = option(
+        False, "accepted for InternVL 3.5's recipes; no rank holds annotations in memory, each reads lines it needs"
+    )
     max_bad_samples: float = option(
         0.01, "unusable samples that are left out before the run stops: a share of the data below 1, else a count"
     )
@@ -91,10 +101,12 @@ class TrainingArguments(transformers.TrainingArguments):
     log_level_replica: str = option("error", "the same, on ranks other than the first")
     logging_nan_inf_filter: bool = option(False, "report a loss that is not finite as what it is")
     use_cpu: bool = option(not torch.cuda.is_available(), "train without an accelerator")
+    do_train: bool = option(True, "False: set everything up, tell what would train, and stop there")
 
     def __post_init__(self):
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
+        refuse(self)
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"--warmup_ratio is a share of the steps in [0, 1), not {self.warmup_ratio}.")
         if self.warmup_ratio and not self.warmup_steps:
@@ -146,17 +158,62 @@ class Parser(HfArgumentParser):
         raise ValueError(f"{message}.")
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataTrainingArguments, TrainingArguments]:
-    """Parse a command line (default: this program's), or one `.json` file of arguments.
+FINETUNE = (ModelArguments, DataTrainingArguments, TrainingArguments)
+
+
+def parse_args(argv: list[str] | None = None, classes: tuple[type, ...] = FINETUNE) -> tuple:
+    """Parse a command line (default: this program's), or one `.json` file of arguments, into one object a class.
 
     Raises:
         ValueError: an unknown flag, or a value that cannot be used, in one sentence.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser((ModelArguments, DataTrainingArguments, TrainingArguments))
+    parser = Parser(classes)
     if len(argv) == 1 and argv[0].endswith(".json"):
         return parser.parse_json_file(argv[0])
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
-        raise ValueError(f"not a flag of this program: {' '.join(unknown)}; --help lists all.")
+        flags = [word.lstrip("-").split("=")[0] for word in unknown]
+        hints = "".join(f"; {DROPPED[flag]}" for flag in flags if flag in DROPPED)
+        raise ValueError(f"not a flag of this program: {' '.join(unknown)}{hints or '; --help lists all'}.")
     return tuple(parsed)
+
+
+@dataclass
+class PreferenceDataArguments(DataTrainingArguments):
+    """How records become pairs, and what each loss of a sum of losses weighs."""
+
+    sigmoid_loss_weight: float = option(1.0, "weight of the loss `sigmoid`")
+    bco_pair_loss_weight: float = option(1.0, "weight of the loss `bco_pair`")
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """What preference optimisation adds, under trl's names; upstream's recipes train `sigmoid,bco_pair`."""
+
+    loss_type: Literal[
+        "sigmoid", "hinge", "ipo", "bco_pair", "sppo_hard", "nca_pair", "robust", "aot", "aot_pair", "exo_pair",
+        "sigmoid,bco_pair",
+    ] = option("sigmoid", "loss of a pair, or a weighted sum of two")  # fmt: skip
+    beta: float = option(0.1, "reward of an answer for each nat that it is likelier than under the reference")
+    label_smoothing: float = option(0.0, "probability that a pair is the wrong way round (sigmoid, robust, exo_pair)")
+    rpo_alpha: float | None = option(None, "weight of the mean cross entropy of the chosen answer; default none")
+    reference_free: bool = option(False, "take every answer to be equally likely under the reference")
+
+    def __post_init__(self):
+        names = self.loss_type.split(",")
+        if self.loss_type in ("aot", "aot_pair"):
+            raise ValueError(
+                f"--loss_type {self.loss_type} is not supported: it sorts log-ratios of a whole batch, of which a "
+                "micro-batch holds one or two."
+            )
+        if self.beta <= 0:
+            raise ValueError(f"--beta {self.beta} must be positive.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"--label_smoothing {self.label_smoothing} is a probability in [0, 0.5).")
+        if self.label_smoothing and not {"sigmoid", "robust", "exo_pair"} & set(names):
+            raise ValueError(f"--label_smoothing {self.label_smoothing} does not act on --loss_type {self.loss_type}.")
+        super().__post_init__()
+
+
+MPO = (ModelArguments, PreferenceDataArguments, DPOConfig)

@@ -2,36 +2,31 @@
 
 import logging
 import os
+from collections.abc import Callable
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
 
-from internvl.conversation import conv_templates
 from internvl.dist_utils import from_first_rank, init_deepspeed
-from internvl.model.checkpoint import add_special_tokens, resize_image
+from internvl.model.checkpoint import add_special_tokens, compose, load_projector, resize_image
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.liger import use_liger_kernels
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments
 from internvl.train.collator import concat_pad_data_collator
 from internvl.train.constants import IMG_CONTEXT_TOKEN, SPECIAL_TOKENS
 from internvl.train.dataset import LazySupervisedDataset, load_meta
 from internvl.train.dataset_packed import RowDataset
-from internvl.train.lengths import measure
+from internvl.train.lengths import Lengths, measure
 from internvl.train.plan import plan_epoch
 from internvl.train.trainable import set_trainable, trainable_table
 from internvl.train.trainer import InternVLTrainer, too_many_bad_samples
 
 logger = logging.getLogger(__name__)
-
-# Flags of upstream that do not act yet: refused when set, rather than ignored.
-UNSUPPORTED = ("vision_path", "llm_path", "mlp_path", "use_liger", "use_data_resampling", "use_packed_ds")
 
 
 class Data(NamedTuple):
@@ -41,34 +36,16 @@ class Data(NamedTuple):
     tokens: np.ndarray
     tiles: np.ndarray
     bad_samples: list[str]
+    weights: np.ndarray | None  # how often each sample is drawn relative to the others; None: all once an epoch
 
     @property
     def usable(self) -> np.ndarray:
         return self.tokens > 0
 
 
-def check(model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
-    """Refuse what can be seen to be wrong from the command line alone."""
-    for args in (model_args, data_args):
-        for name in UNSUPPORTED:
-            if getattr(args, name, None):
-                raise ValueError(f"--{name} {getattr(args, name)}: not supported yet.")
-    if not model_args.model_name_or_path:
-        raise ValueError("--model_name_or_path is missing: which checkpoint shall the run start from?")
-    if not data_args.meta_path:
-        raise ValueError("--meta_path is missing: which JSON file lists the data sets?")
-    if not 1 <= data_args.min_dynamic_patch <= data_args.max_dynamic_patch:
-        raise ValueError(
-            f"--min_dynamic_patch {data_args.min_dynamic_patch} --max_dynamic_patch {data_args.max_dynamic_patch}: "
-            "fewest and most tiles of an image are at least 1, and the fewest not above the most."
-        )
-    if data_args.conv_style not in conv_templates:
-        raise ValueError(f"--conv_style {data_args.conv_style}: known templates are {', '.join(conv_templates)}.")
-
-
 def build_tokenizer(model_args: ModelArguments, data_args: DataTrainingArguments) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; `model_max_length` carries --max_seq_length to the data path."""
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    """The tokenizer of the chat checkpoint, else of the language model; `model_max_length` carries --max_seq_length."""
+    tokenizer = load_tokenizer(model_args.model_name_or_path or model_args.llm_path)
     tokenizer.model_max_length = data_args.max_seq_length
     return tokenizer
 
@@ -78,15 +55,10 @@ def build_model(
     data_args: DataTrainingArguments,
     training_args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
+    model_class: type[InternVLChatModel] = InternVLChatModel,
 ) -> InternVLChatModel:
     """Load the checkpoint, fit it to the flags, freeze and wrap it."""
-    if training_args.deepspeed:
-        init_deepspeed()
-    config = build_config(model_args, data_args)
-    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
-    model = InternVLChatModel.from_pretrained(model_args.model_name_or_path, config=config, dtype=dtype)
-    fit(model, tokenizer, data_args.force_image_size)
-    model.config.use_cache = model.language_model.config.use_cache = False
+    model = load_model(model_args, data_args, training_args, tokenizer, model_class)
     if model_args.grad_checkpoint:
         # Not reentrant: adapters in a frozen tower get gradients although its input needs none.
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -98,6 +70,51 @@ def build_model(
     return model
 
 
+def load_model(
+    model_args: ModelArguments,
+    data_args: DataTrainingArguments,
+    training_args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    model_class: type[InternVLChatModel] = InternVLChatModel,
+) -> InternVLChatModel:
+    """The checkpoint, fitted to tokenizer and tile size; nothing frozen, no adapters added."""
+    if training_args.deepspeed:
+        init_deepspeed()
+    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+    if model_args.model_name_or_path:
+        config = build_config(model_args, data_args)
+        model = model_class.from_pretrained(model_args.model_name_or_path, config=config, dtype=dtype)
+    else:
+        model = compose(
+            model_args.vision_path,
+            model_args.llm_path,
+            dtype=dtype,
+            drop_path_rate=model_args.drop_path_rate,
+            seed=training_args.seed,
+            model_class=model_class,
+            downsample_ratio=data_args.down_sample_ratio,
+            **chat_settings(model_args, data_args),
+        )
+    if model_args.mlp_path:
+        load_projector(model, model_args.mlp_path)
+    fit(model, tokenizer, data_args.force_image_size)
+    if model_args.use_liger:
+        use_liger_kernels(model)
+    model.config.use_cache = model.language_model.config.use_cache = False
+    return model
+
+
+def chat_settings(model_args: ModelArguments, data_args: DataTrainingArguments) -> dict:
+    """The fields of a chat model's configuration that the flags decide."""
+    recorded = ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch", "pad2square")
+    return {
+        "template": data_args.conv_style,
+        "select_layer": model_args.vision_select_layer,
+        "ps_version": model_args.ps_version,
+        **{name: getattr(data_args, name) for name in recorded},
+    }
+
+
 def build_config(model_args: ModelArguments, data_args: DataTrainingArguments) -> InternVLChatConfig:
     """The checkpoint's configuration with what the flags override."""
     config = InternVLChatConfig.from_pretrained(model_args.model_name_or_path)
@@ -106,32 +123,28 @@ def build_config(model_args: ModelArguments, data_args: DataTrainingArguments) -
             f"--down_sample_ratio {data_args.down_sample_ratio} differs from the checkpoint's "
             f"{config.downsample_ratio}; the projector only fits the latter."
         )
-    if config.template not in (None, data_args.conv_style):
-        logger.warning("the checkpoint speaks template %s, --conv_style is %s", config.template, data_args.conv_style)
     config.vision_config.drop_path_rate = model_args.drop_path_rate
-    config.select_layer = model_args.vision_select_layer
-    config.ps_version = model_args.ps_version
-    config.template = data_args.conv_style
-    for name in ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch", "pad2square"):
-        setattr(config, name, getattr(data_args, name))
+    for name, value in chat_settings(model_args, data_args).items():
+        before = getattr(config, name)
+        if name in ("template", "select_layer", "ps_version") and before not in (None, value):
+            logger.warning("the checkpoint was made with %s %s, this run uses %s", name, before, value)
+        setattr(config, name, value)
     return config
 
 
 def fit(model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase, image_size: int) -> None:
     """Give model and tokenizer the image tokens they lack, and the model position embeddings for tiles of this size."""
-    missing = sorted(set(SPECIAL_TOKENS) - tokenizer.get_vocab().keys())
-    size = model.config.vision_config.image_size
-    if is_deepspeed_zero3_enabled() and (missing or size != image_size):
+    layers = model.config.vision_config.num_hidden_layers
+    if not -layers - 1 <= model.select_layer <= layers:
         raise ValueError(
-            f"the checkpoint has tiles of {size} pixels and lacks {len(missing)} image tokens; with --force_image_size "
-            f"{image_size} its weights must change, which ZeRO-3 cannot do: use ZeRO-2 for the first run."
+            f"--vision_select_layer {model.select_layer}: the vision encoder has {layers} layers, so that its hidden "
+            f"states are {-layers - 1} to {layers}."
         )
-    if missing:
+    if missing := sorted(set(SPECIAL_TOKENS) - tokenizer.get_vocab().keys()):
         logger.info("adding the image tokens %s", ", ".join(missing))
-        add_special_tokens(model, tokenizer, SPECIAL_TOKENS)
+    add_special_tokens(model, tokenizer, SPECIAL_TOKENS)
     model.img_context_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
-    if size != image_size:
-        resize_image(model, image_size)
+    resize_image(model, image_size)
 
 
 def cast_trainable(model: nn.Module, dtype: torch.dtype) -> None:
@@ -145,10 +158,11 @@ def build_data(
     training_args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     num_image_token: int,
+    dataset_class: type[LazySupervisedDataset] = LazySupervisedDataset,
 ) -> Data:
     """Open the data sets of the meta file and measure every sample: rank 0 measures, all ranks receive."""
     datasets = [
-        LazySupervisedDataset(name, meta, tokenizer, num_image_token, data_args, seed=training_args.seed)
+        dataset_class(name, meta, tokenizer, num_image_token, data_args, seed=training_args.seed)
         for name, meta in load_meta(data_args.meta_path).items()
     ]
     lengths = from_first_rank(lambda: [measure(dataset, num_workers=os.cpu_count()) for dataset in datasets])
@@ -162,12 +176,19 @@ def build_data(
         tokens=np.concatenate([measured.tokens for measured in lengths]),
         tiles=np.concatenate([measured.tiles for measured in lengths]),
         bad_samples=bad,
+        weights=np.concatenate([square_root_weights(m) for m in lengths]) if data_args.use_data_resampling else None,
     )
     for sentence in bad[:20]:
         logger.warning("left out: %s", sentence)
     if len(bad) > allowed_bad_samples(data_args, len(data.tokens)) or not data.usable.any():
         raise too_many_bad_samples(bad, allowed_bad_samples(data_args, len(data.tokens)))
     return data
+
+
+def square_root_weights(measured: Lengths) -> np.ndarray:
+    """Weight of each sample of a data set that is to weigh the square root of the number of its usable samples."""
+    usable = max(1, int((measured.tokens > 0).sum()))
+    return np.full(len(measured.tokens), usable**-0.5)
 
 
 def allowed_bad_samples(data_args: DataTrainingArguments, samples: int) -> int:
@@ -182,13 +203,17 @@ def build_trainer(
     data: Data,
     data_args: DataTrainingArguments,
     training_args: TrainingArguments,
+    trainer_class: type[InternVLTrainer] = InternVLTrainer,
+    collator: Callable = concat_pad_data_collator,
+    **kwargs,
 ) -> InternVLTrainer:
-    """Plan the epochs and put everything into a trainer."""
+    """Plan the epochs and put everything into a trainer; `kwargs` go to it, too."""
     planned = partial(
         plan_epoch,
         data.tokens,
         usable=data.usable,
-        seed=training_args.seed,
+        weights=data.weights,
+        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
         world_size=training_args.world_size,
         micro_batch=training_args.per_device_train_batch_size,
         accumulation=training_args.gradient_accumulation_steps,
@@ -203,37 +228,14 @@ def build_trainer(
         data.tiles.sum(),
         len(plan(0)),
     )
-    return InternVLTrainer(
+    return trainer_class(
         model=model,
         args=training_args,
         train_dataset=data.rows,
-        data_collator=partial(concat_pad_data_collator, pad_id=tokenizer.pad_token_id),
+        data_collator=partial(collator, pad_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
         plan=plan,
         bad_samples=data.bad_samples,
         max_bad_samples=allowed_bad_samples(data_args, len(data.tokens)),
+        **kwargs,
     )
-
-
-def resume_point(training_args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one asked for, else the last one in the output folder.
-
-    Raises:
-        ValueError: there is no such checkpoint; or the output folder holds a finished model and may not be overwritten.
-    """
-    if asked := training_args.resume_from_checkpoint:
-        if not (Path(asked) / "trainer_state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint (no trainer_state.json) there.")
-        return asked
-    folder = Path(training_args.output_dir)
-    if training_args.overwrite_output_dir or not folder.is_dir():
-        return None
-    last = get_last_checkpoint(str(folder))
-    if last:
-        logger.info("resuming from %s; --overwrite_output_dir starts afresh", last)
-    elif (folder / "config.json").exists():
-        raise ValueError(
-            f"--output_dir {folder} holds a finished model and no checkpoint to resume from: choose another folder, "
-            "or say --overwrite_output_dir True."
-        )
-    return last

@@ -8,15 +8,16 @@ knows every sample before training. A record that cannot be used raises BadSampl
 for the data path can be imported from here.
 """
 
-import os
 import random
 
+import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, WeightedRandomSampler
+from torch.utils.data import ConcatDataset, Dataset
 
 from internvl.train.arguments import DataTrainingArguments
 from internvl.train.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, BadSample
+from internvl.train.files import join
 from internvl.train.image import (
     build_transform,
     dynamic_preprocess,
@@ -35,18 +36,28 @@ from internvl.train.preprocess import (
     preprocess,
     preprocess_internlm,
     preprocess_internvl2_5,
+    preprocess_internvl3_5_gpt_oss,
+    preprocess_internvl3_5_gpt_oss_with_think,
     preprocess_mpt,
     preprocess_phi3,
+    preprocess_pretrain,
     tokenize_turns,
 )
 from internvl.train.record import check_entry, load_meta, place_markers, read_turns, sources
+from internvl.train.upstream_names import (
+    TCSLoader,
+    WeightedConcatDataset,
+    calculate_ngram_repetition,
+    check_conversations_repetition,
+    read_frames_decord,
+    read_frames_folder,
+    read_frames_gif,
+)
 from internvl.train.video import (
     count_frames,
     extract_frame_number,
     get_frame_indices,
     read_frames,
-    read_frames_folder,
-    read_frames_gif,
     sort_frames,
 )
 
@@ -57,6 +68,8 @@ __all__ = [
     "TCSLoader",
     "WeightedConcatDataset",
     "build_transform",
+    "calculate_ngram_repetition",
+    "check_conversations_repetition",
     "dynamic_preprocess",
     "expand2square",
     "extract_frame_number",
@@ -68,9 +81,13 @@ __all__ = [
     "preprocess",
     "preprocess_internlm",
     "preprocess_internvl2_5",
+    "preprocess_internvl3_5_gpt_oss",
+    "preprocess_internvl3_5_gpt_oss_with_think",
     "preprocess_mpt",
     "preprocess_phi3",
+    "preprocess_pretrain",
     "qualities",
+    "read_frames_decord",
     "read_frames_folder",
     "read_frames_gif",
     "simulate_jpeg_degradation",
@@ -85,8 +102,9 @@ class LazySupervisedDataset(Dataset):
 
     Args:
         ds_name: name for messages.
-        meta: its entry in the meta file: `root`, `annotation`; optional `repeat_time` (0.5: the first half of the
-            lines, 2: all twice), `data_augment` (JPEG degradation), `max_dynamic_patch` (in place of the flag's).
+        meta: its entry in the meta file: `root`, `annotation`; optional `repeat_time` (0.3: a random 30 % of the
+            records, decided by `seed` and `ds_name`; 2.5: all twice and a random half), `data_augment` (JPEG
+            degradation), `max_dynamic_patch` (in place of the flag's).
         tokenizer: knows the image tokens; its `model_max_length` is where samples are cut.
         num_image_token: tokens of one tile.
 
@@ -110,8 +128,8 @@ class LazySupervisedDataset(Dataset):
         self.data_augment = meta.get("data_augment", False)
         self.max_dynamic_patch = meta.get("max_dynamic_patch", data_args.max_dynamic_patch)
         self.records = Jsonl(meta["annotation"])
-        self.length = int(len(self.records) * meta.get("repeat_time", 1))
-        if self.length == 0:
+        self.order = _order(len(self.records), meta.get("repeat_time", 1), (seed, *ds_name.encode()))
+        if len(self) == 0:
             raise ValueError(
                 f"data set {ds_name}: repeat_time {meta.get('repeat_time', 1)} of the {len(self.records)} records in "
                 f"{self.records.path} leaves no sample."
@@ -120,7 +138,7 @@ class LazySupervisedDataset(Dataset):
         self.img_context_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.get(index, epoch=0)
@@ -138,13 +156,11 @@ class LazySupervisedDataset(Dataset):
         record = self._record(index)
         generator = random.Random(f"{self.seed} {epoch} {index}")
         pictures = self._pictures(record, generator)
-        input_ids, labels = self._tokens(record, [len(tiles) for tiles in pictures])
+        texts = self._texts(record, [len(tiles) for tiles in pictures])
         transform = self._transform(generator)
         tiles = [transform(tile) for tiles in pictures for tile in tiles]
         return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "position_ids": torch.arange(len(input_ids)),
+            **texts,
             "pixel_values": torch.stack(tiles) if tiles else self._blank_tile(),
             "image_flags": torch.tensor([1] * len(tiles) or [0]),
         }
@@ -157,27 +173,25 @@ class LazySupervisedDataset(Dataset):
         """
         record = self._record(index)
         tiles = self._tile_counts(record)
-        input_ids, labels = self._tokens(record, tiles)
-        return len(input_ids), int((labels != IGNORE_INDEX).sum()), sum(tiles) or 1
+        texts = self._texts(record, tiles)
+        labels = torch.cat([values for name, values in texts.items() if name.endswith("labels")])  # a pair has two
+        return len(labels), int((labels != IGNORE_INDEX).sum()), sum(tiles) or 1
 
     def describe(self, index: int) -> str:
         """Where a sample comes from, for messages."""
-        return f"{self.ds_name} line {self.records.line(index % len(self.records))} ({self.records.path})"
+        return f"{self.ds_name} line {self.records.line(self.order[index])} ({self.records.path})"
 
     def _record(self, index: int) -> dict:
-        if not 0 <= index < self.length:
-            raise IndexError(f"sample {index} of {self.length} in {self.ds_name}")
-        return self.records[index % len(self.records)]
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self.ds_name}")
+        return self.records[self.order[index]]
 
     def _path(self, path: str) -> str:
-        path = os.path.join(self.root, path)
-        if path.startswith("s3://"):
-            raise ValueError(f"data set {self.ds_name}: {path} lies in an object store, which is not supported yet.")
-        return path
+        return join(self.root, path)
 
-    def _frame_budget(self, record: dict) -> int:
+    def _frame_budget(self, path: str) -> int:
         """Frames to ask a video for: decided by its path alone, so that measured lengths hold in every epoch."""
-        return random.Random(record["video"]).randint(self.data_args.min_num_frame, self.data_args.max_num_frame)
+        return random.Random(path).randint(self.data_args.min_num_frame, self.data_args.max_num_frame)
 
     def _tiling(self, num_images: int) -> dict:
         """Keywords of `dynamic_preprocess` for each image of a record; its images share the budget of tiles."""
@@ -192,7 +206,7 @@ class LazySupervisedDataset(Dataset):
         """The tiles of each picture, before the transform."""
         kind, paths = sources(record)
         if kind == "video":
-            budget = self._frame_budget(record)
+            budget = self._frame_budget(paths[0])
             frames = read_frames(self._path(paths[0]), budget, clip=record.get("clip"), generator=generator)
             return [[frame] for frame in frames]
         images = [load_image(self._path(path)) for path in paths]
@@ -204,7 +218,7 @@ class LazySupervisedDataset(Dataset):
         """How many tiles `_pictures` gives for each picture; nothing is decoded."""
         kind, paths = sources(record)
         if kind == "video":
-            return [1] * count_frames(self._path(paths[0]), self._frame_budget(record))
+            return [1] * count_frames(self._path(paths[0]), self._frame_budget(paths[0]), record.get("clip"))
         sizes = [image_size(self._path(path)) for path in paths]
         if not self.data_args.dynamic_image_size:
             return [1] * len(sizes)
@@ -221,6 +235,11 @@ class LazySupervisedDataset(Dataset):
         if self._blank is None:
             self._blank = self._transform(random.Random(0))(Image.new("RGB", (224, 224), (255, 255, 255)))[None]
         return self._blank
+
+    def _texts(self, record: dict, tiles: list[int]) -> dict[str, torch.Tensor]:
+        """What a sample has beside its tiles, for pictures of these numbers of tiles."""
+        input_ids, labels = self._tokens(record, tiles)
+        return {"input_ids": input_ids, "labels": labels, "position_ids": torch.arange(len(input_ids))}
 
     def _tokens(self, record: dict, tiles: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """`input_ids`, `labels` of a record whose pictures have these numbers of tiles, cut to the longest allowed."""
@@ -245,25 +264,8 @@ class LazySupervisedDataset(Dataset):
         return input_ids, labels
 
 
-class WeightedConcatDataset(ConcatDataset):
-    """Concatenated data sets whose `sampler` draws samples with replacement, each data set in proportion to its
-    weight."""
-
-    def __init__(self, datasets, weights):
-        super().__init__(datasets)
-        self.weights = torch.as_tensor(weights, dtype=torch.float64)
-        self.total_size = len(self)
-        per_sample = torch.cat([w.div(len(d)).expand(len(d)) for d, w in zip(datasets, self.weights, strict=True)])
-        self.sampler = WeightedRandomSampler(per_sample, self.total_size)
-
-    def __iter__(self):
-        return iter(self.sampler)
-
-
-class TCSLoader:
-    """Upstream's reader of object stores: not supported yet."""
-
-    def __init__(self, conf_path, sc_config_key="sensecore"):
-        raise ValueError(
-            f"TCSLoader({conf_path!r}): object stores (petrel) are not supported; put the data on a file system."
-        )
+def _order(records: int, repeat_time: float, seed: tuple[int, ...]) -> np.ndarray:
+    """Number of the record that each sample is: whole copies, then, in the order of the file, a random part."""
+    copies, part = divmod(int(records * repeat_time), max(1, records))
+    drawn = np.random.default_rng(seed).permutation(records)[:part]
+    return np.concatenate([np.tile(np.arange(records), copies), np.sort(drawn)])

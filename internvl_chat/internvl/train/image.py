@@ -23,6 +23,7 @@ from internvl.train.constants import (
     SIGLIP_STD,
     BadSample,
 )
+from internvl.train.files import MissingPackage, open_file
 
 NORMALIZE = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
@@ -39,14 +40,17 @@ def load_image(path: str) -> Image.Image:
 
 def image_size(path: str) -> tuple[int, int]:
     """(width, height) from the header of an image file, pixels not decoded; BadSample like `load_image`."""
-    return read_image(path, lambda image: image.size)
+    return read_image(path, lambda image: image.size, header=True)
 
 
-def read_image(path: str, use: Callable[[Image.Image], object]):
-    """What `use` makes of the opened file; BadSample in place of whatever goes wrong."""
+def read_image(path: str, use: Callable[[Image.Image], object], header: bool = False):
+    """What `use` makes of the opened file, of which `header` says that it reads the beginning only; BadSample in place
+    of whatever goes wrong."""
     try:
-        with Image.open(path) as image:
+        with open_file(path, header) as file, Image.open(file) as image:
             return use(image)
+    except MissingPackage:
+        raise
     except FileNotFoundError as error:
         raise BadSample(f"image {path} does not exist") from error
     except Exception as error:  # PIL's parsers raise whatever broken bytes lead them to

@@ -16,9 +16,11 @@ import transformers
 
 from internvl.dist_utils import init_dist, rank
 from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments, parse_args  # noqa: F401
-from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer, check, resume_point
+from internvl.train.build import Data, build_data, build_model, build_tokenizer, build_trainer
+from internvl.train.check import check, resume_point
 from internvl.train.constants import IGNORE_INDEX, BadSample  # noqa: F401
 from internvl.train.dataset import LazySupervisedDataset  # noqa: F401
+from internvl.train.trainer import InternVLTrainer
 
 
 def main() -> None:
@@ -36,6 +38,15 @@ def main() -> None:
     except (ValueError, OSError) as error:
         give_up(error)
 
+    train_and_save(trainer, data, checkpoint)
+    dist.destroy_process_group()  # without it an exit is aborted now and then
+
+
+def train_and_save(trainer: InternVLTrainer, data: Data, checkpoint: str | None) -> None:
+    """Train from the checkpoint, if any, to the end; leave model, state and metrics in the output folder."""
+    if not trainer.args.do_train:
+        logging.getLogger("internvl").info("--do_train False: everything is set up, nothing is trained")
+        return
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except BadSample as error:
@@ -45,7 +56,6 @@ def main() -> None:
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", {**result.metrics, "train_samples": int(data.usable.sum())})
     trainer.save_state()
-    dist.destroy_process_group()  # without it an exit is aborted now and then
 
 
 def set_up_logging(args: TrainingArguments) -> None:

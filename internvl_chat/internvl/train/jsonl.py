@@ -1,6 +1,7 @@
 """Records of an annotation file by number: the file stays on disk, only the table of its lines is in memory.
 
-First station of the data path: `dataset.py` asks for record i and gets a dict.
+First station of the data path: `dataset.py` asks for record i and gets a dict. A remote file is copied to the cache
+once, since records are read one by one and in random order.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import numpy as np
 
 from internvl.train.constants import BadSample
+from internvl.train.files import is_remote, local_copy
 
 CHUNK = 1 << 24
 
@@ -18,33 +20,37 @@ class Jsonl:
 
     Costs 24 bytes of memory per record. Safe to share between forked workers and to pickle.
 
+    Attributes:
+        path: the file as named by the user.
+        file: the file that is read: the same, or the copy of a remote one.
+
     Raises:
-        ValueError: when the file does not exist or is not named `*.jsonl`.
+        ValueError: when the file does not exist, cannot be fetched or is not named `*.jsonl`.
     """
 
     def __init__(self, path: str):
         if not path.endswith("jsonl"):
             raise ValueError(f"annotation {path} must be a .jsonl file: one JSON object per line.")
-        if not os.path.isfile(path):
+        if not is_remote(path) and not os.path.isfile(path):
             raise ValueError(f"annotation {path} does not exist (relative paths start at {os.getcwd()}).")
-        self.path = path
-        starts, ends = _line_table(path)
+        self.path, self.file = path, local_copy(path)
+        starts, ends = _line_table(self.file)
         records = np.flatnonzero(ends - starts > 1)  # one byte alone is the \r of a blank line
         self._starts, self._ends = starts[records], ends[records]
         self._lines = records + 1
-        self._file = None
+        self._open_file = None
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> dict:
         """Record number `index`; BadSample when its line is not a JSON object."""
-        if self._file is None:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (stays open)
+        if self._open_file is None:
+            self._open_file = open(self.file, "rb", buffering=0)  # noqa: SIM115 (stays open)
         # pread, not seek and read: forked workers share one file position.
         start, end = int(self._starts[index]), int(self._ends[index])
         try:
-            record = json.loads(os.pread(self._file.fileno(), end - start, start))
+            record = json.loads(os.pread(self._open_file.fileno(), end - start, start))
         except ValueError as error:  # wrong JSON as well as wrong UTF-8
             raise BadSample(f"line {self.line(index)} is not JSON: {error}") from error
         if not isinstance(record, dict):
@@ -56,7 +62,7 @@ class Jsonl:
         return int(self._lines[index])
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_file": None}
+        return self.__dict__ | {"_open_file": None}
 
 
 def _line_table(path: str) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,7 @@ on disk under a fingerprint of everything that decides it.
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from internvl.train.constants import BadSample
 from internvl.train.dataset import LazySupervisedDataset
+from internvl.train.files import cache_folder, is_remote, write_whole
 
 VERSION = 1  # of the files; to be raised whenever samples of the same data change
 CHUNK = 256  # samples a process measures at a time
@@ -63,34 +63,35 @@ def measure(
     Raises:
         ValueError: the folder cannot be written.
     """
-    folder = Path(cache_dir or os.environ.get("INTERNVL_CACHE") or Path.home() / ".cache" / "internvl_chat")
-    stem = folder / f"lengths-{fingerprint(dataset)}"
-    records = min(len(dataset), len(dataset.records))
+    stem = Path(cache_dir or cache_folder()) / f"lengths-{fingerprint(dataset)}"
+    # Repeats of a record are as long as its first appearance: only that is measured.
+    _, first, column = np.unique(dataset.order, return_index=True, return_inverse=True)
+    records = len(first)
     table, reasons = _load(stem, records) or (np.zeros((3, records), np.int32), {})
     todo = sorted(reasons) if table.any() else range(records)
     if todo:
         table, reasons = table.copy(), {}
-        for record, (*lengths, reason) in zip(todo, _measured(dataset, todo, num_workers, progress), strict=True):
+        measured = _measured(dataset, [int(first[record]) for record in todo], num_workers, progress)
+        for record, (*lengths, reason) in zip(todo, measured, strict=True):
             table[:, record] = lengths
             if reason:
                 reasons[record] = reason
         _save(stem, table, reasons)
-    # Repeats of a record are as long as its first appearance.
-    index = np.arange(len(dataset))
-    bad = [(i, reasons[i % records]) for i in index[table[0, index % records] == 0].tolist()]
-    return Lengths(*(table if len(dataset) == records else table[:, index % records]), bad)
+    bad = [(i, reasons[int(column[i])]) for i in np.flatnonzero(table[0, column] == 0).tolist()]
+    return Lengths(*(table if len(dataset) == records else table[:, column]), bad)
 
 
 def fingerprint(dataset: LazySupervisedDataset) -> str:
     """Name of everything that decides the lengths of a data set, the pictures themselves excepted."""
-    path = os.path.abspath(dataset.records.path)
+    path = os.path.abspath(dataset.records.file)
     facts = [
         VERSION,
+        type(dataset).__name__,
         path,
         os.stat(path).st_size,
         os.stat(path).st_mtime_ns,
-        os.path.abspath(dataset.root),
-        min(len(dataset), len(dataset.records)),
+        dataset.root if is_remote(dataset.root) else os.path.abspath(dataset.root),
+        hashlib.sha256(np.unique(dataset.order).tobytes()).hexdigest(),
         dataset.num_image_token,
         dataset.max_dynamic_patch,
         dataset.tokenizer.model_max_length,
@@ -166,19 +167,5 @@ def _load(stem: Path, records: int) -> tuple[np.ndarray, dict[int, str]] | None:
 
 
 def _save(stem: Path, table: np.ndarray, reasons: dict[int, str]) -> None:
-    _write(f"{stem}.json", lambda file: file.write(json.dumps(reasons).encode()))
-    _write(f"{stem}.npy", lambda file: np.save(file, table))
-
-
-def _write(path: str, fill: Callable) -> None:
-    """Write a file as a whole or not at all: other runs may read it, and this one may be stopped."""
-    folder = os.path.dirname(path)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            fill(file)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise ValueError(
-            f"the cache {path} cannot be written ({error.strerror}); set INTERNVL_CACHE to a folder."
-        ) from error
+    write_whole(f"{stem}.json", lambda file: file.write(json.dumps(reasons).encode()))
+    write_whole(f"{stem}.npy", lambda file: np.save(file, table))

@@ -18,6 +18,7 @@ def plan_epoch(
     accumulation: int,
     group_by_length: bool = False,
     usable: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """Lay out one epoch.
 
@@ -25,13 +26,19 @@ def plan_epoch(
         tokens: (N,) length of each sample; only looked at with `group_by_length`.
         group_by_length: steps of samples of similar length, dealt so that ranks get nearly equal numbers of tokens.
         usable: (N,) bool; samples that are False are left out.
+        weights: (N,) float64 >= 0; how often a sample is to be drawn, relative to the others. Neighbours of equal
+            weight count as one data set. It gets its share of the draws, rounded by largest remainder, and deals them
+            out without replacement: no two of its samples differ by more than one draw.
 
     Returns:
-        (steps, accumulation, world_size, micro_batch) int64 sample ids, every usable sample once, steps as few as
-        possible. -1 marks an empty slot; only the last step has any, spread evenly over ranks and micro-batches.
+        (steps, accumulation, world_size, micro_batch) int64 sample ids, every usable sample once, with `weights` as
+        many draws as there are usable samples; steps as few as possible. -1 marks an empty slot; only the last step
+        has any, spread evenly over ranks and micro-batches.
     """
     rng = np.random.default_rng((seed, epoch))
     ids = np.arange(len(tokens)) if usable is None else np.flatnonzero(usable)
+    if weights is not None:
+        ids = _draw(ids, np.asarray(weights, np.float64)[ids], rng)
     ids = rng.permutation(ids)
     size = accumulation * micro_batch * world_size
     if group_by_length:
@@ -49,6 +56,17 @@ def plan_epoch(
         deals = steps.reshape(len(steps), accumulation * micro_batch, world_size)
         deals[:, 1::2] = deals[:, 1::2, ::-1].copy()
     return np.ascontiguousarray(steps.swapaxes(2, 3).astype(np.int64, copy=False))
+
+
+def _draw(ids: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many ids as given, each run of equal weights by its share of the whole, in no particular order."""
+    assert (weights >= 0).all() and weights.any(), "weights must be at least 0, and not all 0"
+    starts = np.flatnonzero(np.diff(weights, prepend=np.nan))  # nan differs from everything
+    exact = np.add.reduceat(weights, starts) * (len(ids) / weights.sum())
+    draws = np.floor(exact).astype(np.int64)
+    draws[np.argsort(draws - exact, kind="stable")[: len(ids) - draws.sum()]] += 1
+    runs = np.split(ids, starts[1:])
+    return np.concatenate([np.resize(rng.permutation(run), n) for run, n in zip(runs, draws, strict=True)])
 
 
 def _group(ids: np.ndarray, tokens: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -7,6 +7,7 @@ import json
 import re
 
 from internvl.train.constants import BadSample
+from internvl.train.files import local_copy
 
 # Key of a meta entry: what it must be, in words and as a check. `length` is for human readers.
 META_KEYS = {
@@ -34,7 +35,7 @@ def load_meta(path: str) -> dict[str, dict]:
         return dict(pairs)
 
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(local_copy(path), encoding="utf-8") as file:
             meta = json.load(file, object_pairs_hook=unique)
     except OSError as error:
         raise ValueError(f"meta file {path} cannot be opened: {error.strerror}.") from error
@@ -94,7 +95,7 @@ def place_markers(turns: list[dict[str, str]], kind: str, num_pictures: int) -> 
     if kind == "text":
         return turns
     marker = MARKERS[kind]
-    humans = [i for i, turn in enumerate(turns) if turn["from"] == "human"]
+    humans = [i for i, turn in enumerate(turns) if turn["from"] in ("human", "pretrain")]
     if not humans:
         raise BadSample(f"it has {num_pictures} pictures but no human turn to put them in")
     values = [turn["value"] for turn in turns]

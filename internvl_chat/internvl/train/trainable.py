@@ -4,13 +4,17 @@ that gradients arrive.
 Called by `build.py` on a loaded model; `trainer.py` takes the parameter groups from here.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import nn
 
+from internvl.model.lora import plain
 from internvl.train.arguments import ModelArguments
+
+logger = logging.getLogger(__name__)
 
 # part -> (attribute of the chat model, the config field that holds its LoRA rank)
 PARTS = {
@@ -42,14 +46,29 @@ def set_trainable(model: nn.Module, args: ModelArguments) -> None:
             model.language_model.get_output_embeddings().requires_grad_(True)
     if args.freeze_mlp:
         model.mlp1.requires_grad_(False)
-    if args.unfreeze_vit_layers:
-        encoder = next(m for m in model.vision_model.modules() if hasattr(m, "layers"))
-        encoder.layers[args.unfreeze_vit_layers :].requires_grad_(True)
+    set_vision_layers(model, args.unfreeze_vit_layers)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "nothing is left to train: vision encoder, projector and language model are frozen and no LoRA rank is "
             "set; set --use_backbone_lora or --use_llm_lora, or leave one part unfrozen."
         )
+
+
+def set_vision_layers(model: nn.Module, unfreeze: int) -> None:
+    """Unfreeze the vision layers [unfreeze:], unless it is 0; freeze those whose output nobody reads."""
+    layers = plain(model.vision_model).encoder.layers
+    if not -len(layers) <= unfreeze < len(layers):
+        raise ValueError(
+            f"--unfreeze_vit_layers {unfreeze}: the vision encoder has {len(layers)} layers, so that a first one to "
+            f"train is given by {-len(layers)} to {len(layers) - 1}."
+        )
+    if unfreeze:
+        layers[unfreeze:].requires_grad_(True)
+    # Hidden state 0 is the embeddings, state k the output of layer k - 1.
+    read = model.select_layer % (len(layers) + 1)
+    if read < len(layers):
+        logger.info("with --vision_select_layer %d vision layers %d and up do nothing", model.select_layer, read)
+        layers[read:].requires_grad_(False)
 
 
 def add_lora(model: nn.Module, part: str, rank: int, wrap: Callable) -> None:

@@ -79,6 +79,7 @@ class InternVLTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=workers,
             prefetch_factor=self.args.dataloader_prefetch_factor or 2 if workers else None,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
             persistent_workers=workers > 0,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
@@ -104,15 +105,18 @@ class InternVLTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean over ranks and accumulation counts every micro-batch alike; the empty ones of an epoch's last step
-        must not make its loss and gradient smaller."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss = loss * self.micro_batch_weight()
+        return (loss, outputs) if return_outputs else loss
+
+    def micro_batch_weight(self) -> float:
+        """The mean over ranks and accumulation counts every micro-batch alike; the empty ones of an epoch's last step
+        must not make its loss and gradient smaller."""
         step = self.plan(int(self.state.epoch or 0))
         step = step[self.state.global_step % len(step)]
-        scale = step[..., 0].size / (step >= 0).any(-1).sum()
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        return (loss * scale, outputs) if return_outputs else loss * scale
+        return step[..., 0].size / (step >= 0).any(-1).sum()
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.state.global_step == self._initial_global_step and self.check_gradients is None:

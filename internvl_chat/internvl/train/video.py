@@ -6,11 +6,15 @@ Used by `dataset.py`; each frame becomes one tile.
 import os
 import random
 import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, groupby
 
 import numpy as np
 from PIL import Image
 
 from internvl.train.constants import BadSample
+from internvl.train.files import MissingPackage, exists, is_folder, is_remote, list_folder, open_file
 from internvl.train.image import load_image, read_image
 
 
@@ -56,12 +60,12 @@ def get_frame_indices(
     return indices + indices[-1:] * (num_frames - wanted)
 
 
-def count_frames(path: str, num_frames: int) -> int:
+def count_frames(path: str, num_frames: int, clip: tuple[float, float] | None = None) -> int:
     """How many frames `read_frames` gives when asked for `num_frames`; no picture is decoded."""
-    _check_exists(path)
-    if os.path.isdir(path):
+    kind = _kind(path, clip)
+    if kind == "folder":
         return min(num_frames, len(_frame_files(path)))
-    if path.endswith(".gif"):
+    if kind == "gif":
         return min(num_frames, read_image(path, lambda gif: getattr(gif, "n_frames", 1)))
     return num_frames
 
@@ -77,37 +81,65 @@ def read_frames(
     """RGB frames of a video: a folder of pictures, a `.gif`, or any film that PyAV opens.
 
     A folder or GIF gives all its frames if there are not more than asked for; a film that is too short repeats its
-    last.
+    last. Which frames: `get_frame_indices`.
 
     Args:
         clip: (start, end) in seconds; films only.
 
     Raises:
-        BadSample: missing, empty or broken.
+        BadSample: missing, empty, cut short or broken; a clip that holds no frame.
+        ValueError: a package is missing.
     """
-    _check_exists(path)
-    if os.path.isdir(path):
-        return read_frames_folder(path, num_frames, sample, fix_start, generator)
-    if path.endswith(".gif"):
-        return read_frames_gif(path, num_frames, sample, fix_start, generator)
-    return read_frames_film(path, num_frames, sample, fix_start, clip, generator)
+    kind = _kind(path, clip)
+
+    def choose(total: int, fps: float = 1) -> list[int]:
+        chosen = get_frame_indices(num_frames, total, sample, fix_start, fps, generator=generator)
+        if not all(0 <= index < total for index in chosen):
+            raise ValueError(f"fix_start {fix_start} leads to frame {max(chosen)} of the {total} of video {path}.")
+        return chosen
+
+    if kind == "film":
+        frames = _read_film(path, clip, choose)
+    elif kind == "gif":
+        frames = read_image(path, lambda gif: _read_gif(gif, choose))
+    else:
+        files = _frame_files(path)
+        chosen = choose(len(files)) if len(files) > num_frames else range(len(files))
+        frames = [load_image(files[index]) for index in chosen]
+    if not frames:
+        raise BadSample(f"sampling {sample} chooses no frame of video {path}")
+    return frames
 
 
-def _check_exists(path: str) -> None:
-    if not os.path.exists(path):
-        raise BadSample(f"video {path} does not exist")
+def _kind(path: str, clip) -> str:
+    with _reported(path):
+        if not exists(path):
+            raise BadSample(f"video {path} does not exist")
+        kind = "folder" if is_folder(path) else "gif" if path.lower().endswith(".gif") else "film"
+    if clip is not None:
+        if kind != "film":
+            raise BadSample(f"clip {clip} is in seconds, which the {kind} {path} does not tell; only films do")
+        numbers = isinstance(clip, list | tuple) and all(type(second) in (int, float) for second in clip)
+        if not numbers or len(clip) != 2 or not 0 <= clip[0] < clip[1]:
+            raise BadSample(f"clip {clip!r} is not [start, end] in seconds with 0 <= start < end")
+    return kind
 
 
-def read_frames_folder(path, num_frames, sample="rand", fix_start=None, generator=None) -> list[Image.Image]:
-    """Frames from a folder of pictures, see `sort_frames`."""
-    files = _frame_files(path)
-    if len(files) > num_frames:
-        files = [files[i] for i in get_frame_indices(num_frames, len(files), sample, fix_start, generator=generator)]
-    return [load_image(file) for file in files]
+@contextmanager
+def _reported(path: str) -> Iterator[None]:
+    """What a disk or a store says instead of giving a video, as a BadSample."""
+    try:
+        yield
+    except OSError as error:
+        raise BadSample(f"video {path} cannot be read: {error}") from error
+
+
+# -- folders and GIFs --------------------------------------------------------------------------------------------------
 
 
 def _frame_files(path: str) -> list[str]:
-    names = os.listdir(path)
+    with _reported(path):
+        names = list_folder(path)
     if not names:
         raise BadSample(f"video {path} is an empty folder")
     return sort_frames([os.path.join(path, name) for name in names])
@@ -124,62 +156,99 @@ def extract_frame_number(filename: str) -> int:
     return int(match[1]) if match else -1
 
 
-def read_frames_gif(path, num_frames, sample="rand", fix_start=None, generator=None) -> list[Image.Image]:
-    """Frames of an animated GIF."""
-
-    def frames(gif: Image.Image) -> list[Image.Image]:
-        total = getattr(gif, "n_frames", 1)
-        chosen = get_frame_indices(min(num_frames, total), total, sample, fix_start, generator=generator)
-        pictures = []
-        for index in chosen:
-            gif.seek(index)
-            pictures.append(gif.convert("RGB"))
-        return pictures
-
-    return read_image(path, frames)
+def _read_gif(gif: Image.Image, choose: Callable) -> list[Image.Image]:
+    pictures = []
+    for index in sorted(set(choose(getattr(gif, "n_frames", 1)))):
+        gif.seek(index)
+        pictures.append(gif.convert("RGB"))
+    return pictures
 
 
-def read_frames_film(path, num_frames, sample="rand", fix_start=None, clip=None, generator=None) -> list[Image.Image]:
-    """Frames of a film, each decoded from the nearest key frame before it."""
+# -- films -------------------------------------------------------------------------------------------------------------
+
+
+def _read_film(path: str, clip, choose: Callable) -> list[Image.Image]:
+    """Frames of a film, each decoded from the nearest key frame before it, or, where seeking is not exact, in order."""
     try:
         import av
     except ImportError as error:
-        raise ValueError(f"reading {path} needs the package av: pip install av.") from error
+        raise MissingPackage(f"reading {path} needs the package av: pip install av.") from error
+
+    def opened():
+        return av.open(open_file(path) if is_remote(path) else path)
+
     try:
-        with av.open(path) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            # Times of all frames come from the packets: nothing is decoded, and a variable frame rate does no harm.
-            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None]
-            times = sorted(time for time, _ in packets)
-            fps = float(stream.average_rate or 1)
-            start, vlen = _clip_range(clip, fps, len(times))
-            chosen = get_frame_indices(num_frames, vlen, sample, fix_start, fps, generator=generator)
-            keys = sorted(time for time, is_key in packets if is_key)
-            return _decode(container, stream, [times[start + index] for index in chosen], np.array(keys))
-    except (av.error.FFmpegError, IndexError, StopIteration) as error:
-        raise BadSample(f"video {path} cannot be read: {error}") from error
+        with opened() as film:
+            times, keys, fps = _clock(film, path)
+            start, total = _clip_range(path, clip, fps, len(times))
+            shown = [times[start + index] for index in choose(total, fps)]
+            frames = _by_seeking(film, shown, times, keys)
+        if frames is None:
+            with opened() as film:
+                decoded = enumerate(film.decode(film.streams.video[0]))
+                clock = ((number if keys is None else frame.pts, frame) for number, frame in decoded)
+                frames = _frames_at(shown, clock)
+        return frames
+    except (av.error.FFmpegError, OSError, StopIteration) as error:
+        raise BadSample(f"video {path} cannot be read: {error or 'no frame can be decoded'}") from error
 
 
-def _clip_range(clip, fps: float, total: int) -> tuple[int, int]:
+def _clock(film, path: str) -> tuple[list[int], list[int] | None, float]:
+    """When the frames of a film are shown, ascending; the times of its key frames; its mean frames per second.
+
+    All of it is in the packets: nothing is decoded, and a variable frame rate does no harm. Streams without times, such
+    as raw H.264, count their frames instead and have no known keys (None).
+    """
+    if not film.streams.video:
+        raise BadSample(f"video {path} has no pictures, only {[stream.type for stream in film.streams]}")
+    stream = film.streams.video[0]
+    stream.thread_type = "AUTO"
+    packets = [packet for packet in film.demux(stream) if packet.size]
+    if "mp4" in film.format.name and len(packets) < stream.frames:  # its header counts exactly
+        raise BadSample(f"video {path} is cut short: it holds {len(packets)} of its {stream.frames} frames")
+    packets = [packet for packet in packets if not packet.is_discard]
+    fps = float(stream.average_rate or 1)
+    if any(packet.pts is None for packet in packets):
+        return list(range(len(packets))), None, fps
+    return sorted(p.pts for p in packets), sorted(p.pts for p in packets if p.is_keyframe), fps
+
+
+def _clip_range(path: str, clip, fps: float, total: int) -> tuple[int, int]:
     """First frame and number of frames of a clip (start, end) in seconds."""
-    start, vlen = (0, total) if clip is None else (int(clip[0] * fps), int((clip[1] - clip[0]) * fps))
-    vlen = min(vlen, total - start)
-    if start < 0 or vlen < 1:
-        raise BadSample(f"clip {clip} of a video of {total} frames at {fps:g} per second holds no frame")
-    return start, vlen
+    if total == 0:
+        raise BadSample(f"video {path} has no frame")
+    if clip is None:
+        return 0, total
+    start, length = int(clip[0] * fps), int((clip[1] - clip[0]) * fps)
+    length = min(length, total - start)
+    if length < 1:
+        raise BadSample(f"clip {clip} of video {path} ({total} frames, {fps:g} per second) holds no frame")
+    return start, length
 
 
-def _decode(container, stream, times: list[int], keys: np.ndarray) -> list[Image.Image]:
-    """The frames shown at `times`, which ascend, in units of the stream's clock; `keys` are the times of key frames."""
-    frames, frame, decoder = [], None, None
-    for time in times:
-        key = int(keys[max(0, np.searchsorted(keys, time, side="right") - 1)])
-        if frame is None or key > frame.pts:
-            container.seek(key, stream=stream)
-            decoder = container.decode(stream)
-            frame = next(decoder)
-        while frame.pts < time and (following := next(decoder, None)):
-            frame = following
-        frames.append(frame.to_image())
+def _by_seeking(film, shown: list[int], times: list[int], keys: list[int] | None) -> list[Image.Image] | None:
+    """Frames at the times `shown`, from the last key frame before each; None where a seek does not lead to it."""
+    if not keys:
+        return None
+    stream, known = film.streams.video[0], set(times)
+    frames = []
+    for key, group in groupby(shown, lambda time: keys[max(0, np.searchsorted(keys, time, side="right") - 1)]):
+        film.seek(key, stream=stream)
+        decoded = film.decode(stream)
+        first = next(decoded, None)
+        if first is None or first.pts not in known or first.pts > key:
+            return None
+        frames += _frames_at(group, ((frame.pts, frame) for frame in chain([first], decoded)))
     return frames
+
+
+def _frames_at(shown: Iterable[int], clock: Iterator[tuple]) -> list[Image.Image]:
+    """Of frames (time, frame) in order, the first at or behind each of the ascending times `shown`, else the last."""
+    pictures = []
+    time, frame = next(clock)
+    for wanted in shown:
+        while time < wanted:
+            time, frame = next(clock, (wanted, frame))
+        # A film says by how much it is to be turned, against the clock, to stand upright.
+        pictures.append(frame.to_image().rotate(frame.rotation, expand=True))
+    return pictures

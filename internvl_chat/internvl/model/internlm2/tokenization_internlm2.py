@@ -4,7 +4,6 @@ Published InternLM2 checkpoints hold `tokenizer.model` and the Python code of a 
 same ids and the same decoded text from the same file without running that code. `model/tokenizer.py` chooses it.
 """
 
-import json
 import re
 from itertools import groupby
 from pathlib import Path
@@ -13,9 +12,12 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..saved_tokenizer import complete_config
 from .configuration_internlm2 import InternLM2Config
 
 VOCAB_FILES_NAMES = {"vocab_file": "./tokenizer.model"}
+# Where upstream looks for the class, in a file beside the saved ones; never followed here.
+AUTO_MAP = {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}
 NORMAL, USER_DEFINED = 1, 4  # types of pieces in a sentencepiece model
 # Alone between two special tokens, the name of a byte piece would be taken for the byte: cut it behind its "<".
 BYTE_NAME = Regex(r"\A<(?=0x[0-9A-F]{2}>\z)")
@@ -24,8 +26,11 @@ BYTE_NAME = Regex(r"\A<(?=0x[0-9A-F]{2}>\z)")
 class InternLM2Tokenizer(PreTrainedTokenizerFast):
     """Byte-fallback BPE of InternLM2. Ids of the added tokens come from `added_tokens_decoder` or `added_tokens.json`.
 
+    `decode_with_prefix_space` is read and saved only: the text of ids does not depend on it.
+
     Raises:
-        ValueError: `vocab_file` is no sentencepiece BPE with byte fallback and identity normalisation.
+        ValueError: `vocab_file` is no sentencepiece BPE with byte fallback and identity normalisation, or
+            `sp_model_kwargs` asks for something else.
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
@@ -48,6 +53,8 @@ class InternLM2Tokenizer(PreTrainedTokenizerFast):
     ):
         # The file of code that `auto_map` names is never run, nor copied by `save_pretrained`.
         kwargs = {key: value for key, value in kwargs.items() if key not in ("auto_map", "tokenizer_file")}
+        if sp_model_kwargs:
+            raise ValueError(f"sp_model_kwargs {sp_model_kwargs}: options of sentencepiece cannot be set here")
         overlay = {index: str(token) for index, token in kwargs.get("added_tokens_decoder", {}).items()}
         super().__init__(
             vocab_file=vocab_file,
@@ -94,13 +101,8 @@ class InternLM2Tokenizer(PreTrainedTokenizerFast):
 
     def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
         """Save as the original does (`tokenizer.model`, not `tokenizer.json`), so that either class can load it."""
-        config_file = Path(file_names[0])
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        added = {index: token.__getstate__() for index, token in sorted(self.added_tokens_decoder.items())}
-        config |= {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
-        config |= {"added_tokens_decoder": added, "tokenizer_class": "InternLM2Tokenizer"}
-        config["additional_special_tokens"] = [str(token) for token in config.pop("extra_special_tokens", [])]
-        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fields = {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token, "auto_map": AUTO_MAP}
+        complete_config(self, file_names[0], tokenizer_class="InternLM2Tokenizer", **fields)
         return PreTrainedTokenizerBase._save_pretrained(self, save_directory, file_names, None, filename_prefix)
 
 

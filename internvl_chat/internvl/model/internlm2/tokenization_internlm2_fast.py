@@ -1,5 +1,9 @@
-"""Upstream's name for the fast tokenizer; here there is only one class."""
+"""Upstream's fast tokenizer, which differs from the other in the side on which it pads."""
 
-from .tokenization_internlm2 import InternLM2Tokenizer as InternLM2TokenizerFast
+from .tokenization_internlm2 import InternLM2Tokenizer
 
-__all__ = ["InternLM2TokenizerFast"]
+
+class InternLM2TokenizerFast(InternLM2Tokenizer):
+    """`InternLM2Tokenizer`, padding on the left."""
+
+    padding_side = "left"

@@ -1,5 +1,7 @@
 """Dialogue with a model: question and tiles -> prompt -> generated ids -> answer. `InternVLChatModel` mixes this in."""
 
+from itertools import takewhile
+
 import torch
 
 from internvl.conversation import get_conv_template
@@ -12,8 +14,9 @@ class ChatMixin:
 
     `pixel_values` (T, 3, H, W) are the tiles of all images of all questions (history first), one after the other.
     `generation_config` is a dict of arguments for `generate` (`max_new_tokens`, `do_sample`, `streamer`, ...), left
-    as it is. `history` is a list of (question, answer). An answer ends at the template's separator or the tokenizer's
-    own end-of-text token.
+    as it is. `history` is a list of (question, answer). An answer ends at the template's end marker or the tokenizer's
+    own end-of-text token. It is text without special tokens; but under internvl3_5_gpt_oss, which marks its channels by
+    such tokens, it keeps them and begins with `<|channel|>final<|message|>`, as `history` and upstream's users expect.
     """
 
     def chat(
@@ -129,8 +132,10 @@ class ChatMixin:
             inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1)
         finally:
             tokenizer.padding_side = padding_side
-        separator = self._template().sep.strip()
-        ends = {tokenizer.convert_tokens_to_ids(separator), tokenizer.eos_token_id} - {None}
+        template = self._template()
+        with_channels = template.sep_style.name == "MPT_TWO"
+        end_marker = (template.sep2 if with_channels else template.sep).strip()
+        ends = {tokenizer.convert_tokens_to_ids(end_marker), tokenizer.eos_token_id} - {None}
         device = self.get_input_embeddings().weight.device
         with torch.inference_mode():
             output = self.generate(
@@ -139,8 +144,9 @@ class ChatMixin:
                 attention_mask=inputs["attention_mask"].to(device),
                 **{"pad_token_id": tokenizer.pad_token_id, **generation_config, "eos_token_id": sorted(ends)},
             )
-        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-        return [text.split(separator)[0].strip() for text in texts]
+        answers = [list(takewhile(lambda index: index not in ends, row)) for row in output.tolist()]
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=not with_channels)
+        return [text.split(end_marker)[0].strip() for text in texts]
 
 
 def _patches(num_patches_list, pixel_values, questions: int) -> list[list[int]]:

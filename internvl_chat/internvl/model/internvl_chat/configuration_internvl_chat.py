@@ -4,7 +4,7 @@
 looked up the same way in `modeling_internvl_chat`.
 """
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, LlamaConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from internvl.model.internlm2.configuration_internlm2 import InternLM2Config
@@ -13,7 +13,11 @@ from internvl.model.phi3.configuration_phi3 import Phi3Config
 from .configuration_intern_vit import InternVisionConfig
 
 # Language models this repository brings along; every other causal language model comes from transformers' registry.
-LLM_CONFIGS = {"InternLM2ForCausalLM": InternLM2Config, "Phi3ForCausalLM": Phi3Config}
+LLM_CONFIGS = {
+    "InternLM2ForCausalLM": InternLM2Config,
+    "InternLM3ForCausalLM": LlamaConfig,
+    "Phi3ForCausalLM": Phi3Config,
+}
 
 
 class InternVLChatConfig(PretrainedConfig):
@@ -23,6 +27,8 @@ class InternVLChatConfig(PretrainedConfig):
         vision_config, llm_config: dicts as in `config.json`, or configuration objects. Without `llm_config`: Qwen2.
         use_backbone_lora, use_llm_lora: LoRA rank of a part; above 0 the constructor of the model wraps that part.
         template: name of the conversation template, see `internvl.conversation`.
+        tie_word_embeddings: whether the language model's head is its input embedding, not stored again. Small models of
+            InternVL 3.5 say so, here and in `llm_config`; only both together count. Everything before is not tied.
 
     Raises:
         ValueError: the language model's architecture is not known; the message lists the known ones.
@@ -47,6 +53,7 @@ class InternVLChatConfig(PretrainedConfig):
         ps_version="v1",
         min_dynamic_patch=1,
         max_dynamic_patch=6,
+        tie_word_embeddings=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -67,9 +74,9 @@ class InternVLChatConfig(PretrainedConfig):
         self.min_dynamic_patch = min_dynamic_patch
         self.max_dynamic_patch = max_dynamic_patch
         self.hidden_size = self.llm_config.hidden_size  # DeepSpeed sizes its ZeRO-3 buckets by it
-        # Checkpoints store the input and the output embedding separately, whatever the language model did before.
-        self.tie_word_embeddings = False
-        self.llm_config.tie_word_embeddings = False
+        # By itself, what the language model did before does not count: upstream's older files say anything there.
+        tied = bool(tie_word_embeddings and self.llm_config.tie_word_embeddings)
+        self.tie_word_embeddings = self.llm_config.tie_word_embeddings = tied
 
     def to_dict(self) -> dict:
         """Everything, defaults included, spelled as transformers 4 reads it: upstream's pin must load what we save."""
@@ -111,16 +118,20 @@ def _llm_config(llm_config) -> PretrainedConfig:
 def _older_spelling(fields: dict) -> dict:
     """transformers 5 writes `dtype` and `rope_parameters` where 4 reads `torch_dtype`, `rope_theta` and `rope_scaling`.
 
-    Read by 4, the newer spelling would silently mean the default rotary base. 5 reads both.
+    Read by 4, the newer spelling would silently mean the default rotary base, or number of experts. 5 reads both.
     """
+    if "num_local_experts" in fields:
+        fields.setdefault("num_experts", fields["num_local_experts"])
     if "dtype" in fields:
         fields["torch_dtype"] = fields.pop("dtype")
-    if rope := dict(fields.pop("rope_parameters", None) or {}):
+    rope = dict(fields.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # else there is none, or one for each kind of layer, which 4 does not know
+        del fields["rope_parameters"]
         kind = rope.pop("rope_type", "default")
         kind = rope.pop("type", kind)  # Phi-3's own name, `su`, stays beside transformers 5's `longrope`
-        fields["rope_theta"] = rope.pop("rope_theta", 10000.0)
+        fields["rope_theta"] = rope.pop("rope_theta")
         rope = {key: value for key, value in rope.items() if fields.get(key) != value}
-        if rope.get("partial_rotary_factor") == 1.0:
-            del rope["partial_rotary_factor"]
+        if (factor := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
+            fields["partial_rotary_factor"] = factor
         fields["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
     return fields

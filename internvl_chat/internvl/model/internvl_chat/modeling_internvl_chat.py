@@ -5,11 +5,12 @@ LoRA-wrapped vision encoder or language model.
 """
 
 import operator
+from functools import partial
 
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -17,14 +18,19 @@ from internvl.conversation import get_conv_template
 from internvl.model.internlm2.modeling_internlm2 import InternLM2ForCausalLM
 from internvl.model.lora import VISION_TARGETS, LoraSettings, freeze_base, is_wrapped, llm_targets, plain, wrap
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
-from internvl.model.token_loss import token_loss
+from internvl.model.token_loss import balance_loss, logits_of, token_loss
 
 from .chat import ChatMixin
+from .checkpoint_keys import refuse_wrong_keys
 from .configuration_internvl_chat import InternVLChatConfig
 from .modeling_intern_vit import InternVisionModel, has_flash_attn
 
 # Language models this repository brings along; every other causal language model is transformers' class of that name.
-LLM_CLASSES = {"InternLM2ForCausalLM": InternLM2ForCausalLM, "Phi3ForCausalLM": Phi3ForCausalLM}
+LLM_CLASSES = {
+    "InternLM2ForCausalLM": InternLM2ForCausalLM,
+    "InternLM3ForCausalLM": LlamaForCausalLM,  # the same blocks and names, as published (without biases)
+    "Phi3ForCausalLM": Phi3ForCausalLM,
+}
 
 
 def version_cmp(v1: str, v2: str, op: str = "eq") -> bool:
@@ -53,6 +59,8 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         "Phi3DecoderLayer",
         "Qwen2DecoderLayer",
         "Qwen3DecoderLayer",
+        "Qwen3MoeDecoderLayer",
+        "GptOssDecoderLayer",
     ]
     _supports_flash_attn_2 = _supports_flash_attn = _supports_sdpa = True
     # Old checkpoints carry the rotary tables that are recomputed today.
@@ -74,9 +82,10 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         own_system_message = getattr(config, "system_message", None)
         self.system_message = self.conv_template.system_message if own_system_message is None else own_system_message
 
-        self._choose_attention(use_flash_attn)
+        llm_class = LLM_CLASSES.get(self.llm_arch_name) or getattr(transformers, self.llm_arch_name)
+        self._choose_attention(llm_class, use_flash_attn)
         self.vision_model = InternVisionModel(config.vision_config) if vision_model is None else vision_model
-        self.language_model = self._build_llm() if language_model is None else language_model
+        self.language_model = llm_class(config.llm_config) if language_model is None else language_model
         self.mlp1 = self._build_projector()
         self.post_init()
         # After `post_init`: it may draw new weights, and fresh adapters must change nothing.
@@ -85,20 +94,17 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         if config.use_llm_lora:
             self.wrap_llm_lora(r=config.use_llm_lora, lora_alpha=2 * config.use_llm_lora)
 
-    def _choose_attention(self, use_flash_attn: bool):
+    def _choose_attention(self, llm_class: type[PreTrainedModel], use_flash_attn: bool):
         """What a checkpoint says about attention is what its writer's machine had; this machine decides."""
         half = torch.get_default_dtype() in (torch.float16, torch.bfloat16)
-        use_flash_attn = bool(use_flash_attn and has_flash_attn and torch.cuda.is_available())
+        use = bool(use_flash_attn and has_flash_attn and torch.cuda.is_available())
+        kernels = getattr(llm_class, "_compatible_flash_implementations", None) or ["flash_attention_2"]
         llm_config = self.config.llm_config
-        self.config.vision_config.use_flash_attn = use_flash_attn
-        llm_config.attn_implementation = "flash_attention_2" if use_flash_attn else "eager"  # upstream's, stored
+        self.config.vision_config.use_flash_attn = use
+        llm_config.attn_implementation = "flash_attention_2" if use else "eager"  # upstream's key, stored
         llm_config._attn_implementation = (
-            "flash_attention_2" if use_flash_attn and half else None
-        )  # None: best of torch
-
-    def _build_llm(self) -> PreTrainedModel:
-        llm_class = LLM_CLASSES.get(self.llm_arch_name) or getattr(transformers, self.llm_arch_name)
-        return llm_class(self.config.llm_config)
+            "flash_attention_2" if use and half and "flash_attention_2" in kernels else None  # None: best of torch
+        )
 
     def _build_projector(self) -> nn.Sequential:
         wide = self.config.vision_config.hidden_size * int(1 / self.downsample_ratio) ** 2
@@ -120,11 +126,7 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         lenient = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), "output_loading_info": True}
         kwargs = {"use_safetensors": True, **kwargs, **lenient}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        problems = {kind: sorted(info.get(f"{kind}_keys") or ()) for kind in ("missing", "unexpected", "mismatched")}
-        problems["mismatched"] = [f"{key} {tuple(a)} for {tuple(b)}" for key, a, b in problems["mismatched"]]
-        if any(problems.values()):
-            listed = "\n".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
-            raise ValueError(f"{pretrained_model_name_or_path} is no checkpoint of this model. Its keys:\n{listed}")
+        refuse_wrong_keys(pretrained_model_name_or_path, info)
         for part in (model.vision_model, model.language_model):
             if is_wrapped(part):
                 freeze_base(part)
@@ -141,9 +143,14 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         self.vision_model = wrap(self.vision_model, LoraSettings(r, lora_alpha, lora_dropout), VISION_TARGETS)
 
     def wrap_llm_lora(self, r: int = 128, lora_alpha: int = 256, lora_dropout: float = 0.05):
-        """Adds LoRA to the language model; of it, only the adapters train from then on. ValueError if it has some."""
+        """Adds LoRA to the language model; of it, only the adapters train from then on. ValueError if it has some.
+
+        In a mixture of experts, attention and all experts are adapted, routers are not; see `lora.LLM_TARGETS`.
+        """
         settings = LoraSettings(r, lora_alpha, lora_dropout)
-        self.language_model = wrap(self.language_model, settings, llm_targets(self.llm_arch_name), "CAUSAL_LM")
+        self.language_model = wrap(self.language_model, settings, llm_targets(plain(self.language_model)), "CAUSAL_LM")
+        if hasattr(self, "all_tied_weights_keys"):  # transformers 5: a tied head has another name now
+            self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
     def forward(
         self,
@@ -161,6 +168,7 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         statistics=None,
         loss_weight=None,
         loss_reduction_all_gather=False,
+        cu_seqlens=None,
     ):
         """One pass over a batch (B, L).
 
@@ -171,6 +179,8 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
                 token sees another document.
             loss_weight: (B, L) tensor or nested list, weight of each label; `loss_reduction_all_gather` then divides by
                 the mean over ranks of the summed weights. `statistics` is accepted for upstream's callers.
+            cu_seqlens: given by InternVL 3.5's callers for packed rows, beside a mask: not to mind the mask is all it
+                says that `position_ids` do not.
 
         Returns:
             CausalLMOutputWithPast. In training mode with labels `logits` is None: they never exist as a whole.
@@ -179,6 +189,7 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
             ValueError: image tokens in `input_ids` and visual tokens of the flagged tiles differ in number.
         """
         llm = plain(self.language_model)
+        attention_mask = attention_mask if cu_seqlens is None else None
         outputs = self._decode(
             llm,
             self._embed(input_ids, pixel_values, image_flags),
@@ -189,7 +200,7 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        states, head = outputs.last_hidden_state, llm.get_output_embeddings()
+        states, head = outputs.last_hidden_state, partial(logits_of, llm)
         loss = logits = None
         if labels is None or not self.training:
             logits = head(states)
@@ -197,6 +208,8 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         if labels is not None:
             average = loss_weight is not None and loss_reduction_all_gather
             loss = token_loss(states, head, labels, position_ids, loss_weight, average)
+            if router_logits := getattr(outputs, "router_logits", None):  # as `output_router_logits` of its config says
+                loss = loss + balance_loss(llm, router_logits, attention_mask)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -285,8 +298,14 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return plain(self.language_model).get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module):
+        plain(self.language_model).set_input_embeddings(value)
+
     def get_output_embeddings(self) -> nn.Module:
         return plain(self.language_model).get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        plain(self.language_model).set_output_embeddings(value)
 
     @property
     def lm_head(self) -> nn.Module:

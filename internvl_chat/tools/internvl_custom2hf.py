@@ -1,0 +1,76 @@
+"""Turns a chat checkpoint into one for transformers' own class, `InternVLForConditionalGeneration`.
+
+    python tools/internvl_custom2hf.py --custom_path CHAT --save_path HF [--hf_path REFERENCE]
+
+Tensor for tensor, without building a model; a checkpoint of several files passes through the memory of one. The folder
+is complete: `AutoModelForImageTextToText` and `AutoProcessor` read it. With `--hf_path`, prints how far the result is
+from that reference.
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
+from internvl.model.hf_config import to_hf_config
+from internvl.model.hf_format import is_tied, newer_name, to_hf
+from internvl.model.hf_processor import IMAGE_TOKEN, save_processor
+from internvl.model.internvl_chat import InternVLChatConfig
+from internvl.model.tensor_files import Checkpoint, Tensors, compute_l2_distance, save_tensors
+from internvl.model.tokenizer import load_tokenizer
+
+
+def convert_keys_to_hf(custom_state_dict: Tensors, llm_config=None) -> dict[str, torch.Tensor]:
+    """A chat model's state dict under transformers' names; InternLM2's needs its `llm_config`."""
+    return dict(to_hf(custom_state_dict, llm_config))
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--custom_path", required=True, help="chat checkpoint to convert")
+    parser.add_argument("--hf_path", help="checkpoint of transformers' class to compare the result with")
+    parser.add_argument("--save_path", required=True, help="folder for the converted checkpoint")
+    args = parser.parse_args(argv)
+
+    config = InternVLChatConfig.from_pretrained(checkpoint_folder(args.custom_path, CHAT))
+    custom = Checkpoint(args.custom_path)
+    reference = Checkpoint(args.hf_path, newer_name) if args.hf_path else None
+    stored = config.get_config_dict(args.custom_path)[0]  # our class unties the head, whatever is stored
+    tied = is_tied(custom, declared=any(c.get("tie_word_embeddings") for c in (stored, stored["llm_config"])))
+    hf_config = to_hf_config(config, image_token_id(args.custom_path), tied)
+    if config.dynamic_image_size and not config.use_thumbnail:
+        print("note: use_thumbnail is False, but transformers' processor adds a thumbnail to several tiles always")
+    if config.pad2square:
+        print("note: pad2square is True, but transformers' processor does not pad")
+
+    with new_folder(args.save_path) as folder:
+        save_tensors(to_hf(custom, config.llm_config, tied), folder)
+        hf_config.save_pretrained(folder)
+        save_processor(config, args.custom_path, folder)
+        check(folder)
+    print(f"checkpoint of transformers' format: {folder}")
+    if reference:
+        compute_l2_distance(Checkpoint(folder), reference)
+
+
+def image_token_id(path: str) -> int:
+    vocabulary = load_tokenizer(path).get_vocab()
+    if IMAGE_TOKEN not in vocabulary:
+        raise ValueError(f"the tokenizer in {path!r} lacks the token {IMAGE_TOKEN}: no chat checkpoint")
+    return vocabulary[IMAGE_TOKEN]
+
+
+def check(folder) -> None:
+    """ValueError with the names, if transformers finds a tensor too many, too few or of another shape in `folder`."""
+    _, info = AutoModelForImageTextToText.from_pretrained(
+        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    problems = [f"{kind[:-5]}: {sorted(map(str, names))}" for kind, names in info.items() if names]
+    if problems:
+        raise ValueError(f"transformers' class does not take this model: {'; '.join(problems)}")
+
+
+if __name__ == "__main__":
+    main()

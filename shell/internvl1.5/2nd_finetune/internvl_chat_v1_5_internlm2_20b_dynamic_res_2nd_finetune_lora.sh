@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# InternVL-Chat-V1.5 (InternViT-6B + InternLM2-20B): LoRA in the language model.
+: "${MODEL_PATH:=./pretrained/InternVL-Chat-V1-5}" "${ZERO_CONFIG:=zero_stage3_config.json}" "${BATCH_SIZE:=16}"
+: "${PER_DEVICE_BATCH_SIZE:=2}"
+FLAGS="
+    --freeze_backbone True --freeze_llm True --freeze_mlp True --use_llm_lora 16
+    --learning_rate 2e-5 --weight_decay 0.05 --conv_style internlm2-chat
+"
+. "$(dirname "$0")/../common.sh"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Mini-InternVL-Chat-4B-V1.5 (InternViT-300M + Phi-3-mini): LoRA in the language model.
+: "${MODEL_PATH:=./pretrained/Mini-InternVL-Chat-4B-V1-5}" "${ZERO_CONFIG:=zero_stage1_config.json}"
+: "${BATCH_SIZE:=16}"
+FLAGS="
+    --freeze_backbone True --freeze_llm True --freeze_mlp True --use_llm_lora 16
+    --learning_rate 4e-5 --weight_decay 0.05 --conv_style phi3-chat
+"
+. "$(dirname "$0")/../common.sh"

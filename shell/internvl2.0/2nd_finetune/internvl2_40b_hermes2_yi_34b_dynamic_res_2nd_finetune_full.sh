@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# InternVL2-40B (InternViT-6B + Nous-Hermes-2-Yi-34B): the language model and the projector train.
+CLUSTER_GPUS=16
+: "${MODEL_PATH:=./pretrained/InternVL2-40B}" "${ZERO_CONFIG:=zero_stage3_config_34b.json}"
+: "${PER_DEVICE_BATCH_SIZE:=2}"
+FLAGS="--drop_path_rate 0.4 --learning_rate 2e-5 --weight_decay 0.05 --conv_style Hermes-2"
+. "$(dirname "$0")/common.sh"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# InternVL2-40B (InternViT-6B + Nous-Hermes-2-Yi-34B): LoRA in the language model.
+: "${MODEL_PATH:=./pretrained/InternVL2-40B}" "${ZERO_CONFIG:=zero_stage3_config_34b.json}" "${BATCH_SIZE:=16}"
+: "${PER_DEVICE_BATCH_SIZE:=2}"
+FLAGS="
+    --freeze_llm True --freeze_mlp True --use_llm_lora 16 --learning_rate 2e-5 --weight_decay 0.05
+    --conv_style Hermes-2
+"
+. "$(dirname "$0")/common.sh"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# InternVL2-76B (InternViT-6B + Hermes-2-Theta-Llama-3-70B): the language model and the projector train.
+CLUSTER_GPUS=32
+: "${MODEL_PATH:=./pretrained/InternVL2-Llama3-76B}" "${ZERO_CONFIG:=zero_stage3_config_100b.json}"
+: "${PER_DEVICE_BATCH_SIZE:=1}"
+FLAGS="--drop_path_rate 0.4 --learning_rate 2e-5 --weight_decay 0.05 --conv_style internlm2-chat"
+. "$(dirname "$0")/common.sh"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# InternVL2.5-1B (InternViT-300M + Qwen2.5-0.5B): mixed preference optimisation of everything.
+CLUSTER_GPUS=256
+: "${MODEL_PATH:=OpenGVLab/InternVL2_5-1B}" "${OUTPUT_DIR:=work_dirs/internvl_chat_v2_5_mpo/Internvl2_5-1B-MPO}"
+: "${ZERO_CONFIG:=zero_stage1_config.json}" "${BATCH_SIZE:=256}"
+FLAGS="--drop_path_rate 0.1 --save_strategy no --save_steps 100"
+. "$(dirname "$0")/common.sh"

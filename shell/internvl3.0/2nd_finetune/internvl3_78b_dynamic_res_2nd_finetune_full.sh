@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# InternVL3-78B (InternViT-6B + Qwen2.5-72B): the language model and the projector train.
+CLUSTER_GPUS=32
+: "${MODEL_PATH:=OpenGVLab/InternVL3-78B}" "${ZERO_CONFIG:=zero_stage3_config_100b.json}"
+: "${PER_DEVICE_BATCH_SIZE:=2}"
+FLAGS="--drop_path_rate 0.4 --learning_rate 2e-5"
+. "$(dirname "$0")/common.sh"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# InternVL3-8B (InternViT-300M + Qwen2.5-7B): mixed preference optimisation of everything.
+CLUSTER_GPUS=256
+: "${MODEL_PATH:=OpenGVLab/InternVL3-8B-Instruct}" "${OUTPUT_DIR:=work_dirs/internvl_chat_v3_mpo/Internvl3-8B}"
+: "${ZERO_CONFIG:=zero_stage3_config_100b_1e8.json}" "${BATCH_SIZE:=256}"
+FLAGS="--drop_path_rate 0.1 --max_seq_length 12288 --save_strategy no"
+. "$(dirname "$0")/common.sh"

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# InternVL3.5-2B (InternViT-300M + Qwen3-1.7B): supervised fine-tuning of everything.
+TASK=sft
+: "${MODEL_PATH:=OpenGVLab/InternVL3_5-2B-Pretrained}"
+FLAGS="--learning_rate 8e-5"
+. "$(dirname "$0")/../internvl3_5.sh"

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# InternVL3.5-8B (InternViT-300M + Qwen3-8B): supervised fine-tuning of everything.
+TASK=sft
+: "${MODEL_PATH:=OpenGVLab/InternVL3_5-8B-Pretrained}"
+FLAGS="--drop_path_rate 0.1 --learning_rate 8e-5"
+. "$(dirname "$0")/../internvl3_5.sh"

@@ -1,0 +1,266 @@
+"""custom <-> hf: the same numbers in both formats, every tensor accounted for, the way back to the bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_models import LLMS, make
+from tools.internvl_custom2hf import convert_keys_to_hf
+from tools.internvl_custom2hf import main as custom2hf
+from tools.internvl_hf2custom import convert_keys_back
+from tools.internvl_hf2custom import main as hf2custom
+from transformers import AutoModelForImageTextToText, AutoProcessor, InternVLForConditionalGeneration
+
+from internvl.model.hf_config import to_hf_config
+from internvl.model.hf_format import to_hf
+from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.tensor_files import Checkpoint, save_tensors
+from internvl.model.tokenizer import load_tokenizer
+from internvl.train.image import build_transform, dynamic_preprocess
+
+REAL_CONFIGS = sorted((Path(__file__).parents[1] / "real_configs").glob("internvl*.json"))
+CASES = {llm: {"llm": llm} for llm in LLMS}
+CASES["6B"] = {"vit": "6B", "select_layer": -2}
+CASES["first_layers"] = {"select_layer": 1, "force_image_size": 112}
+
+
+def weights(folder) -> dict:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same_bits(found: dict, expected: dict):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def folders(tmp_path, goldens):
+    """custom, hf, back and the tokenizer of the goldens."""
+    return tmp_path / "custom", tmp_path / "hf", tmp_path / "back", goldens / "tokenizer"
+
+
+def convert(tool, **paths):
+    tool([word for name, path in paths.items() for word in (f"--{name}", str(path))])
+
+
+def logits(model, tokenizer, pixels, image_tokens: int):
+    text = "Look: <img>" + "<IMG_CONTEXT>" * image_tokens + "</img> what is it?"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model(input_ids=ids, pixel_values=pixels).logits, model(input_ids=ids[:, -5:], pixel_values=None).logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_formats_give_the_same_logits_and_the_way_back_is_exact(case, folders):
+    custom, hf, back, tokenizer_path = folders
+    model = make(custom, tokenizer_path, **CASES[case])
+    convert(custom2hf, custom_path=custom, save_path=hf)
+    native = AutoModelForImageTextToText.from_pretrained(hf).eval()
+    assert not native.config.tie_word_embeddings
+
+    tokenizer = load_tokenizer(custom)
+    model.img_context_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    side = model.config.force_image_size
+    inputs = tokenizer, torch.randn(2, 3, side, side), 2 * model.num_image_token
+    for ours, theirs in zip(logits(model, *inputs), logits(native, *inputs), strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+
+    convert(hf2custom, hf_path=hf, save_path=back, custom_path=custom)
+    assert_same_bits(weights(back), weights(custom))
+    assert load_tokenizer(back).get_vocab() == tokenizer.get_vocab()
+
+
+def test_internlm2_comes_back_as_a_llama(folders):
+    custom, hf, back, tokenizer_path = folders
+    model = make(custom, tokenizer_path, llm="internlm2_bias_linear")
+    convert(custom2hf, custom_path=custom, save_path=hf)
+    convert(hf2custom, hf_path=hf, save_path=back)
+    again = InternVLChatModel.from_pretrained(back).eval()
+    assert type(again.language_model).__name__ == "LlamaForCausalLM"
+    tokenizer = load_tokenizer(back)
+    assert tokenizer.get_vocab() == load_tokenizer(custom).get_vocab()
+    again.img_context_token_id = model.img_context_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    inputs = tokenizer, torch.randn(1, 3, 56, 56), model.num_image_token
+    for before, after in zip(logits(model, *inputs), logits(again, *inputs), strict=True):
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    for name in ("template", "use_thumbnail", "dynamic_image_size", "max_dynamic_patch", "force_image_size"):
+        assert getattr(again.config, name) == getattr(model.config, name), name
+
+
+@pytest.mark.parametrize("stored", ["twice", "once"])
+def test_a_head_equal_to_the_embeddings_is_tied_and_comes_back_as_two(stored, folders):
+    custom, hf, back, tokenizer_path = folders
+    model = make(custom, tokenizer_path)
+    with torch.no_grad():
+        model.language_model.lm_head.weight.copy_(model.get_input_embeddings().weight)
+    model.save_pretrained(custom)
+    expected = weights(custom)
+    if stored == "once":
+        spoil(custom, tensors={"language_model.lm_head.weight": None}, tie_word_embeddings=True)
+    convert(custom2hf, custom_path=custom, save_path=hf)
+    native = AutoModelForImageTextToText.from_pretrained(hf)
+    assert native.config.tie_word_embeddings and "lm_head.weight" not in weights(hf)
+    assert native.lm_head.weight is native.get_input_embeddings().weight
+    convert(hf2custom, hf_path=hf, save_path=back)
+    assert_same_bits(weights(back), expected)
+
+
+@pytest.mark.parametrize("llm", ["qwen2", "qwen3_moe"])
+def test_what_transformers_saves_itself_comes_back_too(llm, folders, capsys):
+    """Its own spelling of the names, several files, and a config that never heard of us."""
+    custom, hf, back, tokenizer_path = folders
+    make(custom, tokenizer_path, llm=llm)
+    convert(custom2hf, custom_path=custom, save_path=hf)
+    native = AutoModelForImageTextToText.from_pretrained(hf)
+    (hf / "model.safetensors").unlink()
+    del native.config.internvl_chat
+    native.save_pretrained(hf, max_shard_size="200KB")
+    assert len(list(hf.glob("*.safetensors"))) > 1
+    convert(hf2custom, hf_path=hf, save_path=back)
+    assert_same_bits(weights(back), weights(custom))
+    assert "taking internvl2_5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "internlm2"])
+def test_the_processor_and_generate_answer_like_chat(kind, goldens, tmp_path):
+    """On a picture of several tiles, with the templates and tokenizers of the goldens."""
+    custom, hf = tmp_path / "custom", tmp_path / "hf"
+    shutil.copytree(goldens / "e2e" / kind, custom, copy_function=shutil.copyfile)
+    custom.chmod(0o755)
+    made_of = json.loads((custom / "expected.json").read_text())["tokenizer"]
+    for file in (goldens / made_of).iterdir():
+        shutil.copyfile(file, custom / file.name)
+    convert(custom2hf, custom_path=custom, save_path=hf)
+
+    picture = Image.effect_mandelbrot((112, 56), (-2, -1, 1, 1), 50).convert("RGB")
+    model = InternVLChatModel.from_pretrained(custom).eval()
+    config = model.config
+    tiles = dynamic_preprocess(picture, 1, config.max_dynamic_patch, 56, config.use_thumbnail)
+    assert len(tiles) == 3
+    pixels = torch.stack([build_transform(False, 56)(tile) for tile in tiles])
+    tokenizer, native = load_tokenizer(custom), AutoModelForImageTextToText.from_pretrained(hf).eval()
+    processor = AutoProcessor.from_pretrained(hf)
+    for line in (goldens / made_of / "encodings.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert processor.tokenizer(row["text"]).input_ids == row["ids"], row["text"]
+    for question, history in (("What is this?", None), ("Really?", [("<image>\nWhat is this?", "A fractal.")])):
+        told = [("user", question)]
+        if history:
+            told = [("user", "What is this?"), ("assistant", "A fractal."), ("user", question)]
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in told]
+        messages[0]["content"].insert(0, {"type": "image", "image": picture})
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        torch.testing.assert_close(inputs["pixel_values"], pixels, atol=0.05, rtol=0)  # torchvision's resize, not PIL's
+        inputs["pixel_values"] = pixels
+        with torch.no_grad():
+            written = native.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answer = model.chat(tokenizer, pixels, question, {"max_new_tokens": 8, "do_sample": False}, history=history)
+        assert tokenizer.decode(written, skip_special_tokens=True).strip() == answer
+
+
+@pytest.mark.parametrize("file", REAL_CONFIGS, ids=lambda file: file.stem)
+def test_published_models_have_a_place_for_every_tensor(file):
+    config = InternVLChatConfig.from_pretrained(file)
+    with torch.device("meta"):
+        custom = InternVLChatModel(config).state_dict()
+        native = InternVLForConditionalGeneration(to_hf_config(config, 1, tied=False)).state_dict()
+    found = {name: tensor.shape for name, tensor in to_hf(custom, config.llm_config)}
+    assert found == {name: tensor.shape for name, tensor in native.items()}
+
+
+def test_a_large_checkpoint_is_written_in_several_files(folders):
+    custom, hf, back, tokenizer_path = folders
+    make(custom, tokenizer_path)
+    state = weights(custom)
+    for file in custom.glob("*.safetensors"):
+        file.unlink()
+    save_tensors(state.items(), custom, shard_bytes=30_000)
+    sizes = [file.stat().st_size for file in custom.glob("model-*-of-*.safetensors")]
+    largest = max(tensor.nbytes for tensor in state.values())
+    assert len(sizes) > 3 and max(sizes) < 30_000 + largest
+    assert_same_bits(dict(Checkpoint(custom)), state)
+    InternVLChatModel.from_pretrained(custom)  # by the index
+
+
+def test_another_internlm2_is_refused_as_reference(folders):
+    custom, hf, back, tokenizer_path = folders
+    make(custom, tokenizer_path, llm="internlm2_bias_linear")
+    convert(custom2hf, custom_path=custom, save_path=hf)
+    config = json.loads((custom / "config.json").read_text())
+    config["llm_config"]["rope_theta"] = 7.0
+    (custom / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="differs in rope_parameters"):
+        convert(hf2custom, hf_path=hf, save_path=back, custom_path=custom)
+
+
+def test_names_convert_without_files(folders):
+    state = make(*folders[::3], vit="6B").state_dict()
+    hf = convert_keys_to_hf(state)
+    assert "model.vision_tower.encoder.layer.0.attention.q_norm.weight" in hf
+    assert_same_bits(convert_keys_back(hf), state)
+    older = {name.removeprefix("model."): tensor for name, tensor in hf.items()}
+    older["language_model.lm_head.weight"] = older.pop("lm_head.weight")
+    older = {name.replace("language_model.layers", "language_model.model.layers"): t for name, t in older.items()}
+    assert_same_bits(convert_keys_back(older), state)
+
+
+def test_a_reference_is_compared_with(folders, capsys):
+    custom, hf, back, tokenizer_path = folders
+    make(custom, tokenizer_path)
+    convert(custom2hf, custom_path=custom, save_path=hf)
+    state = load_file(hf / "model.safetensors")
+    state["lm_head.weight"][0, 0] += 2.0
+    save_file(state, hf / "model.safetensors", metadata={"format": "pt"})
+    convert(custom2hf, custom_path=custom, hf_path=hf, save_path=back)
+    printed = capsys.readouterr().out.splitlines()
+    assert "lm_head.weight: 2" in printed
+    assert f"L2 distance of {len(state)} common tensors: 2; 0 are in one only or of another shape" in printed
+
+
+def spoil(custom, **changes):
+    state = {**load_file(custom / "model.safetensors"), **changes.pop("tensors", {})}
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    save_file(state, custom / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((custom / "config.json").read_text()) | changes
+    (custom / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"ps_version": "v1"}, "row by row"),
+        ({"use_llm_lora": 4}, "tools/merge_lora.py"),
+        ({"tensors": {"mlp1.4.weight": torch.ones(2)}}, "1 tensors have no counterpart in the other format: mlp1.4"),
+        ({"tensors": {"mlp1.3.bias": None}}, "missing.*multi_modal_projector.linear_2.bias"),
+        ({"tensors": {"mlp1.3.bias": torch.ones(3)}}, "mismatched.*multi_modal_projector.linear_2.bias"),
+    ],
+)
+def test_what_cannot_be_the_same_model_is_refused(changes, sentence, folders):
+    custom, hf, back, tokenizer_path = folders
+    make(custom, tokenizer_path)
+    spoil(custom, **changes)
+    with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
+        convert(custom2hf, custom_path=custom, save_path=hf)
+    assert not hf.exists()
+
+
+def test_nothing_is_overwritten_and_incomplete_parts_are_named(folders):
+    custom, hf, back, tokenizer_path = folders
+    make(custom, tokenizer_path)
+    convert(custom2hf, custom_path=custom, save_path=hf)
+    with pytest.raises(SystemExit, match="not empty"):
+        convert(custom2hf, custom_path=custom, save_path=hf)
+    with pytest.raises(SystemExit, match="is of type 'internvl', not 'internvl_chat'"):
+        convert(custom2hf, custom_path=hf, save_path=back)
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        convert(custom2hf, custom_path=back, save_path=back)
+    spoil(hf, tensors={"model.vision_tower.encoder.layer.1.attention.k_proj.weight": None})
+    with pytest.raises(SystemExit, match=r"layer\.1\.attention\.q_proj\.weight"):
+        convert(hf2custom, hf_path=hf, save_path=back)
+    assert not back.exists()

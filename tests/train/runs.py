@@ -1,0 +1,82 @@
+"""Runs of the entry point on a tiny checkpoint: in processes of their own, or in this one up to the first step."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from internvl.dist_utils import free_port
+from internvl.train.arguments import parse_args
+from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer
+from internvl.train.check import check, resume_point
+from internvl.train.constants import SPECIAL_TOKENS
+
+ROOT = Path(__file__).parents[2]
+ENTRY = ROOT / "internvl_chat/internvl/train/internvl_chat_finetune.py"
+LORA = "--freeze_backbone True --freeze_llm True --freeze_mlp True --use_backbone_lora 4 --use_llm_lora 4".split()
+FULL = "--freeze_backbone True".split()  # no dropout anywhere: the same numbers whatever the number of ranks
+
+
+def write_meta(folder: Path, images: Path) -> None:
+    entry = {"root": str(images), "annotation": str(folder / "train.jsonl"), "repeat_time": 1, "data_augment": False}
+    (folder / "meta.json").write_text(json.dumps({"tiny": entry}))
+
+
+def flags_of(tiny: Path, output: Path, ranks: int = 1) -> list[str]:
+    """6 steps of 4 samples in fp32."""
+    return f"""--model_name_or_path {tiny}/model --meta_path {tiny}/meta.json --output_dir {output}
+        --conv_style internvl2_5 --force_image_size 56 --dynamic_image_size True --use_thumbnail True
+        --max_dynamic_patch 4 --max_seq_length 512 --max_steps 6 --learning_rate 1e-3 --lr_scheduler_type constant
+        --per_device_train_batch_size 1 --gradient_accumulation_steps {4 // ranks} --weight_decay 0.05
+        --logging_steps 1 --save_steps 3 --report_to none""".split()
+
+
+def composed(parts: Path) -> list[str]:
+    """Flags that start from parts instead of the chat checkpoint of `flags_of`."""
+    return ["--model_name_or_path", "", "--vision_path", f"{parts}/vit", "--llm_path", f"{parts}/llm"]
+
+
+def run(tiny: Path, output: Path, *flags: str, ranks: int = 1, status: int = 0) -> subprocess.CompletedProcess:
+    """Train in `ranks` processes of their own; a single one is started without a launcher."""
+    torchrun = [ROOT / "shell/torchrun.py", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), ENTRY, *flags_of(tiny, output, ranks), *flags]
+    ours = {"PYTHONPATH": str(ROOT / "internvl_chat"), "OMP_NUM_THREADS": "1", "INTERNVL_CACHE": str(tiny / "cache")}
+    done = subprocess.run(list(map(str, command)), env=os.environ | ours, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-5000:]
+    return done
+
+
+def losses(output: Path) -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model.safetensors")
+
+
+def prepare(argv: list[str]):
+    """What `main` does before the first step, in this process."""
+    model_args, data_args, training_args = parse_args(argv)
+    check(model_args, data_args)
+    resume_point(training_args)
+    tokenizer = build_tokenizer(model_args, data_args)
+    model = build_model(model_args, data_args, training_args, tokenizer)
+    data = build_data(data_args, training_args, tokenizer, model.num_image_token)
+    return build_trainer(model, tokenizer, data, data_args, training_args)
+
+
+def without_image_tokens(folder: Path) -> None:
+    """Take the nine image tokens, the last of the vocabulary, out of a tokenizer's files."""
+    (folder / "special_tokens_map.json").unlink()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] not in SPECIAL_TOKENS]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    kept = {i: t for i, t in config["added_tokens_decoder"].items() if t["content"] not in SPECIAL_TOKENS}
+    config = {k: v for k, v in config.items() if k != "additional_special_tokens"} | {"added_tokens_decoder": kept}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,0 +1,442 @@
+"""Preference optimisation: pairs, their scores and losses, and real runs of its entry on a tiny checkpoint."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from samples import samples_equal
+
+from internvl.dist_utils import free_port
+from internvl.model import internvl_chat
+from internvl.train.arguments import MPO, DPOConfig, PreferenceDataArguments, parse_args
+from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer
+from internvl.train.build_mpo import build_reference, check_preference
+from internvl.train.constants import BadSample
+from internvl.train.dataset_packed import RowDataset
+from internvl.train.lengths import measure
+from internvl.train.preference import PreferenceDataset, pair_collator
+from internvl.train.preference_loss import LOSSES, InternVLChatModel, PreferenceLoss, label_log_probs
+from internvl.train.trainer_dpo import MultimodalDPOTrainer
+
+ROOT = Path(__file__).parents[2]
+ENTRY = ROOT / "internvl_chat/internvl/train/internvl_chat_mpo.py"
+LORA = "--freeze_backbone True --freeze_llm True --freeze_mlp True --use_backbone_lora 4 --use_llm_lora 4".split()
+FULL = "--freeze_backbone True".split()  # no dropout anywhere: the same numbers whatever the number of ranks
+RECIPE = "--loss_type sigmoid,bco_pair --sigmoid_loss_weight 0.8 --bco_pair_loss_weight 0.2 --rpo_alpha 1".split()
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+TEXTS = {"question": "What is it?", "chosen": "A house by the river.", "rejected": "A cat, I think, or two."}
+KINDS = {
+    "image": TEXTS | {"image": "a.png"},
+    "images": TEXTS | {"image": ["a.png", "b.jpg"], "question": "<image> or <image>?"},
+    "images without placeholder": TEXTS | {"image": ["a.png", "b.jpg"]},
+    "video": TEXTS | {"video": "film", "question": "<video>\nWhat is it?"},
+    "text": TEXTS,
+    "system prompt": TEXTS | {"image": "a.png", "system_prompt": "Be brief."},
+}
+
+
+@pytest.fixture
+def pairs(make):
+    return partial(make, kind=PreferenceDataset)
+
+
+def turns_of(record: dict, side: str) -> list[dict]:
+    keys = {"system": "system_prompt", "human": "question", "gpt": side}
+    return [{"from": role, "value": record[key]} for role, key in keys.items() if key in record]
+
+
+@pytest.mark.parametrize("record", KINDS.values(), ids=KINDS)
+def test_a_pair_is_two_samples_over_the_same_tiles(make, pairs, record):
+    pair = pairs(record).get(0, epoch=1)
+    for side in ("chosen", "rejected"):
+        sample = make(record | {"conversations": turns_of(record, side)}).get(0, epoch=1)
+        for key in ("input_ids", "labels", "position_ids"):
+            assert torch.equal(pair[f"{side}_{key}"], sample[key])
+        for key in ("pixel_values", "image_flags"):
+            assert torch.equal(pair[key], sample[key])
+
+
+def test_a_pair_is_measured_as_it_is_made_and_made_again_the_same(pairs, tmp_path):
+    dataset = pairs(*KINDS.values(), meta={"data_augment": True})
+    lengths = measure(dataset, cache_dir=str(tmp_path / "cache"), progress=False)
+    for index in range(len(dataset)):
+        pair = dataset.get(index, epoch=2)
+        labels = torch.cat([pair["chosen_labels"], pair["rejected_labels"]])
+        assert lengths.tokens[index] == len(labels)
+        assert lengths.trained[index] == (labels != -100).sum()
+        assert lengths.tiles[index] == len(pair["pixel_values"])
+        assert samples_equal(pair, dataset.get(index, epoch=2))
+
+
+def test_lengths_of_pairs_and_of_samples_are_not_mixed_up(make, pairs, tmp_path):
+    """One file may hold both, and lengths are kept on disk."""
+    both = TEXTS | {"conversations": turns_of(TEXTS, "chosen")}
+    cache = {"cache_dir": str(tmp_path / "cache"), "progress": False}
+    assert measure(make(both), **cache).tokens < measure(pairs(both), **cache).tokens
+
+
+BAD = {
+    "no question": ({**TEXTS, "question": None}, "question must be a text, not None"),
+    "no rejected answer": ({"question": "Hm?", "chosen": "Yes."}, "rejected must be a text, not None"),
+    "system prompt is no text": ({**TEXTS, "system_prompt": 5}, "system_prompt must be a text, not 5"),
+    "missing image": ({**TEXTS, "image": "absent.png"}, "absent.png does not exist"),
+    "too few placeholders": ({**TEXTS, "image": ["a.png", "b.jpg"], "question": "<image>"}, "chosen: .* for 2 images"),
+    "cut before the answer": ({**TEXTS, "question": "word " * 500}, "chosen: it has no answer to train on in"),
+}
+
+
+@pytest.mark.parametrize(("record", "reason"), BAD.values(), ids=BAD)
+def test_a_bad_pair_is_reported(pairs, record, reason):
+    for use in (lambda dataset: dataset.get(0, 0), lambda dataset: dataset.measure(0)):
+        with pytest.raises(BadSample, match=reason):
+            use(pairs(record))
+
+
+def test_a_batch_has_all_chosen_then_all_rejected_answers_and_tiles_once(pairs):
+    rows = RowDataset([pairs(KINDS["image"], KINDS["text"], {"question": 1})])
+    items = [rows[(0, index)] for index in range(3)]
+    batch = pair_collator(items, pad_id=7)
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape
+    for row, (side, item) in enumerate([(side, item) for side in ("chosen", "rejected") for item in items[:2]]):
+        row += row // 2
+        length = len(item[f"{side}_labels"])
+        for key, fill in (("input_ids", 7), ("labels", -100)):
+            assert torch.equal(batch[key][row, :length], item[f"{side}_{key}"])
+            assert (batch[key][row, length:] == fill).all()
+    assert (batch["labels"][[2, 5]] == -100).all(), "an empty pair"
+    assert len(batch["pixel_values"]) == sum(len(item["pixel_values"]) for item in items)
+    assert len(batch["bad_samples"]) == 1
+
+
+# -- scores and losses -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(goldens) -> InternVLChatModel:
+    return InternVLChatModel.from_pretrained(goldens / "e2e/qwen2").eval()
+
+
+def test_scores_of_a_pair_are_those_of_its_answers_alone(pairs, goldens, model):
+    """By the ordinary model, full logits and a softmax; each answer with the tiles for itself."""
+    plain = internvl_chat.InternVLChatModel.from_pretrained(goldens / "e2e/qwen2").eval()
+    dataset = pairs(KINDS["image"], KINDS["images"], KINDS["text"], force_image_size=56)
+    model.img_context_token_id = plain.img_context_token_id = dataset.img_context_id
+    rows = RowDataset([dataset])
+    items = [rows[(0, index)] for index in range(3)]
+    batch = pair_collator(items)
+    del batch["bad_samples"]
+    model.train()  # frozen dropout or not, the numbers of this model do not depend on it
+    scores = model(**batch)
+    expected = []
+    for side in ("chosen", "rejected"):
+        for item in items:
+            ids, tiles, flags = item[f"{side}_input_ids"], item["pixel_values"], item["image_flags"]
+            logits = plain(tiles, ids[None], image_flags=flags).logits
+            labels = item[f"{side}_labels"][1:]
+            log_probs = logits[0, :-1].log_softmax(-1)[torch.arange(len(labels)), labels.clamp(min=0)]
+            expected.append(log_probs[labels != -100].sum())
+    torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-5, atol=1e-4)
+    scores.sum().backward()
+    assert all(p.grad is not None for p in model.mlp1.parameters())
+
+
+def test_rows_without_labels_score_zero_and_keep_a_graph():
+    head, states = torch.nn.Linear(4, 9), torch.randn(2, 5, 4, requires_grad=True)
+    labels = torch.tensor([[-100, -100, 3, 5, -100], [-100] * 5])
+    scores = label_log_probs(states, head, labels)
+    logits = head(states).log_softmax(-1)
+    torch.testing.assert_close(scores, torch.stack([logits[0, 1, 3] + logits[0, 2, 5], torch.tensor(0.0)]))
+    label_log_probs(states, head, torch.full((2, 5), -100)).sum().backward()
+    assert not states.grad.any()
+
+
+def loss_of(*flags: str) -> PreferenceLoss:
+    _, data_args, args = parse_args(["--output_dir", "unused", *flags], MPO)
+    return PreferenceLoss(data_args, args)
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+# One pair by hand: log-ratios w (chosen) and l (rejected) to the reference, beta 0.3, smoothing 0.1 where it acts.
+W, L, BETA, EPS = 1.7, -0.6, 0.3, 0.1
+H = BETA * (W - L)
+BY_HAND = {
+    "sigmoid": -0.9 * log_sigmoid(H) - 0.1 * log_sigmoid(-H),
+    "robust": (-0.9 * log_sigmoid(H) + 0.1 * log_sigmoid(-H)) / 0.8,
+    "hinge": max(0.0, 1 - H),
+    "ipo": (W / 4 - L / 5 - 1 / (2 * BETA)) ** 2,
+    "exo_pair": sigmoid(H) * math.log(sigmoid(H) / 0.9) + sigmoid(-H) * math.log(sigmoid(-H) / 0.1),
+    "nca_pair": -log_sigmoid(BETA * W) - 0.5 * log_sigmoid(-BETA * W) - 0.5 * log_sigmoid(-BETA * L),
+    "sppo_hard": (W - 0.5 / BETA) ** 2 + (L + 0.5 / BETA) ** 2,
+    "bco_pair": -log_sigmoid(BETA * W - BETA * (W + L) / 2) - log_sigmoid(-(BETA * L - BETA * (W + L) / 2)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_is_its_formula(name):
+    smoothing = ["--label_smoothing", str(EPS)] if name in ("sigmoid", "robust", "exo_pair") else []
+    loss = loss_of("--loss_type", name, "--beta", str(BETA), *smoothing)
+    policy, reference = torch.tensor([-3.0 + W, -8.0 + L]), torch.tensor([-3.0, -8.0])
+    assert loss(policy, reference, torch.tensor([4, 5]))[0].item() == pytest.approx(BY_HAND[name], rel=1e-5)
+
+
+def test_the_sum_of_losses_and_the_moving_mean_reward():
+    """Two micro-batches: the second one's shift is the mean of all eight rewards."""
+    loss = loss_of(*RECIPE, "--beta", "0.5")
+    torch.manual_seed(0)
+    tokens, rewards = torch.tensor([3, 4, 5, 6]), []
+    for _ in range(2):
+        policy, reference = -10 * torch.rand(4), -10 * torch.rand(4)
+        found, metrics = loss(policy, reference, tokens)
+        reward = 0.5 * (policy - reference)
+        rewards.append(reward)
+        shift = torch.cat(rewards).mean().item()
+        expected = 0.0
+        for w, r, logp, n in zip(reward[:2].tolist(), reward[2:].tolist(), policy[:2].tolist(), (3, 4), strict=True):
+            expected += (
+                -0.8 * log_sigmoid(w - r) - 0.2 * (log_sigmoid(w - shift) + log_sigmoid(shift - r)) - logp / n
+            ) / 2
+        assert found.item() == pytest.approx(expected, rel=1e-5)
+    by_hand = {
+        "rewards/chosen": reward[:2],
+        "rewards/rejected": reward[2:],
+        "rewards/margins": reward[:2] - reward[2:],
+        "rewards/accuracies": (reward[:2] > reward[2:]).float(),
+        "logps/chosen": policy[:2],
+        "logps/rejected": policy[2:],
+        "nll_loss": -policy[:2] / tokens[:2],
+    }
+    assert by_hand.keys() == metrics.keys()
+    for name, values in by_hand.items():
+        torch.testing.assert_close(metrics[name], values)
+
+
+def test_an_empty_pair_counts_for_nothing():
+    policy, reference = torch.tensor([-1.0, 0.0, -2.0, 0.0]), torch.tensor([-2.0, 0.0, -1.0, 0.0])
+    with_empty, alone, nothing = loss_of(*RECIPE), loss_of(*RECIPE), loss_of(*RECIPE)
+    found, metrics = with_empty(policy, reference, torch.tensor([3, 0, 3, 0]))
+    assert found == alone(policy[::2], reference[::2], torch.tensor([3, 3]))[0]
+    assert metrics["rewards/margins"].shape == (1,)
+    assert torch.equal(with_empty.seen, alone.seen)
+    assert nothing(policy[1::2], reference[1::2], torch.tensor([0, 0]))[0] == 0
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
+
+UPSTREAM = {
+    "2.5": "--conv_style internvl2_5 --use_liger True --pad2square False --use_data_resampling False --save_strategy no"
+    " --evaluation_strategy no --max_seq_length 8192 --learning_rate 1e-6 --warmup_ratio 0.03 " + " ".join(RECIPE),
+    "3.5": "--conv_style internvl2_5 --min_num_frame 8 --max_num_frame 32 --use_custom_flash_attn False"
+    " --split_annotations False --gradient_checkpointing True --use_fast_tokenizer False --seed 42",
+}
+
+
+@pytest.mark.parametrize("flags", UPSTREAM.values(), ids=UPSTREAM)
+def test_upstreams_flags_are_known(flags):
+    _, data_args, args = parse_args(["--output_dir", "unused", *flags.split()], MPO)
+    recipe = "loss_type" in flags
+    assert args.loss_type == ("sigmoid,bco_pair" if recipe else "sigmoid")
+    assert args.rpo_alpha == (1 if recipe else None)
+    assert (data_args.sigmoid_loss_weight, data_args.bco_pair_loss_weight) == ((0.8, 0.2) if recipe else (1, 1))
+    assert args.beta == 0.1
+
+
+WRONG = {
+    "a loss over the batch": ("--loss_type aot", "--loss_type aot is not supported: it sorts"),
+    "an unknown loss": ("--loss_type kto", "invalid choice: 'kto'"),
+    "no temperature": ("--beta 0", "--beta 0.0 must be positive"),
+    "worse than a coin": ("--label_smoothing 0.5", r"a probability in \[0, 0.5\)"),
+    "smoothing without effect": ("--loss_type hinge --label_smoothing 0.1", "does not act on --loss_type hinge"),
+    "a weight without effect": ("--loss_type hinge --sigmoid_loss_weight 0.8", "does not act on --loss_type hinge"),
+    "packing": ("--use_packed_ds True", "--use_packed_ds True"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_flags_are_refused_in_one_sentence(flags, message):
+    with pytest.raises(ValueError, match=message):
+        argv = "--output_dir unused --meta_path m --model_name_or_path n --conv_style internvl2_5".split()
+        check_preference(*parse_args([*argv, *flags.split()], MPO))
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(goldens, tmp_path_factory) -> Path:
+    """A checkpoint folder (model, tokenizer) and a meta file of pairs over real images."""
+    folder = tmp_path_factory.mktemp("tiny_mpo")
+    shutil.copytree(goldens / "e2e/qwen2", folder / "model")
+    for file in (goldens / "tokenizer").glob("*token*"):
+        shutil.copy(file, folder / "model")
+    (folder / "model/modeling_internvl_chat.py").write_text("# upstream's published code\n")
+    records = []
+    for line in (goldens / "dataset/ds_main.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        turns = record.pop("conversations")
+        human, gpt = (next((t["value"] for t in turns if t["from"] == role), "") for role in ("human", "gpt"))
+        if human and gpt and isinstance(record.get("image", ""), str):
+            records.append(record | {"question": human, "chosen": gpt, "rejected": gpt[::-1]})
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    entry = {"root": str(goldens / "dataset/images"), "annotation": str(folder / "train.jsonl")}
+    (folder / "meta.json").write_text(json.dumps({"tiny": entry}))
+    return folder
+
+
+def flags_of(tiny: Path, output: Path) -> list[str]:
+    return (
+        f"""--model_name_or_path {tiny}/model --meta_path {tiny}/meta.json --output_dir {output}
+        --conv_style internvl2_5 --force_image_size 56 --dynamic_image_size True --use_thumbnail True
+        --max_dynamic_patch 4 --max_seq_length 512 --max_steps 4 --learning_rate 1e-3 --lr_scheduler_type constant
+        --logging_steps 1 --save_steps 2 --report_to none""".split()
+        + RECIPE
+    )
+
+
+def prepare(*argv: str) -> MultimodalDPOTrainer:
+    """What `main` does before the first step, in this process."""
+    model_args, data_args, args = parse_args(list(argv), MPO)
+    check_preference(model_args, data_args, args)
+    tokenizer = build_tokenizer(model_args, data_args)
+    model = build_model(model_args, data_args, args, tokenizer, InternVLChatModel)
+    reference = build_reference(model, model_args, data_args, args)
+    data = build_data(data_args, args, tokenizer, model.num_image_token, PreferenceDataset)
+    return build_trainer(
+        *(model, tokenizer, data, data_args, args, MultimodalDPOTrainer, pair_collator),
+        loss=PreferenceLoss(data_args, args),
+        reference=reference,
+    )
+
+
+def batch_of(trainer: MultimodalDPOTrainer, *ids: int) -> dict:
+    batch = trainer.data_collator([trainer.train_dataset[(0, index)] for index in ids])
+    del batch["bad_samples"]
+    return batch
+
+
+def run(tiny: Path, output: Path, *flags: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    torchrun = [ROOT / "shell/torchrun.py", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), ENTRY, *flags_of(tiny, output), *flags]
+    ours = {"PYTHONPATH": str(ROOT / "internvl_chat"), "OMP_NUM_THREADS": "1", "INTERNVL_CACHE": str(tiny / "cache")}
+    done = subprocess.run(list(map(str, command)), env=os.environ | ours, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done
+
+
+def history(output: Path) -> list[dict]:
+    entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in entries if "loss" in entry]
+
+
+def test_training_starts_at_log_2_and_learns_to_prefer(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
+    flags = """--loss_type sigmoid --sigmoid_loss_weight 1 --bco_pair_loss_weight 1 --rpo_alpha 0
+        --per_device_train_batch_size 4 --max_steps 8 --save_strategy no""".split()
+    trainer = prepare(*flags_of(tiny, tmp_path), *FULL, *flags)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
+    assert steps[-1]["rewards/margins"] > 0.1
+    assert steps[-1]["rewards/accuracies"] == 1
+    assert "nll_loss" not in steps[0]
+
+
+def test_switched_off_adapters_are_as_good_as_a_second_model(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
+    one = prepare(*flags_of(tiny, tmp_path), *LORA)
+    two = prepare(*flags_of(tiny, tmp_path), *LORA, "--freeze_mlp", "False")
+    assert one.reference is None
+    assert not any(parameter.requires_grad for parameter in two.reference.parameters())
+    batch = batch_of(one, 0, 1, 4)
+    for trainer in (one, two):
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    trains = [name for name, parameter in one.model.named_parameters() if parameter.requires_grad]
+    one.model.train()
+    reference = one.reference_log_probs(one.model, batch)
+    torch.testing.assert_close(reference, two.reference_log_probs(two.model, batch))
+    assert not torch.allclose(reference, one.model(**batch)), "the adapters do something"
+    assert one.model.training
+    assert trains == [name for name, parameter in one.model.named_parameters() if parameter.requires_grad]
+
+
+def test_a_reference_gets_new_tokens_tiles_and_adapters_of_the_checkpoint(tiny, tmp_path, monkeypatch):
+    """Adapters that the checkpoint came with belong to the reference."""
+    from test_training import without_image_tokens
+
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+    lora = internvl_chat.InternVLChatModel.from_pretrained(tiny / "model")
+    lora.wrap_llm_lora(r=4, lora_alpha=8)
+    lora.config.use_llm_lora = 4
+    lora.save_pretrained(tmp_path / "model")
+    for file in (tiny / "model").glob("*token*"):
+        shutil.copy(file, tmp_path / "model")
+    without_image_tokens(tmp_path / "model")
+    flags = [*LORA, "--use_backbone_lora", "0", "--model_name_or_path", f"{tmp_path}/model"]
+    trainer = prepare(*flags_of(tiny, tmp_path / "out"), *flags, "--force_image_size", "112")
+    policy, reference = trainer.model.eval(), trainer.reference
+    assert policy.img_context_token_id == reference.img_context_token_id
+    assert policy.num_image_token == reference.num_image_token == 16
+    weights = reference.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in policy.state_dict().items())
+    torch.testing.assert_close(policy(**batch_of(trainer, 0)), reference(**batch_of(trainer, 0)))
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "one"
+    run(tiny, output, *FULL, "--per_device_train_batch_size", "2")
+    return output
+
+
+def test_a_run_saves_what_others_can_open(one_process):
+    assert json.loads((one_process / "config.json").read_text())["architectures"] == ["InternVLChatModel"]
+    internvl_chat.InternVLChatModel.from_pretrained(one_process)
+    assert (one_process / "modeling_internvl_chat.py").read_text() == "# upstream's published code\n"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_and_zero_change_no_number(tiny, one_process, stage, tmp_path):
+    run(tiny, tmp_path, *FULL, "--deepspeed", f"zero_stage{stage}_config.json", ranks=2)
+    expected, found = history(one_process), history(tmp_path)
+    keys = [key for key in expected[0] if "/" in key] + ["loss", "nll_loss", "grad_norm"]
+    assert len(keys) == 9
+    for key in keys:
+        torch.testing.assert_close([e[key] for e in found], [e[key] for e in expected], atol=1e-4, rtol=1e-4, msg=key)
+
+
+def test_resume_equals_unbroken(tiny, one_process, tmp_path):
+    """Also BCO's mean reward, which only the steps before know."""
+    shutil.copytree(one_process / "checkpoint-2", tmp_path / "checkpoint-2")
+    run(tiny, tmp_path, *FULL, "--per_device_train_batch_size", "2")
+    assert [entry["loss"] for entry in history(tmp_path)] == [entry["loss"] for entry in history(one_process)]
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(t, resumed[name]) for name, t in load_file(one_process / "model.safetensors").items())
+
+
+def test_the_arguments_are_upstreams():
+    from internvl.train import internvl_chat_mpo as entry
+
+    assert entry.DataTrainingArguments is PreferenceDataArguments
+    assert entry.DPOConfig is DPOConfig
+    assert entry.LazySupervisedDataset is PreferenceDataset
+    assert callable(entry.main)
