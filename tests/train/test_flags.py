@@ -374,10 +374,10 @@ TRANSFORMERS = """
     gradient_checkpointing_kwargs torch_empty_cache_steps logging_strategy logging_steps
     logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to
     run_name project trackio_space_id trackio_bucket_id trackio_static_space_id save_only_model save_steps
-    save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy
-    hub_always_push hub_revision restore_callback_states_from_checkpoint full_determinism use_cpu dataloader_pin_memory
-    remove_unused_columns ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph debug
-    skip_memory_metrics
+    save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id
+    hub_strategy hub_always_push hub_revision restore_callback_states_from_checkpoint full_determinism use_cpu
+    dataloader_pin_memory remove_unused_columns ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    ddp_static_graph debug skip_memory_metrics
 """.split()
 
 

@@ -97,8 +97,8 @@ def wrap(module: nn.Module, settings: LoraSettings, targets: Targets, task_type:
         raise ValueError(f"This part already has LoRA adapters of rank {rank}; merge them before adding others.")
     if targets.parameters and is_deepspeed_zero3_enabled():
         raise ValueError(
-            "LoRA on experts does not run under ZeRO-3: PEFT exchanges their weights during forward, and DeepSpeed loses "
-            "track of them. Use ZeRO-2, or train without LoRA in the language model."
+            "LoRA on experts does not run under ZeRO-3: PEFT exchanges their weights during forward, and DeepSpeed "
+            "loses track of them. Use ZeRO-2, or train without LoRA in the language model."
         )
     # PEFT of upstream's pin does not know `target_parameters`, and no architecture there has any.
     parameters = {"target_parameters": targets.parameters} if targets.parameters else {}

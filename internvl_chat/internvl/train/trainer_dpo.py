@@ -79,7 +79,9 @@ class MultimodalDPOTrainer(InternVLTrainer):
         for trained_with in ("optimizer", "scheduler"):
             config.pop(trained_with, None)
         config["zero_optimization"].pop("offload_optimizer", None)
-        return deepspeed.initialize(model=self.reference, config=config)[0].eval()
+        engine, *_ = deepspeed.initialize(model=self.reference, config=config)
+        engine.eval()
+        return engine
 
     # -- reports -----------------------------------------------------------------------------------------------------
 

@@ -149,6 +149,8 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         """
         settings = LoraSettings(r, lora_alpha, lora_dropout)
         self.language_model = wrap(self.language_model, settings, llm_targets(plain(self.language_model)), "CAUSAL_LM")
+        # Under reentrant checkpoints adapters only get gradients if what they read asks for some.
+        plain(self.language_model).enable_input_require_grads()
         if hasattr(self, "all_tied_weights_keys"):  # transformers 5: a tied head has another name now
             self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
@@ -222,6 +224,12 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
     def _decode(self, llm: PreTrainedModel, embeds: torch.Tensor, attention_mask, position_ids, **kwargs):
         """The decoder of `llm` on embeddings (B, L, C)."""
         decoder, rows = getattr(llm, llm.base_model_prefix), embeds.shape[0]
+        restarts = attention_mask is None and position_ids is not None and (position_ids[:, 1:] == 0)
+        if version_cmp(transformers.__version__, "4.53.0", "lt") and torch.is_tensor(restarts) and restarts.any():
+            raise ValueError(
+                f"transformers {transformers.__version__} does not keep the documents of a row apart by their "
+                "positions: give an attention_mask, one document a row."
+            )
         flash = llm.config._attn_implementation == "flash_attention_2"
         # transformers' flash path finds the documents of one row only; several rows are one long row to it.
         flatten = flash and rows > 1 and attention_mask is None and position_ids is not None
