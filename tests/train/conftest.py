@@ -1,4 +1,4 @@
-"""A maker of small data sets with real files."""
+"""Fixtures of the training tests: small data sets with real files, a tiny checkpoint, its parts, its command line."""
 
 import json
 import shutil
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import without_image_tokens, write_meta
+from runs import flags_of, without_image_tokens, write_meta
 from samples import tokenizer_of
 
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.train.arguments import DataTrainingArguments
+from internvl.train.arguments import DataTrainingArguments, parse_args
 from internvl.train.dataset import LazySupervisedDataset
 
 
@@ -70,3 +70,14 @@ def parts(tiny, tmp_path_factory) -> Path:
         shutil.copy(file, folder / "llm")
     without_image_tokens(folder / "llm")
     return folder
+
+
+@pytest.fixture
+def parse(tiny, tmp_path, monkeypatch):
+    """Flags -> the three argument objects of a run on the tiny checkpoint with these flags."""
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
+
+    def parse(*flags: str):
+        return parse_args([*flags_of(tiny, tmp_path / "out"), *flags])
+
+    return parse
