@@ -8,18 +8,18 @@ Throughout, the reward of an answer is beta * (log p(answer | question) - log p_
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from internvl.model import internvl_chat
 from internvl.model.lora import plain
-from internvl.model.token_loss import CHUNKS, trained_positions
+from internvl.model.token_loss import CHUNKS, logits_of, trained_positions
 from internvl.train.arguments import DPOConfig, PreferenceDataArguments
 
 # -- from a batch to log-probabilities ---------------------------------------------------------------------------------
@@ -42,11 +42,11 @@ class InternVLChatModel(internvl_chat.InternVLChatModel):
             position_ids=position_ids,
             use_cache=False,
         )
-        return label_log_probs(outputs.last_hidden_state, llm.get_output_embeddings(), labels, position_ids)
+        return label_log_probs(outputs.last_hidden_state, partial(logits_of, llm), labels, position_ids)
 
 
 def label_log_probs(
-    hidden_states: torch.Tensor, head: nn.Module, labels: torch.Tensor, position_ids: torch.Tensor | None = None
+    hidden_states: torch.Tensor, head: Callable, labels: torch.Tensor, position_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Sum over each row of the log-probabilities of its labels, (B,) float32. Arguments as in `token_loss`."""
     trained = trained_positions(labels, position_ids)
@@ -56,7 +56,7 @@ def label_log_probs(
     return log_probs.new_zeros(len(labels)).index_add(0, trained.nonzero()[:, 0], log_probs)
 
 
-def _log_probs(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _log_probs(head: Callable, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return -F.cross_entropy(head(states).float(), targets, reduction="none")
 
 
