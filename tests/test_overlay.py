@@ -55,15 +55,18 @@ THEIR_OWN = {
     **{f"internvl_chat/internvl/patch/{name}_patch.py": STALE for name in PATCHES.split()},
 }
 
-# What upstream's other files import from `internvl`. Not here is what only those files import that ours replace: the
-# train entries (`PackedDataset`, `packed_collate_fn`), and the patches of attention classes, which need flash-attn and
-# transformers 4.37 and which `internvl.patch` no longer loads.
+# What upstream's other files import from `internvl`. Not here is what only its train entries import, which ours
+# replace: `PackedDataset`, `packed_collate_fn`.
 MODEL = ["InternVisionConfig", "InternVisionModel", "InternVLChatConfig", "InternVLChatModel"]
 DATASET = ["ConcatDataset", "TCSLoader", "WeightedConcatDataset", "build_transform", "dynamic_preprocess", "preprocess"]
 DATASET += [f"preprocess_{kind}" for kind in ("internlm", "internvl2_5", "mpt", "phi3")]
 TOKENS = [f"{name}_{side}_TOKEN" for name in ("IMG", "QUAD", "REF", "BOX") for side in ("START", "END")]
 REPLACE = ["llama_rmsnorm_with_fused_rmsnorm", "train_dataloader", "train_sampler"]
 REPLACE += [f"{llm}_attention_class" for llm in ("internlm2", "llama", "phi3", "qwen2")]
+ATTENTION = {
+    "internlm2": ["INTERNLM2_ATTENTION_CLASSES", "InternLM2FlashAttention2", "apply_rotary_pos_emb"],
+    "phi3": ["PHI3_ATTENTION_CLASSES", "Phi3FlashAttention2"],
+}
 COLLATORS = ["concat_pad_data_collator", "dpo_concat_pad_data_collator", "pad_data_collator"]
 IMPORTED = {
     "internvl.model": ["load_model_and_tokenizer", "split_model"],
@@ -72,9 +75,9 @@ IMPORTED = {
     "internvl.model.internvl_chat": MODEL,
     "internvl.model.internvl_chat.modeling_intern_vit": ["NORM2FN"],
     "internvl.model.internlm2.configuration_internlm2": ["InternLM2Config"],
-    "internvl.model.internlm2.modeling_internlm2": ["InternLM2ForCausalLM", "apply_rotary_pos_emb"],
+    "internvl.model.internlm2.modeling_internlm2": ["InternLM2ForCausalLM", *ATTENTION["internlm2"]],
     "internvl.model.phi3.configuration_phi3": ["Phi3Config"],
-    "internvl.model.phi3.modeling_phi3": ["Phi3ForCausalLM"],
+    "internvl.model.phi3.modeling_phi3": ["Phi3ForCausalLM", *ATTENTION["phi3"]],
     "internvl.patch": [*COLLATORS, "apply_liger_kernel_to_internvit", *(f"replace_{name}" for name in REPLACE)],
     "internvl.train.dataset": [*DATASET, "check_conversations_repetition"],
     "internvl.train.constants": ["IMG_CONTEXT_TOKEN", *TOKENS],

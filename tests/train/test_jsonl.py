@@ -30,6 +30,14 @@ def test_same_records_as_a_plain_reading(tmp_path, monkeypatch, newline, end, ch
     assert [file.line(i) for i in range(9)] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
 
 
+@pytest.mark.parametrize("text", ["{\n{}", "{}\n{", "{}\r\n5\r\n\r\n"])
+def test_a_line_of_one_byte_is_not_lost(tmp_path, text):
+    file = Jsonl(write(tmp_path / "a.jsonl", text))
+    assert len(file) == 2
+    with pytest.raises(BadSample, match="is not JSON|is a JSON int"):
+        [file[0], file[1]]
+
+
 def test_empty_file_has_no_records(tmp_path):
     assert len(Jsonl(write(tmp_path / "a.jsonl", ""))) == 0
 

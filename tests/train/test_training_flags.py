@@ -14,8 +14,8 @@ from runs import flags_of, prepare
 
 from internvl.train.arguments import TrainingArguments, parse_args
 from internvl.train.check import resume_point
-from internvl.train.internvl_chat_finetune import train_and_save
 from internvl.train.refused import DROPPED, ONLY, REFUSED
+from internvl.train.run import train_and_save
 
 # -- how a run goes: what this package does with transformers' flags ---------------------------------------------------
 

@@ -161,6 +161,8 @@ def merge_adapters(model: InternVLChatModel) -> InternVLChatModel:
         if is_wrapped(getattr(model, part)):
             setattr(model, part, getattr(model, part).merge_and_unload())
         setattr(model.config, rank, 0)
+    # transformers saves under the names it loaded; those of adapted experts are not the published ones.
+    model.__dict__.pop("_weight_conversions", None)
     return model
 
 

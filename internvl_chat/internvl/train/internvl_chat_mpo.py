@@ -17,10 +17,10 @@ from internvl.train.arguments import PreferenceDataArguments as DataTrainingArgu
 from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer
 from internvl.train.build_mpo import build_reference, check_preference
 from internvl.train.check import resume_point
-from internvl.train.internvl_chat_finetune import give_up, set_up_logging, train_and_save
 from internvl.train.preference import PreferenceDataset, pair_collator
 from internvl.train.preference import PreferenceDataset as LazySupervisedDataset  # noqa: F401
 from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss
+from internvl.train.run import give_up, set_up_logging, train_and_save
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
 
 # The Python files that upstream's published checkpoints carry.

@@ -35,7 +35,10 @@ class Jsonl:
             raise ValueError(f"annotation {path} does not exist (relative paths start at {os.getcwd()}).")
         self.path, self.file = path, local_copy(path)
         starts, ends = _line_table(self.file)
-        records = np.flatnonzero(ends - starts > 1)  # one byte alone is the \r of a blank line
+        lengths = ends - starts
+        if len(single := np.flatnonzero(lengths == 1)):  # a lone \r is the rest of a blank line
+            lengths[single] -= np.memmap(self.file, np.uint8, "r")[starts[single]] == ord("\r")
+        records = np.flatnonzero(lengths)
         self._starts, self._ends = starts[records], ends[records]
         self._lines = records + 1
         self._open_file = None

@@ -18,6 +18,7 @@ from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from internvl.model import internvl_chat
+from internvl.model.internvl_chat.decoder import decode
 from internvl.model.lora import plain
 from internvl.model.token_loss import CHUNKS, logits_of, trained_positions
 from internvl.train.arguments import DPOConfig, PreferenceDataArguments
@@ -35,7 +36,7 @@ class InternVLChatModel(internvl_chat.InternVLChatModel):
         """
         visual_features = self.extract_feature(pixel_values)[image_flags.flatten() == 1]
         llm = plain(self.language_model)
-        outputs = self._decode(
+        outputs = decode(
             llm,
             self._embed(input_ids, visual_features=visual_features.repeat(2, 1, 1)),
             attention_mask=None,

@@ -7,6 +7,7 @@ Llama's code its names.
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -23,10 +24,13 @@ from transformers.models.llama.modeling_llama import (
 from .configuration_internlm2 import InternLM2Config
 
 __all__ = [
+    "INTERNLM2_ATTENTION_CLASSES",
     "InternLM2Attention",
     "InternLM2Config",
     "InternLM2DecoderLayer",
+    "InternLM2FlashAttention2",
     "InternLM2ForCausalLM",
+    "InternLM2ForSequenceClassification",
     "InternLM2MLP",
     "InternLM2Model",
     "InternLM2PreTrainedModel",
@@ -99,6 +103,11 @@ class InternLM2Attention(nn.Module):
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         mixed, weights = kernel(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
         return self.wo(mixed.flatten(2)), weights
+
+
+# Upstream's names: here one class computes with any kernel.
+InternLM2FlashAttention2 = InternLM2Attention
+INTERNLM2_ATTENTION_CLASSES = {"eager": InternLM2Attention, "flash_attention_2": InternLM2Attention}
 
 
 class InternLM2MLP(nn.Module):
@@ -180,3 +189,14 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, LlamaForCausalLM):
 
     def set_output_embeddings(self, value):
         self.output = value
+
+
+class InternLM2ForSequenceClassification(GenericForSequenceClassification, InternLM2PreTrainedModel):
+    """A score of each class from the state of a row's last token."""
+
+    def __init__(self, config: InternLM2Config):
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = InternLM2Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()

@@ -4,6 +4,9 @@
 looked up the same way in `modeling_internvl_chat`.
 """
 
+from difflib import get_close_matches
+
+import transformers
 from transformers import CONFIG_MAPPING, LlamaConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -31,7 +34,7 @@ class InternVLChatConfig(PretrainedConfig):
             InternVL 3.5 say so, here and in `llm_config`; only both together count. Everything before is not tied.
 
     Raises:
-        ValueError: the language model's architecture is not known; the message lists the known ones.
+        ValueError: the language model's architecture is not known; the message has the names most like it.
     """
 
     model_type = "internvl_chat"
@@ -106,8 +109,11 @@ def _llm_config(llm_config) -> PretrainedConfig:
     architecture = (fields.get("architectures") or [by_type])[0]
     registry = llm_registry()
     if architecture not in LLM_CONFIGS and architecture not in registry:
-        known = ", ".join(sorted({*LLM_CONFIGS, *registry}))
-        raise ValueError(f"Unsupported architecture: {architecture}. Known language models: {known}")
+        alike = ", ".join(get_close_matches(architecture, sorted({*LLM_CONFIGS, *registry}), cutoff=0))
+        raise ValueError(
+            f"Unsupported architecture: {architecture!r} is no causal language model that this repository or "
+            f"transformers {transformers.__version__} knows; the nearest names are {alike}"
+        )
     if not isinstance(llm_config, PretrainedConfig):
         config_class = LLM_CONFIGS.get(architecture) or CONFIG_MAPPING[registry[architecture]]
         llm_config = config_class(**llm_config)

@@ -23,7 +23,8 @@ from internvl.model.token_loss import balance_loss, logits_of, token_loss
 from .chat import ChatMixin
 from .checkpoint_keys import refuse_wrong_keys
 from .configuration_internvl_chat import InternVLChatConfig
-from .modeling_intern_vit import InternVisionModel, has_flash_attn
+from .decoder import choose_attention, decode
+from .modeling_intern_vit import InternVisionModel
 
 # Language models this repository brings along; every other causal language model is transformers' class of that name.
 LLM_CLASSES = {
@@ -83,7 +84,7 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         self.system_message = self.conv_template.system_message if own_system_message is None else own_system_message
 
         llm_class = LLM_CLASSES.get(self.llm_arch_name) or getattr(transformers, self.llm_arch_name)
-        self._choose_attention(llm_class, use_flash_attn)
+        choose_attention(config, llm_class, use_flash_attn)
         self.vision_model = InternVisionModel(config.vision_config) if vision_model is None else vision_model
         self.language_model = llm_class(config.llm_config) if language_model is None else language_model
         self.mlp1 = self._build_projector()
@@ -93,18 +94,6 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
             self.wrap_backbone_lora(r=config.use_backbone_lora, lora_alpha=2 * config.use_backbone_lora)
         if config.use_llm_lora:
             self.wrap_llm_lora(r=config.use_llm_lora, lora_alpha=2 * config.use_llm_lora)
-
-    def _choose_attention(self, llm_class: type[PreTrainedModel], use_flash_attn: bool):
-        """What a checkpoint says about attention is what its writer's machine had; this machine decides."""
-        half = torch.get_default_dtype() in (torch.float16, torch.bfloat16)
-        use = bool(use_flash_attn and has_flash_attn and torch.cuda.is_available())
-        kernels = getattr(llm_class, "_compatible_flash_implementations", None) or ["flash_attention_2"]
-        llm_config = self.config.llm_config
-        self.config.vision_config.use_flash_attn = use
-        llm_config.attn_implementation = "flash_attention_2" if use else "eager"  # upstream's key, stored
-        llm_config._attn_implementation = (
-            "flash_attention_2" if use and half and "flash_attention_2" in kernels else None  # None: best of torch
-        )
 
     def _build_projector(self) -> nn.Sequential:
         wide = self.config.vision_config.hidden_size * int(1 / self.downsample_ratio) ** 2
@@ -192,7 +181,7 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         """
         llm = plain(self.language_model)
         attention_mask = attention_mask if cu_seqlens is None else None
-        outputs = self._decode(
+        outputs = decode(
             llm,
             self._embed(input_ids, pixel_values, image_flags),
             attention_mask=attention_mask,
@@ -220,27 +209,6 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
             attentions=outputs.attentions,
         )
         return output if return_dict is not False else output.to_tuple()
-
-    def _decode(self, llm: PreTrainedModel, embeds: torch.Tensor, attention_mask, position_ids, **kwargs):
-        """The decoder of `llm` on embeddings (B, L, C)."""
-        decoder, rows = getattr(llm, llm.base_model_prefix), embeds.shape[0]
-        restarts = attention_mask is None and position_ids is not None and (position_ids[:, 1:] == 0)
-        if version_cmp(transformers.__version__, "4.53.0", "lt") and torch.is_tensor(restarts) and restarts.any():
-            raise ValueError(
-                f"transformers {transformers.__version__} does not keep the documents of a row apart by their "
-                "positions: give an attention_mask, one document a row."
-            )
-        flash = llm.config._attn_implementation == "flash_attention_2"
-        # transformers' flash path finds the documents of one row only; several rows are one long row to it.
-        flatten = flash and rows > 1 and attention_mask is None and position_ids is not None
-        if flatten:
-            embeds, position_ids = embeds.flatten(0, 1)[None], position_ids.flatten()[None]
-        outputs = decoder(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
-        )
-        if flatten:
-            outputs.last_hidden_state = outputs.last_hidden_state.unflatten(1, (rows, -1))[0]
-        return outputs
 
     def _embed(self, input_ids, pixel_values=None, image_flags=None, visual_features=None) -> torch.Tensor:
         """Token embeddings (B, L, C), those of the image tokens replaced by the visual tokens, in order."""

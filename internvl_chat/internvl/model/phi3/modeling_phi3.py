@@ -16,9 +16,15 @@ from transformers.models.phi3.modeling_phi3 import (
     rotate_half,
 )
 
+# Upstream's names: in transformers one class computes with any kernel.
+Phi3FlashAttention2 = Phi3SdpaAttention = Phi3Attention
+PHI3_ATTENTION_CLASSES = dict.fromkeys(("eager", "flash_attention_2", "sdpa"), Phi3Attention)
+
 __all__ = [
+    "PHI3_ATTENTION_CLASSES",
     "Phi3Attention",
     "Phi3DecoderLayer",
+    "Phi3FlashAttention2",
     "Phi3ForCausalLM",
     "Phi3ForSequenceClassification",
     "Phi3ForTokenClassification",
@@ -27,6 +33,7 @@ __all__ = [
     "Phi3PreTrainedModel",
     "Phi3RMSNorm",
     "Phi3RotaryEmbedding",
+    "Phi3SdpaAttention",
     "apply_rotary_pos_emb",
     "repeat_kv",
     "rotate_half",

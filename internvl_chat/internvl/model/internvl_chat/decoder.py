@@ -1,0 +1,71 @@
+"""How the language model is run: with which attention, and on rows of several documents."""
+
+import torch
+import transformers
+from packaging import version
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from .configuration_internvl_chat import InternVLChatConfig
+from .modeling_intern_vit import has_flash_attn
+
+# From this version on transformers finds the documents of a row by their positions.
+KEEPS_DOCUMENTS_APART = version.parse(transformers.__version__) >= version.parse("4.53")
+# Decoders that make their masks without looking at positions, but take ready ones.
+TAKES_MASKS = ("gpt_oss",)
+
+
+def choose_attention(config: InternVLChatConfig, llm_class: type[PreTrainedModel], use_flash_attn: bool):
+    """Notes in both parts of `config`, before they are built, what to compute attention with.
+
+    What a checkpoint says about it is what its writer's machine had; this machine decides.
+    """
+    half = torch.get_default_dtype() in (torch.float16, torch.bfloat16)
+    use = bool(use_flash_attn and has_flash_attn and torch.cuda.is_available())
+    kernels = getattr(llm_class, "_compatible_flash_implementations", None) or ["flash_attention_2"]
+    config.vision_config.use_flash_attn = use
+    config.llm_config.attn_implementation = "flash_attention_2" if use else "eager"  # upstream's key, stored
+    flash = use and half and "flash_attention_2" in kernels
+    config.llm_config._attn_implementation = "flash_attention_2" if flash else None  # None: best of torch
+
+
+def decode(
+    llm: PreTrainedModel,
+    embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    **kwargs,
+) -> ModelOutput:
+    """Runs the decoder of `llm` on embeddings (B, L, C).
+
+    Args:
+        position_ids: (B, L); where they restart at 0, and there is no mask, another document begins.
+
+    Raises:
+        ValueError: documents that this version of transformers cannot keep apart.
+    """
+    rows, by_positions = len(embeds), attention_mask is None and position_ids is not None
+    if by_positions and not KEEPS_DOCUMENTS_APART and (position_ids[:, 1:] == 0).any():
+        raise ValueError(
+            f"transformers {transformers.__version__} does not keep the documents of a row apart by their positions: "
+            "give an attention_mask, one document a row."
+        )
+    # transformers' flash path finds the documents of one row only; several rows are one long row to it.
+    flatten = by_positions and rows > 1 and llm.config._attn_implementation == "flash_attention_2"
+    if flatten:
+        embeds, position_ids = embeds.flatten(0, 1)[None], position_ids.flatten()[None]
+    if by_positions and llm.config.model_type in TAKES_MASKS:
+        attention_mask = masks_by_positions(llm, embeds, position_ids)
+    outputs = getattr(llm, llm.base_model_prefix)(
+        inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
+    )
+    if flatten:
+        outputs.last_hidden_state = outputs.last_hidden_state.unflatten(1, (rows, -1))[0]
+    return outputs
+
+
+def masks_by_positions(llm: PreTrainedModel, embeds: torch.Tensor, position_ids: torch.Tensor) -> dict:
+    """Kind of layer -> the mask that keeps documents apart; None where the attention kernel sees to it."""
+    from transformers.masking_utils import create_masks_for_generate
+
+    return create_masks_for_generate(llm.config, embeds, None, None, position_ids=position_ids)
