@@ -19,6 +19,7 @@ def goldens(tmp_path_factory) -> Path:
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "slow" not in item.keywords)  # first, so that other processes do the rest meanwhile
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

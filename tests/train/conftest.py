@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import flags_of, without_image_tokens, write_meta
+from runs import copy_model, flags_of, without_image_tokens, write_meta
 from samples import tokenizer_of
 
 from internvl.model.internvl_chat import InternVLChatModel
@@ -44,9 +44,7 @@ def make(tmp_path, goldens):
 def tiny(goldens, tmp_path_factory) -> Path:
     """A checkpoint folder (model, tokenizer) and a meta file of real images and conversations."""
     folder = tmp_path_factory.mktemp("tiny")
-    shutil.copytree(goldens / "e2e/qwen2", folder / "model")
-    for file in (goldens / "tokenizer").glob("*token*"):
-        shutil.copy(file, folder / "model")
+    copy_model(goldens, folder)
     records = [json.loads(line) for line in (goldens / "dataset/ds_main.jsonl").read_text().splitlines()]
     good = [record for record in records if record["conversations"][-1]["value"]]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, good)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,23 +41,37 @@ def composed(parts: Path) -> list[str]:
     return ["--model_name_or_path", "", "--vision_path", f"{parts}/vit", "--llm_path", f"{parts}/llm"]
 
 
-def run(tiny: Path, output: Path, *flags: str, ranks: int = 1, status: int = 0) -> subprocess.CompletedProcess:
+def run(
+    tiny: Path, output: Path, *flags: str, ranks: int = 1, status: int = 0, entry: Path = ENTRY
+) -> subprocess.CompletedProcess:
     """Train in `ranks` processes of their own; a single one is started without a launcher."""
     torchrun = [ROOT / "shell/torchrun.py", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), ENTRY, *flags_of(tiny, output, ranks), *flags]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), entry, *flags_of(tiny, output, ranks), *flags]
     ours = {"PYTHONPATH": str(ROOT / "internvl_chat"), "OMP_NUM_THREADS": "1", "INTERNVL_CACHE": str(tiny / "cache")}
     done = subprocess.run(list(map(str, command)), env=os.environ | ours, capture_output=True, text=True)
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-5000:]
     return done
 
 
+def history(output: Path) -> list[dict]:
+    """The log of each step."""
+    entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in entries if "loss" in entry]
+
+
 def losses(output: Path) -> list[float]:
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return [entry["loss"] for entry in history(output)]
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "model.safetensors")
+
+
+def copy_model(goldens: Path, folder: Path) -> None:
+    """The checkpoint of `flags_of`: a recorded model and its tokenizer."""
+    shutil.copytree(goldens / "e2e/qwen2", folder / "model")
+    for file in (goldens / "tokenizer").glob("*token*"):
+        shutil.copy(file, folder / "model")
 
 
 def prepare(argv: list[str]):

@@ -2,17 +2,15 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
+from runs import FULL, LORA, copy_model, history, write_meta
 from safetensors.torch import load_file
 
-from internvl.dist_utils import free_port
 from internvl.model import internvl_chat
 from internvl.train.arguments import MPO, DPOConfig, PreferenceDataArguments, parse_args
 from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer
@@ -21,11 +19,9 @@ from internvl.train.preference import PreferenceDataset, pair_collator
 from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
 
-ROOT = Path(__file__).parents[2]
-ENTRY = ROOT / "internvl_chat/internvl/train/internvl_chat_mpo.py"
-LORA = "--freeze_backbone True --freeze_llm True --freeze_mlp True --use_backbone_lora 4 --use_llm_lora 4".split()
-FULL = "--freeze_backbone True".split()  # no dropout anywhere: the same numbers whatever the number of ranks
+ENTRY = runs.ENTRY.with_name("internvl_chat_mpo.py")
 RECIPE = "--loss_type sigmoid,bco_pair --sigmoid_loss_weight 0.8 --bco_pair_loss_weight 0.2 --rpo_alpha 1".split()
+FEW_STEPS = ["--max_steps", "4", "--save_steps", "2", "--gradient_accumulation_steps", "1", *RECIPE]
 
 # -- flags -------------------------------------------------------------------------------------------------------------
 
@@ -72,9 +68,7 @@ def test_wrong_flags_are_refused_in_one_sentence(flags, message):
 def tiny(goldens, tmp_path_factory) -> Path:
     """A checkpoint folder (model, tokenizer) and a meta file of pairs over real images."""
     folder = tmp_path_factory.mktemp("tiny_mpo")
-    shutil.copytree(goldens / "e2e/qwen2", folder / "model")
-    for file in (goldens / "tokenizer").glob("*token*"):
-        shutil.copy(file, folder / "model")
+    copy_model(goldens, folder)
     (folder / "model/modeling_internvl_chat.py").write_text("# upstream's published code\n")
     records = []
     for line in (goldens / "dataset/ds_main.jsonl").read_text().splitlines():
@@ -84,19 +78,12 @@ def tiny(goldens, tmp_path_factory) -> Path:
         if human and gpt and isinstance(record.get("image", ""), str):
             records.append(record | {"question": human, "chosen": gpt, "rejected": gpt[::-1]})
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
-    entry = {"root": str(goldens / "dataset/images"), "annotation": str(folder / "train.jsonl")}
-    (folder / "meta.json").write_text(json.dumps({"tiny": entry}))
+    write_meta(folder, goldens / "dataset/images")
     return folder
 
 
 def flags_of(tiny: Path, output: Path) -> list[str]:
-    return (
-        f"""--model_name_or_path {tiny}/model --meta_path {tiny}/meta.json --output_dir {output}
-        --conv_style internvl2_5 --force_image_size 56 --dynamic_image_size True --use_thumbnail True
-        --max_dynamic_patch 4 --max_seq_length 512 --max_steps 4 --learning_rate 1e-3 --lr_scheduler_type constant
-        --logging_steps 1 --save_steps 2 --report_to none""".split()
-        + RECIPE
-    )
+    return [*runs.flags_of(tiny, output), *FEW_STEPS]
 
 
 def prepare(*argv: str) -> MultimodalDPOTrainer:
@@ -120,18 +107,8 @@ def batch_of(trainer: MultimodalDPOTrainer, *ids: int) -> dict:
     return batch
 
 
-def run(tiny: Path, output: Path, *flags: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    torchrun = [ROOT / "shell/torchrun.py", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), ENTRY, *flags_of(tiny, output), *flags]
-    ours = {"PYTHONPATH": str(ROOT / "internvl_chat"), "OMP_NUM_THREADS": "1", "INTERNVL_CACHE": str(tiny / "cache")}
-    done = subprocess.run(list(map(str, command)), env=os.environ | ours, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done
-
-
-def history(output: Path) -> list[dict]:
-    entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in entries if "loss" in entry]
+def run(tiny: Path, output: Path, *flags: str, ranks: int = 1) -> None:
+    runs.run(tiny, output, *FEW_STEPS, *flags, ranks=ranks, entry=ENTRY)
 
 
 def test_training_starts_at_log_2_and_learns_to_prefer(tiny, tmp_path, monkeypatch):

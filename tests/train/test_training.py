@@ -1,11 +1,22 @@
 """Real runs of the entry point on a tiny checkpoint: gloo ranks, DeepSpeed, files. One run serves many laws."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from runs import FULL, LORA, composed, flags_of, losses, prepare, run, weights, without_image_tokens, write_meta
+from runs import (
+    FULL,
+    LORA,
+    composed,
+    flags_of,
+    history,
+    losses,
+    prepare,
+    run,
+    weights,
+    without_image_tokens,
+    write_meta,
+)
 
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.constants import SPECIAL_TOKENS
@@ -35,8 +46,7 @@ def test_a_run_tells_what_it_does(lora_run):
     output, printed = lora_run
     assert "vision encoder" in printed
     assert "LoRA rank" in printed
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    steps = [entry for entry in history if "loss" in entry]
+    steps = history(output)
     assert len(steps) == 6
     for key in ("grad_norm", "learning_rate", "tokens_per_second"):
         assert all(entry[key] > 0 for entry in steps), key
