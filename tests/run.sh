@@ -4,4 +4,4 @@ set -euo pipefail
 cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source shell/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the cores are taken
-exec python3 -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
+exec python3 -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
