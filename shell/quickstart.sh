@@ -59,8 +59,10 @@ tool() { python3 "$TOOLS/$1" "${@:2}"; }
 HERE=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
 : "${GPUS:=$((HERE == 1 ? 1 : 2))}"
 export GPUS BATCH_SIZE=16 PER_DEVICE_BATCH_SIZE=$((16 / GPUS)) LAUNCHER=pytorch NODES=1
-# Pictures of one size and a small model need neither length groups nor recomputed activations; nothing is resumed.
+# Small pictures of one size and a small model need neither length groups nor recomputed activations, nor large tiles;
+# nothing is resumed.
 COMMON=(--overwrite_output_dir True --save_strategy no --group_by_length False --grad_checkpoint False)
+COMMON+=(--force_image_size 224)
 ((HERE)) || COMMON+=(--dataloader_num_workers 0) # the cores are busy with training
 
 train_base() { # everything trains, by the same entry as any other run
