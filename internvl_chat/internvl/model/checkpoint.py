@@ -1,11 +1,9 @@
-"""What is done to a whole chat model outside training: composed from parts, tokens added, tiles resized, adapters saved
-or merged.
+"""What is done to a whole chat model outside training: composed from parts, tokens added, adapters merged.
 
 Used by `train/build.py`, the trainer and `tools/`. Under ZeRO-3, where every rank holds a slice of each weight, all
 ranks call these functions together and each gathers what it touches.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -13,26 +11,20 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .internvl_chat import InternVisionConfig, InternVisionModel, InternVLChatConfig, InternVLChatModel
 from .internvl_chat.modeling_intern_vit import has_flash_attn
 from .internvl_chat.modeling_internvl_chat import LLM_CLASSES
-from .lora import is_wrapped, plain
+from .internvl_chat.resize import resize_image, resize_tokens, whole
+from .internvl_chat.trained import plain_name
+from .lora import is_wrapped
+
+__all__ = ["add_special_tokens", "compose", "load_projector", "merge_adapters", "resize_image"]
 
 # A part that can be wrapped, and the field of the config that holds its rank.
 PARTS = {"vision_model": "use_backbone_lora", "language_model": "use_llm_lora"}
-
-
-def whole(*parameters: nn.Parameter) -> AbstractContextManager:
-    """Inside it the parameters are there as a whole and may be changed, by all ranks alike, also under ZeRO-3."""
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def compose(
@@ -141,20 +133,6 @@ def load_projector(model: InternVLChatModel, path: str | Path):
             parameter.copy_(state[name])
 
 
-def save_adapters(model: InternVLChatModel, folder: str | Path, state_dict: dict | None = None) -> list[Path]:
-    """Writes the adapters of each wrapped part to `folder/vision_model`, `folder/language_model`, in PEFT's format.
-
-    Args:
-        state_dict: the whole model's, where the parameters themselves are partitioned (ZeRO-3).
-    """
-    wrapped = {part: getattr(model, part) for part in PARTS if is_wrapped(getattr(model, part))}
-    for part, module in wrapped.items():
-        prefix = f"{part}."
-        own = {k.removeprefix(prefix): v for k, v in (state_dict or {}).items() if k.startswith(prefix)} or None
-        module.save_pretrained(Path(folder) / part, state_dict=own, save_embedding_layers=False)
-    return [Path(folder) / part for part in wrapped]
-
-
 def merge_adapters(model: InternVLChatModel) -> InternVLChatModel:
     """Adds the adapters into the weights they adapt, in place: a plain model, and a config that says so."""
     for part, rank in PARTS.items():
@@ -174,28 +152,14 @@ def add_special_tokens(model: InternVLChatModel, tokenizer, tokens: list[str]) -
     tokens added.
     """
     added = tokenizer.add_tokens(list(tokens), special_tokens=True)
-    llm = plain(model.language_model)
-    old_rows = min(llm.get_input_embeddings().num_embeddings, len(tokenizer) - added)
+    old_rows = min(model.get_input_embeddings().num_embeddings, len(tokenizer) - added)
     if old_rows == len(tokenizer):
         return 0
-    llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for weight in (llm.get_input_embeddings().weight, llm.get_output_embeddings().weight):
-        with whole(weight), torch.no_grad():
-            weight[old_rows:] = weight[:old_rows].float().mean(dim=0, keepdim=True).to(weight.dtype)
-    model.config.llm_config.vocab_size = llm.config.vocab_size = len(tokenizer)
+    resize_tokens(model, len(tokenizer), old_rows)
+    if model.stands_on and "known_tokens" in model.stands_on:  # grown before: now the rows themselves must be saved
+        ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        names = {plain_name(name) for name, p in model.named_parameters() if any(p is end for end in ends)}
+        model.trained_before |= names
+    elif model.stands_on:
+        model.stands_on = {**model.stands_on, "known_tokens": old_rows}
     return added
-
-
-def resize_image(model: InternVLChatModel, size: int):
-    """Fits the model to tiles of `size` pixels: position embeddings, both configs and the number of image tokens."""
-    vision = plain(model.vision_model)
-    patch, old_size = vision.config.patch_size, vision.config.image_size
-    step = patch * round(1 / model.downsample_ratio)
-    if size < step or size % step:
-        raise ValueError(f"a tile of {size} pixels does not divide into image tokens of {step} pixels")
-    if size != old_size:
-        with whole(vision.embeddings.position_embedding):
-            vision.resize_pos_embeddings(old_size, size, patch)
-    model.config.vision_config.image_size = vision.config.image_size = size
-    model.config.force_image_size = size
-    model.num_image_token = int((size // patch) ** 2 * model.downsample_ratio**2)

@@ -40,6 +40,7 @@ class ModelArguments:
     vision_select_layer: int = option(-1, "which hidden state of the vision encoder the projector reads")
     use_backbone_lora: int = option(0, "LoRA rank in the vision encoder; alpha is twice the rank")
     use_llm_lora: int = option(0, "LoRA rank in the language model; alpha is twice the rank")
+    merge_before_training: bool = option(False, "merge the checkpoint's adapters before new ones are added")
     unfreeze_lm_head: bool = option(False, "train the output head of a frozen language model")
     grad_checkpoint: bool = option(True, "recompute activations of both towers in the backward pass")
     drop_path_rate: float = option(0.0, "stochastic depth of the vision encoder")
@@ -101,6 +102,8 @@ class TrainingArguments(transformers.TrainingArguments):
     log_level_replica: str = option("error", "the same, on ranks other than the first")
     logging_nan_inf_filter: bool = option(False, "report a loss that is not finite as what it is")
     use_cpu: bool = option(not torch.cuda.is_available(), "train without an accelerator")
+    save_full_model: bool = option(False, "LoRA runs save the whole model in upstream's layout, not what was trained")
+    no_smoke_save: bool = option(False, "do not write and read a checkpoint before the first step")
     do_train: bool = option(True, "False: set everything up, tell what would train, and stop there")
 
     def __post_init__(self):

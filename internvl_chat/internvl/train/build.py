@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from internvl.dist_utils import from_first_rank, init_deepspeed
-from internvl.model.checkpoint import add_special_tokens, compose, load_projector, resize_image
+from internvl.model.checkpoint import add_special_tokens, compose, load_projector, merge_adapters, resize_image
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.internvl_chat.trained import note_of_base
 from internvl.model.liger import use_liger_kernels
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments
@@ -21,12 +22,14 @@ from internvl.train.collator import concat_pad_data_collator
 from internvl.train.constants import IMG_CONTEXT_TOKEN, SPECIAL_TOKENS
 from internvl.train.dataset import LazySupervisedDataset, load_meta
 from internvl.train.dataset_packed import RowDataset
+from internvl.train.image import NORMALIZE
 from internvl.train.lengths import Lengths, measure
 from internvl.train.plan import plan_epoch
 from internvl.train.trainable import set_trainable, trainable_table
 from internvl.train.trainer import InternVLTrainer, too_many_bad_samples
 
 logger = logging.getLogger(__name__)
+RANKS = ("use_backbone_lora", "use_llm_lora")
 
 
 class Data(NamedTuple):
@@ -84,6 +87,7 @@ def load_model(
     if model_args.model_name_or_path:
         config = build_config(model_args, data_args)
         model = model_class.from_pretrained(model_args.model_name_or_path, config=config, dtype=dtype)
+        take_over(model, model_args)
     else:
         model = compose(
             model_args.vision_path,
@@ -102,6 +106,23 @@ def load_model(
         use_liger_kernels(model)
     model.config.use_cache = model.language_model.config.use_cache = False
     return model
+
+
+def take_over(model: InternVLChatModel, model_args: ModelArguments) -> None:
+    """Go on with the checkpoint's adapters, or merge them; note what the outcome of this run will stand on."""
+    held = {field: rank for field in RANKS if (rank := getattr(model.config, field))}
+    other = [field for field, rank in held.items() if rank != getattr(model_args, field)]
+    said = ", ".join(f"{field} {rank}" for field, rank in held.items())
+    merged = bool(held) and (bool(other) or model_args.merge_before_training)
+    if merged:
+        logger.info("the checkpoint's adapters (%s) are merged into its weights before training", said)
+        merge_adapters(model)
+    elif held:
+        logger.info("training goes on with the checkpoint's adapters (%s)", said)
+    if merged or model.stands_on is None:
+        path = model_args.model_name_or_path
+        model.stands_on = from_first_rank(lambda: note_of_base(path, merged))
+        model.trained_before = frozenset()
 
 
 def chat_settings(model_args: ModelArguments, data_args: DataTrainingArguments) -> dict:
@@ -191,6 +212,22 @@ def square_root_weights(measured: Lengths) -> np.ndarray:
     return np.full(len(measured.tokens), usable**-0.5)
 
 
+def preprocessor_config(data_args: DataTrainingArguments) -> dict:
+    """`preprocessor_config.json` as published checkpoints have it: size, mean and deviation of a tile."""
+    mean, std = NORMALIZE[data_args.normalize_type]
+    return {
+        "crop_size": data_args.force_image_size,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "resample": 3,
+        "size": data_args.force_image_size,
+    }
+
+
 def allowed_bad_samples(data_args: DataTrainingArguments, samples: int) -> int:
     """--max_bad_samples as a count."""
     limit = data_args.max_bad_samples
@@ -237,5 +274,6 @@ def build_trainer(
         plan=plan,
         bad_samples=data.bad_samples,
         max_bad_samples=allowed_bad_samples(data_args, len(data.tokens)),
+        preprocessor=preprocessor_config(data_args),
         **kwargs,
     )

@@ -22,7 +22,7 @@ def train_and_save(trainer: InternVLTrainer, data: Data, checkpoint: str | None)
         return
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    except BadSample as error:
+    except (BadSample, OSError) as error:  # an OSError: a checkpoint cannot be written
         give_up(error)
 
     trainer.save_model()

@@ -1,20 +1,19 @@
 """HF Trainer with a dataloader that reads a plan, one optimizer group a part, and reports of speed and bad samples.
 
-Made by `build.py`; everything else of a run (loop, DeepSpeed, schedule, checkpoints, TensorBoard) is transformers' own.
+Made by `build.py`; checkpoints are `checkpointing.py`'s, everything else of a run (loop, DeepSpeed, schedule,
+TensorBoard) is transformers' own.
 """
 
 import logging
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from internvl.dist_utils import gathered
-from internvl.model.checkpoint import save_adapters
+from internvl.train.checkpointing import CheckpointingTrainer
 from internvl.train.constants import BadSample
 from internvl.train.metrics import Throughput, rates
 from internvl.train.trainable import parameter_groups, watch_gradients
@@ -46,10 +45,10 @@ class PlannedBatches:
             yield [(epoch, row) for row in rows if row >= 0] or [(epoch, -1)]
 
 
-class InternVLTrainer(Trainer):
+class InternVLTrainer(CheckpointingTrainer):
     """Trains on the rows of a plan.
 
-    Args (beyond transformers.Trainer's):
+    Args (beyond CheckpointingTrainer's):
         plan: epoch -> array of sample ids, as `plan_epoch` returns it.
         bad_samples: sentences on the samples that measuring already found unusable.
         max_bad_samples: how many unusable samples may be left out before the run stops.
@@ -145,15 +144,6 @@ class InternVLTrainer(Trainer):
             logger.warning("left out: %s", sentence)
         if new and len(self.bad_samples) > self.max_bad_samples:
             raise too_many_bad_samples(self.bad_samples, self.max_bad_samples)
-
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Upstream's layout (the whole model), and beside it `adapters/`: each part's LoRA in PEFT's own format."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            save_adapters(self.model, folder / "adapters", state_dict)
 
 
 def too_many_bad_samples(sentences: list[str], allowed: int) -> BadSample:

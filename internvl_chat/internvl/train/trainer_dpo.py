@@ -105,8 +105,8 @@ class MultimodalDPOTrainer(InternVLTrainer):
             self.loss.seen = torch.tensor(stored, dtype=torch.float64)
         return super().train(resume_from_checkpoint, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             path = Path(output_dir or self.args.output_dir) / REWARDS
             path.write_text(json.dumps(self.loss.seen.tolist()))

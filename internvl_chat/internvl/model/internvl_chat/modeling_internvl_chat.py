@@ -25,6 +25,7 @@ from .checkpoint_keys import refuse_wrong_keys
 from .configuration_internvl_chat import InternVLChatConfig
 from .decoder import choose_attention, decode
 from .modeling_intern_vit import InternVisionModel
+from .trained import load_on_base
 
 # Language models this repository brings along; every other causal language model is transformers' class of that name.
 LLM_CLASSES = {
@@ -66,6 +67,9 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
     _supports_flash_attn_2 = _supports_flash_attn = _supports_sdpa = True
     # Old checkpoints carry the rotary tables that are recomputed today.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    # For saving what was trained alone (see `trained`): the base, and what earlier runs trained beside adapters.
+    stands_on: dict | None = None
+    trained_before: frozenset[str] = frozenset()
 
     def __init__(self, config: InternVLChatConfig, vision_model=None, language_model=None, use_flash_attn=True):
         super().__init__(config)
@@ -90,10 +94,7 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         self.mlp1 = self._build_projector()
         self.post_init()
         # After `post_init`: it may draw new weights, and fresh adapters must change nothing.
-        if config.use_backbone_lora:
-            self.wrap_backbone_lora(r=config.use_backbone_lora, lora_alpha=2 * config.use_backbone_lora)
-        if config.use_llm_lora:
-            self.wrap_llm_lora(r=config.use_llm_lora, lora_alpha=2 * config.use_llm_lora)
+        self.wrap_as_configured()
 
     def _build_projector(self) -> nn.Sequential:
         wide = self.config.vision_config.hidden_size * int(1 / self.downsample_ratio) ** 2
@@ -105,11 +106,19 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads an upstream checkpoint from safetensors, wrapping with LoRA as its config says. No remote code is run.
+        """Loads a checkpoint from safetensors, wrapping with LoRA as its config says. No remote code is run.
+
+        It may be in upstream's layout, or hold what was trained alone (see `trained`): then the base is loaded from
+        where it was, or from `base_model`.
 
         Raises:
             ValueError: a key is missing, unexpected or of another shape; the message lists all of them.
         """
+        base_model = kwargs.pop("base_model", None)
+        config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path)
+        if getattr(config, "base_model", None):
+            kwargs.pop("config", None)
+            return load_on_base(cls, pretrained_model_name_or_path, config, base_model, **kwargs)
         want_info = kwargs.pop("output_loading_info", False)
         # Other shapes are ignored so that all can be listed; under ZeRO-3 the model's own are not there to compare.
         lenient = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), "output_loading_info": True}
@@ -126,6 +135,14 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             plain(self.language_model).generation_config.save_pretrained(save_directory)
+
+    def wrap_as_configured(self):
+        """Adds the adapters that the configuration speaks of to the parts that have none."""
+        config = self.config
+        if config.use_backbone_lora and not is_wrapped(self.vision_model):
+            self.wrap_backbone_lora(r=config.use_backbone_lora, lora_alpha=2 * config.use_backbone_lora)
+        if config.use_llm_lora and not is_wrapped(self.language_model):
+            self.wrap_llm_lora(r=config.use_llm_lora, lora_alpha=2 * config.use_llm_lora)
 
     def wrap_backbone_lora(self, r: int = 128, lora_alpha: int = 256, lora_dropout: float = 0.05):
         """Adds LoRA to the vision encoder; of it, only the adapters train from then on. ValueError if it has some."""

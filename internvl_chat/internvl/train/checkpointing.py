@@ -1,0 +1,137 @@
+"""HF Trainer whose checkpoints hold what was trained, and are whole or not there.
+
+Below `trainer.py`. With adapters a checkpoint has the layout of `internvl_chat/trained.py`; without, or with
+--save_full_model, upstream's, that is the whole model. DeepSpeed's states never hold a frozen weight.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+from internvl.model.internvl_chat.trained import is_trained_folder, load_trained, save_trained, trained_state
+from internvl.model.lora import is_wrapped
+
+logger = logging.getLogger(__name__)
+UNFINISHED = "unfinished"  # folder in the output folder in which a checkpoint is written before it gets its name
+STATE_BYTES = 12  # of an optimizer's two moments and of a master weight, in float32, for each trained number
+
+
+class CheckpointingTrainer(Trainer):
+    """Trains a chat model.
+
+    Args (beyond transformers.Trainer's):
+        preprocessor: content of `preprocessor_config.json`.
+    """
+
+    def __init__(self, *args, preprocessor: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        adapted = any(is_wrapped(module) for module in self.model.children())
+        self.partial = adapted and self.model.stands_on is not None and not self.args.save_full_model
+        self.preprocessor = preprocessor
+        self.folder_of_checkpoints: str | None = None
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.partial:
+            super().save_model(str(folder), _internal_call)
+        else:
+            state = trained_state(self.model)
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_trained(self.model, folder, state)
+                self.processing_class.save_pretrained(folder)
+                torch.save(self.args, folder / "training_args.bin")
+        if self.args.should_save:
+            (folder / "preprocessor_config.json").write_text(json.dumps(self.preprocessor, indent=2) + "\n")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled and self.partial:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _get_output_dir(self, trial) -> str:
+        return self.folder_of_checkpoints or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Written under another name and renamed, so that a kill in the middle leaves the one before."""
+        final, unfinished = Path(self.args.output_dir), Path(self.args.output_dir, UNFINISHED)
+        name = f"checkpoint-{self.state.global_step}"
+        self._remove(unfinished)
+        self.folder_of_checkpoints = str(unfinished)
+        super()._save_checkpoint(model, trial)
+        self.folder_of_checkpoints = None
+        barrier()
+        if self.args.should_save:
+            shutil.rmtree(final / name, ignore_errors=True)
+            os.replace(unfinished / name, final / name)
+            shutil.rmtree(unfinished)
+            rotate_checkpoints(output_dir=str(final), save_total_limit=self.args.save_total_limit, use_mtime=True)
+        barrier()
+
+    def _remove(self, folder: Path) -> None:
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+        barrier()
+
+    def smoke_save(self) -> None:
+        """Writes and reads a checkpoint before the first step: hours later is too late to hear that it cannot be done.
+
+        Raises:
+            OSError: the disk does not take it, or is too small for the optimizer's states as well.
+            ValueError: it cannot be read again.
+        """
+        start, folder = time.monotonic(), Path(self.args.output_dir, UNFINISHED)
+        self._remove(folder)
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        barrier()
+        if self.partial:
+            load_trained(self.model, folder)
+        if self.args.should_save:
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad)
+            free = shutil.disk_usage(folder).free
+            if free < (need := size + STATE_BYTES * trained):
+                raise OSError(f"{self.args.output_dir} has {free:,} bytes free, a checkpoint needs {need:,}")
+            logger.info("a checkpoint of %.1f MB was written and read in %.1f s", size / 1e6, time.monotonic() - start)
+        self._remove(folder)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if is_trained_folder(resume_from_checkpoint):
+            load_trained(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """As transformers', whose way of resuming under DeepSpeed insists on frozen weights."""
+        partial = resume_from_checkpoint and self.is_deepspeed_enabled and is_trained_folder(resume_from_checkpoint)
+        asked = None if partial else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, asked)
+        if partial:
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        elif not resume_from_checkpoint and not self.args.no_smoke_save:
+            self.smoke_save()
+        return prepared
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,204 @@
+"""The life of an adapter: trained, killed, resumed, trained on, merged, opened again; equal numbers at every hand-over."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs import losses, run, weights
+from safetensors.torch import load_file, save_file
+
+from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.internvl_chat.trained import fingerprint
+from internvl.model.tokenizer import load_tokenizer
+from internvl.train.constants import IMG_CONTEXT_TOKEN
+
+FROZEN = "--freeze_backbone True --freeze_llm True --freeze_mlp True".split()
+VISION, LLM = ["--use_backbone_lora", "4"], ["--use_llm_lora", "4"]
+MIXES = {
+    "vision": [*FROZEN, *VISION],
+    "llm": [*FROZEN, *LLM],
+    "both": [*FROZEN, *VISION, *LLM],
+    "both and projector": [*FROZEN, *VISION, *LLM, "--freeze_mlp", "False"],
+}
+STAGES = {"no ZeRO": [], **{f"ZeRO-{n}": ["--deepspeed", f"zero_stage{n}_config.json"] for n in (1, 2, 3)}}
+# Every mix meets every stage in the suite's slow part; one square of the table in all runs.
+LIVES = [(mix, stage) for mix in MIXES for stage in STAGES]
+
+
+def opened(folder: Path, **kwargs) -> InternVLChatModel:
+    return InternVLChatModel.from_pretrained(folder, **kwargs).eval()
+
+
+def logits(model: InternVLChatModel, tokenizer) -> torch.Tensor:
+    model.img_context_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
+    ids = tokenizer(IMG_CONTEXT_TOKEN * model.num_image_token + "What is it?", return_tensors="pt").input_ids
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(pixels, ids).logits
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def stored(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("lives", [("both and projector", "ZeRO-2"), ("vision", "no ZeRO")], ids=" with ".join)
+def test_a_life(tiny, tmp_path, lives):
+    mix, stage = lives
+    flags, tokenizer = [*MIXES[mix], *STAGES[stage]], load_tokenizer(tiny / "model")
+    base = weights(tiny / "model")
+
+    whole = tmp_path / "whole"
+    run(tiny, whole, *flags, ranks=2)
+    check_contents(whole, mix, base)
+
+    # Killed while the second checkpoint was written: what there is of it is not taken for one.
+    broken = tmp_path / "broken"
+    shutil.copytree(whole / "checkpoint-3", broken / "checkpoint-3")
+    shutil.copytree(whole / "checkpoint-6", broken / "unfinished/checkpoint-6")
+    (broken / "unfinished/checkpoint-6/trainer_state.json").unlink()
+    assert "resuming from" in run(tiny, broken, *flags, ranks=2).stdout
+    assert losses(broken) == losses(whole)
+    assert stored(broken) == stored(whole)
+    trained = logits(opened(whole), tokenizer)
+    assert torch.equal(logits(opened(broken), tokenizer), trained)
+    assert not torch.allclose(trained, logits(opened(tiny / "model"), tokenizer), atol=1e-3)
+
+
+def check_contents(folder: Path, mix: str, base: dict) -> None:
+    """What trained, and no frozen weight, also in the checkpoints to resume from."""
+    parts = {"vision_model": "vision" in mix or "both" in mix, "language_model": "llm" in mix or "both" in mix}
+    projector = "projector" in mix
+    for place in (folder, folder / "checkpoint-6"):
+        assert not list(place.glob("model*.safetensors"))
+        for part, trained in parts.items():
+            assert (place / part / "adapter_model.safetensors").exists() == trained
+        assert (place / "trained.safetensors").exists() == projector
+    if projector:
+        rest = load_file(folder / "trained.safetensors")
+        assert rest.keys() == {name for name in base if name.startswith("mlp1.")}
+        assert any(not torch.equal(tensor, base[name]) for name, tensor in rest.items())
+    for part, trained in parts.items():
+        if trained:
+            file = folder / part / "adapter_model.safetensors"
+            adapters = sum(tensor.nbytes for tensor in load_file(file).values())
+            assert file.stat().st_size < 1.5 * adapters  # names weigh in a tiny model
+    names = {name.replace("base_model.model.", "") for name in frozen_names(folder / "checkpoint-6")}
+    assert not names & base.keys() - {name for name in base if projector and name.startswith("mlp1.")}
+
+
+def frozen_names(checkpoint: Path) -> set[str]:
+    """Names of the module's weights in DeepSpeed's files."""
+    names = set()
+    for file in checkpoint.glob("global_step*/*model_states.pt"):
+        names |= torch.load(file, weights_only=False)["module"].keys()
+    return names
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("life") / "trained"
+    run(tiny, output, *MIXES["both and projector"])
+    return output
+
+
+def test_training_goes_on_with_the_same_adapters(tiny, trained, tmp_path):
+    start = ["--model_name_or_path", str(trained)]
+    printed = run(tiny, tmp_path / "on", *MIXES["both"], *start, "--max_steps", "3").stdout
+    assert "training goes on with the checkpoint's adapters (use_backbone_lora 4, use_llm_lora 4)" in printed
+    before, after = opened(trained), opened(tmp_path / "on")
+    assert after.stands_on["path"] == str((tiny / "model").resolve()), "the base of the base"
+    ours, theirs = after.state_dict(), before.state_dict()
+    assert ours.keys() == theirs.keys()
+    moved = {name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])}
+    assert moved and all("lora_" in name for name in moved), "the projector, trained before, stays as it was"
+
+
+def test_another_rank_merges_first(tiny, trained, tmp_path):
+    start = ["--model_name_or_path", str(trained), "--use_backbone_lora", "2", "--use_llm_lora", "0"]
+    done = run(tiny, tmp_path / "on", *FROZEN, *start, "--max_steps", "3", "--learning_rate", "0")
+    assert "adapters (use_backbone_lora 4, use_llm_lora 4) are merged into its weights before training" in done.stdout
+    tokenizer, after = load_tokenizer(trained), opened(tmp_path / "on")
+    assert (after.config.use_backbone_lora, after.config.use_llm_lora) == (2, 0)
+    same(logits(after, tokenizer), logits(opened(trained), tokenizer))
+
+
+def test_the_whole_model_in_upstreams_layout(tiny, trained, tmp_path):
+    run(tiny, tmp_path / "out", *MIXES["both and projector"], "--save_full_model", "True")
+    tokenizer = load_tokenizer(trained)
+    assert torch.equal(logits(opened(tmp_path / "out"), tokenizer), logits(opened(trained), tokenizer))
+    assert len(weights(tmp_path / "out")) > len(weights(tiny / "model"))
+    assert not (tmp_path / "out/vision_model").exists()
+
+
+def test_peft_opens_each_part_as_it_is(tiny, trained):
+    from peft import PeftModel
+
+    model, expected = opened(tiny / "model"), opened(trained).state_dict()
+    for part in ("vision_model", "language_model"):
+        wrapped = PeftModel.from_pretrained(getattr(model, part), trained / part)
+        assert all(torch.equal(tensor, expected[f"{part}.{name}"]) for name, tensor in wrapped.state_dict().items())
+
+
+def test_the_base_may_move_but_not_change(tiny, trained, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny / "model", moved)
+    assert fingerprint(moved) == fingerprint(tiny / "model")
+    tokenizer = load_tokenizer(moved)
+    assert torch.equal(logits(opened(trained, base_model=moved), tokenizer), logits(opened(trained), tokenizer))
+    tensors = load_file(moved / "model.safetensors")
+    tensors["vision_model.encoder.layers.0.norm1.weight"] *= 1.01
+    save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="was trained on another base than .*moved"):
+        opened(trained, base_model=moved)
+    with pytest.raises(ValueError, match="stands on the base .*nowhere.*say base_model=... if it has moved"):
+        opened(trained, base_model=tmp_path / "nowhere")
+
+
+ADAPTER = "vision_model/adapter_model.safetensors"
+
+
+def rewritten(change):
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / ADAPTER)
+        change(tensors, sorted(tensors)[0])
+        save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+
+    return damage
+
+
+def cut_short(folder: Path) -> None:
+    content = (folder / ADAPTER).read_bytes()
+    (folder / ADAPTER).write_bytes(content[: len(content) // 2])
+
+
+DAMAGES = {
+    "cut short": (cut_short, "adapter_model.safetensors is damaged"),
+    "missing": (rewritten(lambda tensors, name: tensors.pop(name)), "missing: vision_model.*lora_A.default.weight"),
+    "renamed": (rewritten(lambda t, name: t.update({name + "x": t.pop(name)})), "missing: .*\nunexpected: .*weightx"),
+    "extra": (rewritten(lambda tensors, name: tensors.update(extra=torch.zeros(1))), "unexpected: vision_model.extra"),
+    "another shape": (rewritten(lambda t, name: t.update({name: t[name][1:].clone()})), r"mismatched: .* for \("),
+    "not a number": (rewritten(lambda t, name: t.update({name: t[name] * torch.nan})), "not finite: vision_model"),
+    "no file": (lambda folder: (folder / ADAPTER).unlink(), "missing: vision_model"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_refused(trained, damage, message, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        opened(folder)
+
+
+def test_what_a_checkpoint_brings_along(tiny, trained):
+    assert json.loads((trained / "preprocessor_config.json").read_text())["size"] == 56
+    assert load_tokenizer(trained).get_vocab() == load_tokenizer(tiny / "model").get_vocab()
+    assert opened(trained).config.template == "internvl2_5"
+    assert not (trained / "unfinished").exists()
