@@ -7,8 +7,9 @@ import pytest
 import torch
 from model_cases import Case
 
-from internvl.model.checkpoint import merge_adapters, save_adapters
+from internvl.model.checkpoint import merge_adapters
 from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.internvl_chat.trained import note_of_base, save_trained, trained_state
 from internvl.model.lora import plain
 
 PARTS = {"vision": ("vision_model",), "llm": ("language_model",), "both": ("vision_model", "language_model")}
@@ -118,12 +119,11 @@ def test_adapters_alone_in_peft_format(model_case, tmp_path):
     from peft import PeftModel
 
     model = disturb(wrap(model_case.model(), "both"))
-    written = save_adapters(model, tmp_path)
-    assert written == [tmp_path / "vision_model", tmp_path / "language_model"]
-    assert save_adapters(model_case.model(), tmp_path / "nothing") == []
+    model.stands_on = note_of_base(model_case.folder)
+    save_trained(model, tmp_path, trained_state(model))
     other = model_case.model()
-    for path in written:
-        setattr(other, path.name, PeftModel.from_pretrained(getattr(other, path.name), path))
+    for part in PARTS["both"]:
+        setattr(other, part, PeftModel.from_pretrained(getattr(other, part), tmp_path / part))
     merged = merge_adapters(model)
     with torch.no_grad():
         logits = other(**model_case.batch).logits

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from internvl.dist_utils import free_port
+from internvl.model.internvl_chat import InternVLChatModel
 from internvl.train.arguments import parse_args
 from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer
 from internvl.train.check import check, resume_point
@@ -64,7 +65,9 @@ def losses(output: Path) -> list[float]:
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "model.safetensors")
+    """The tensors of a checkpoint, of its base, too, where it stands on one."""
+    file = output / "model.safetensors"
+    return load_file(file) if file.exists() else InternVLChatModel.from_pretrained(output).state_dict()
 
 
 def copy_model(goldens: Path, folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import losses, run, weights
+from runs import losses, run, weights, without_image_tokens
 from safetensors.torch import load_file, save_file
 
 from internvl.model.internvl_chat import InternVLChatModel
@@ -14,6 +14,7 @@ from internvl.model.internvl_chat.trained import fingerprint
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.constants import IMG_CONTEXT_TOKEN
 
+FULL = ["--save_full_model", "True"]
 FROZEN = "--freeze_backbone True --freeze_llm True --freeze_mlp True".split()
 VISION, LLM = ["--use_backbone_lora", "4"], ["--use_llm_lora", "4"]
 MIXES = {
@@ -23,8 +24,6 @@ MIXES = {
     "both and projector": [*FROZEN, *VISION, *LLM, "--freeze_mlp", "False"],
 }
 STAGES = {"no ZeRO": [], **{f"ZeRO-{n}": ["--deepspeed", f"zero_stage{n}_config.json"] for n in (1, 2, 3)}}
-# Every mix meets every stage in the suite's slow part; one square of the table in all runs.
-LIVES = [(mix, stage) for mix in MIXES for stage in STAGES]
 
 
 def opened(folder: Path, **kwargs) -> InternVLChatModel:
@@ -47,9 +46,8 @@ def stored(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("lives", [("both and projector", "ZeRO-2"), ("vision", "no ZeRO")], ids=" with ".join)
-def test_a_life(tiny, tmp_path, lives):
-    mix, stage = lives
+@pytest.mark.parametrize(("mix", "stage"), zip(MIXES, ("no ZeRO", "ZeRO-1", "ZeRO-2", "ZeRO-3"), strict=True))
+def test_a_life(tiny, tmp_path, mix, stage):
     flags, tokenizer = [*MIXES[mix], *STAGES[stage]], load_tokenizer(tiny / "model")
     base = weights(tiny / "model")
 
@@ -128,8 +126,30 @@ def test_another_rank_merges_first(tiny, trained, tmp_path):
     same(logits(after, tokenizer), logits(opened(trained), tokenizer))
 
 
+def test_new_tokens_and_larger_tiles_need_not_be_stored(tiny, tmp_path):
+    """What is added to the base follows from it."""
+    shutil.copytree(tiny, tmp_path / "tiny", ignore=shutil.ignore_patterns("cache"))
+    without_image_tokens(tmp_path / "tiny/model")
+    run(tmp_path / "tiny", tmp_path / "out", *MIXES["vision"], "--force_image_size", "112", "--max_steps", "2")
+    run(tmp_path / "tiny", tmp_path / "full", *MIXES["vision"], "--force_image_size", "112", "--max_steps", "2", *FULL)
+    partial, full = opened(tmp_path / "out"), opened(tmp_path / "full")
+    assert partial.num_image_token == 16 and "known_tokens" in partial.stands_on
+    ours, theirs = partial.state_dict(), full.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert not (tmp_path / "out/trained.safetensors").exists()
+
+
+def test_a_disk_that_takes_no_checkpoint_is_known_before_the_first_step(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/unfinished").write_text("in the way")
+    done = run(tiny, tmp_path / "out", *MIXES["vision"], status=1)
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "unfinished" in done.stderr and "'loss'" not in done.stdout
+    assert "'loss'" in run(tiny, tmp_path / "out", *MIXES["vision"], "--no_smoke_save", "--save_strategy", "no").stdout
+
+
 def test_the_whole_model_in_upstreams_layout(tiny, trained, tmp_path):
-    run(tiny, tmp_path / "out", *MIXES["both and projector"], "--save_full_model", "True")
+    run(tiny, tmp_path / "out", *MIXES["both and projector"], *FULL)
     tokenizer = load_tokenizer(trained)
     assert torch.equal(logits(opened(tmp_path / "out"), tokenizer), logits(opened(trained), tokenizer))
     assert len(weights(tmp_path / "out")) > len(weights(tiny / "model"))

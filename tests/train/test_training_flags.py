@@ -159,6 +159,7 @@ def test_checkpointing_by_transformers_flag(steps):
 HERE = ["overwrite_output_dir", "resume_from_checkpoint", "do_train", "evaluation_strategy", "seed", "data_seed"]
 HERE += ["group_by_length", "gradient_checkpointing", "activation_checkpointing", "local_rank"]
 HERE += ["neftune_noise_alpha"]
+HERE += ["save_full_model", "no_smoke_save"]  # test_life.py
 HERE += ["deepspeed"]  # test_training.py
 
 # -- transformers' own -------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def row(folder: Path, model: str, look: str, title: str, answers: dict) -> dict:
     """One line of the table."""
     found = answers[f"{look}_heldout"]
     low, high = wilson(found["correct"], found["total"])
-    adapters = folder.glob(f"models/{model}/adapters/*/adapter_model.safetensors")
+    adapters = folder.glob(f"models/{model}/*/adapter_model.safetensors")
     return {
         "model": model,
         "look": look,
