@@ -41,8 +41,11 @@ LAYERS = [
     ["internvl.train.lengths", "internvl.train.dataset_packed", "internvl.model.checkpoint", "internvl.model"],
     [
         "internvl.model.tensor_files",
+        "internvl.model.adapter_files",
+        "internvl.model.merge",
         "internvl.model.hf_format",
         "internvl.model.hf_config",
+        "internvl.model.hf_adapter",
         "internvl.model.hf_processor",
     ],
     ["internvl.model.liger", "internvl.train.check"],

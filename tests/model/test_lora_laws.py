@@ -7,9 +7,10 @@ import pytest
 import torch
 from model_cases import Case
 
-from internvl.model.checkpoint import merge_adapters, save_adapters
+from internvl.model.checkpoint import save_adapters
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.lora import plain
+from internvl.model.merge import merge_adapters
 
 PARTS = {"vision": ("vision_model",), "llm": ("language_model",), "both": ("vision_model", "language_model")}
 

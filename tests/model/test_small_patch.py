@@ -43,7 +43,7 @@ class {name}ForCausalLM:
     def __init__(self, config):
         raise NotImplementedError("upstream's own modeling_{kind}.py stands here")
 """
-STAND_INS = {"model/__init__.py": "", "model/checkpoint.py": MERGE} | {
+STAND_INS = {"model/__init__.py": "", "model/merge.py": MERGE} | {
     f"model/{kind}/{part}_{kind}.py": text.format(name=name, kind=kind)
     for kind, name in (("internlm2", "InternLM2"), ("phi3", "Phi3"))
     for part, text in (("configuration", CONFIGURATION), ("modeling", MODELING))

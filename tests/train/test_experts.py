@@ -7,8 +7,8 @@ import torch
 from runs import LORA, losses, run, weights, write_meta
 from tiny_models import make as make_model
 
-from internvl.model.checkpoint import merge_adapters
 from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.merge import merge_adapters
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.constants import IMG_CONTEXT_TOKEN
 

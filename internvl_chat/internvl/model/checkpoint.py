@@ -155,17 +155,6 @@ def save_adapters(model: InternVLChatModel, folder: str | Path, state_dict: dict
     return [Path(folder) / part for part in wrapped]
 
 
-def merge_adapters(model: InternVLChatModel) -> InternVLChatModel:
-    """Adds the adapters into the weights they adapt, in place: a plain model, and a config that says so."""
-    for part, rank in PARTS.items():
-        if is_wrapped(getattr(model, part)):
-            setattr(model, part, getattr(model, part).merge_and_unload())
-        setattr(model.config, rank, 0)
-    # transformers saves under the names it loaded; those of adapted experts are not the published ones.
-    model.__dict__.pop("_weight_conversions", None)
-    return model
-
-
 def add_special_tokens(model: InternVLChatModel, tokenizer, tokens: list[str]) -> int:
     """Adds those of `tokens` that the tokenizer lacks, and their rows to both embeddings: the mean of the old rows.
 

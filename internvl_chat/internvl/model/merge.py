@@ -1,0 +1,148 @@
+"""Adapters added into the weights they adapt: those of one run, or of several combined with weights.
+
+After training (`tools/merge_lora.py`), before a run that starts from an adapted model, and in the tools that want plain
+weights. The arithmetic is fp32 and one weight is in fp32 at a time, so the peak is the model and its largest matrix.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer, ParamWrapper
+
+from .adapter_files import RANKS, part_folders
+from .checkpoint import whole
+from .internvl_chat import InternVLChatConfig, InternVLChatModel
+from .lora import is_wrapped
+from .tokenizer import load_tokenizer
+
+# PEFT's ways of combining adapters, by its names. The first two are those of the sum of the updates: `cat` is exactly
+# it, `svd` its best approximation of the largest rank.
+COMBINATIONS = ("cat", "svd", "linear", "ties", "dare_linear")
+COMBINED = "combined"
+# What stock loaders read beside weights, config.json and tokenizer.
+KEPT = ("generation_config.json", "preprocessor_config.json", "chat_template.jinja", "*.py")
+
+
+@torch.no_grad()
+def merge_adapters(model: InternVLChatModel) -> InternVLChatModel:
+    """Adds the adapters into the weights they adapt, in place: a plain model, and a config that says so.
+
+    A weight and its update are added in fp32 and rounded once, to the dtype that the weight has.
+
+    Raises:
+        ValueError: a weight is quantised.
+    """
+    for part in RANKS:
+        if is_wrapped(module := getattr(model, part)):
+            _adapters_in_fp32(module)
+            for layer in _lora_layers(module):
+                _merge(layer)
+            setattr(model, part, module.unload())
+    without_adapters(model.config)
+    # transformers saves under the names it loaded; those of adapted experts are not the published ones.
+    model.__dict__.pop("_weight_conversions", None)
+    return model
+
+
+def without_adapters(config: InternVLChatConfig) -> InternVLChatConfig:
+    """The config of the same model without adapters, in place."""
+    for rank in (rank for rank in RANKS.values() if hasattr(config, rank)):
+        setattr(config, rank, 0)
+    for field in ("lora_settings", "base_model"):
+        config.__dict__.pop(field, None)
+    return config
+
+
+def _merge(layer: LoraLayer):
+    weight = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+    if not weight.is_floating_point():
+        raise ValueError(f"adapters cannot be merged into weights of type {weight.dtype}: load the base unquantised")
+    with whole(weight):
+        dtype = weight.dtype
+        weight.data = weight.data.float()
+        layer.merge()
+        weight.data = weight.data.to(dtype)
+
+
+def combine_adapters(
+    model: InternVLChatModel,
+    others: Mapping[str | Path, float],
+    own_weight: float = 1.0,
+    method: str = "cat",
+    density: float = 0.5,
+):
+    """Makes the weighted combination of the model's own adapters and those in the folders `others` the active adapter.
+
+    Args:
+        others: folder of a LoRA run (or its `adapters/`) -> weight. A model without adapters has only these.
+        method: one of `COMBINATIONS`.
+        density: share of each update that `ties` and `dare_linear` keep.
+
+    Raises:
+        ValueError: a folder without adapters, or with adapters of another model; a method that cannot combine these.
+    """
+    folders = {folder: part_folders(folder) for folder in others}
+    if empty := [str(folder) for folder, parts in folders.items() if not parts]:
+        raise ValueError(f"no adapters in {', '.join(empty)}: no vision_model, mlp1 or language_model folder of PEFT's")
+    for part in RANKS:
+        module = getattr(model, part)
+        weights = {module.active_adapter: own_weight} if is_wrapped(module) else {}
+        for number, (folder, parts) in enumerate(folders.items()):
+            if part in parts:
+                module = _load(module, parts[part], f"other{number}")
+                weights[f"other{number}"] = others[folder]
+        if weights:
+            setattr(model, part, _combine(module, weights, method, density))
+
+
+def _load(module: torch.nn.Module, folder: Path, name: str) -> PeftModel:
+    wrapped = module if is_wrapped(module) else PeftModel(module, LoraConfig.from_pretrained(folder), name)
+    result = wrapped.load_adapter(folder, name)
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    if missing or result.unexpected_keys:
+        strange = ", ".join([*missing, *result.unexpected_keys][:5])
+        raise ValueError(f"the adapters in {folder} are not this model's: missing or unexpected {strange}")
+    return wrapped
+
+
+def _combine(module: PeftModel, weights: dict[str, float], method: str, density: float) -> PeftModel:
+    configs = [module.peft_config[name] for name in weights]
+    if any(config.use_dora for config in configs):
+        raise ValueError("DoRA adapters cannot be combined: their updates are not sums; merge them one after the other")
+    if method in ("cat", "svd") and any(config.target_parameters for config in configs):
+        raise ValueError(f"adapters on experts cannot be combined by {method}: use linear, ties or dare_linear")
+    _adapters_in_fp32(module)
+    module.add_weighted_adapter(
+        list(weights),
+        list(weights.values()),
+        COMBINED,
+        method,
+        svd_full_matrices=False,
+        density=density if method in ("ties", "dare_linear") else None,
+    )
+    for layer in _lora_layers(module):
+        if COMBINED in layer.scaling:
+            layer.scaling[COMBINED] = 1.0  # it is in the combined matrices; PEFT forgets that under rsLoRA
+    module.set_adapter(COMBINED)
+    return module
+
+
+def _lora_layers(module: torch.nn.Module) -> list[LoraLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+
+
+def _adapters_in_fp32(module: PeftModel):
+    for name, parameter in module.named_parameters():
+        if ".lora_" in name and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
+def save_plain(model: InternVLChatModel, source: str | Path, folder: str | Path):
+    """Writes a merged model with all that lies beside the weights in `source`, the checkpoint it was made of."""
+    model.save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
+    for file in (file for pattern in KEPT for file in Path(source).glob(pattern)):
+        shutil.copyfile(file, Path(folder) / file.name)
