@@ -19,7 +19,7 @@ from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
 from internvl.model.adapter_files import RANKS, refuse_not_finite
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.lora import is_wrapped
-from internvl.model.merge import COMBINATIONS, combine_adapters, merge_adapters, save_plain
+from internvl.model.merge import COMBINATIONS, combine_adapters, merge_adapters, save_merged
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.image import build_transform
 
@@ -34,7 +34,7 @@ def main(argv=None):
     stored = InternVLChatConfig.from_pretrained(source).dtype
     # Rounded once: what is not stored in the dtype asked for is computed with in fp32 until the end.
     compute = dtype if stored == dtype else torch.float32
-    model = InternVLChatModel.from_pretrained(source, dtype=compute).eval()
+    model = InternVLChatModel.from_pretrained(source, dtype=compute)
     if args.adapter or args.weight != 1:
         combine_adapters(model, dict(args.adapter), args.weight, args.combination, args.density)
     if not any(is_wrapped(getattr(model, part)) for part in RANKS):
@@ -42,12 +42,12 @@ def main(argv=None):
     refuse_not_finite(dict(model.named_parameters()), source)
     tokenizer = load_tokenizer(source)
     with new_folder(args.output_path) as folder:
-        adapted = answer(model, tokenizer)
+        adapted = answer(model.eval(), tokenizer)
         merge_adapters(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         refuse_not_finite(dict(model.named_parameters()), f"the sum of weights and adapters in {args.dtype}")
-        save_plain(model, source, folder)
+        save_merged(model, source, folder)
         del model, parameter
         merged = answer(InternVLChatModel.from_pretrained(folder, dtype=compute).eval(), tokenizer)
     print(f"merged checkpoint: {args.output_path}")

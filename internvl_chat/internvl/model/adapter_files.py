@@ -1,7 +1,7 @@
 """Where a LoRA run keeps its adapters on disk, read without building a model.
 
 One folder a part in PEFT's format, beside `config.json` or in `adapters/` there; or, in upstream's checkpoints, among
-the weights. Read by `merge` (several runs combined) and by `tools/export_adapters.py` and `tools/inspect_checkpoint.py`.
+the weights. Read by `merge` (several runs combined), `tools/export_adapters.py` and `tools/inspect_checkpoint.py`.
 """
 
 from pathlib import Path
@@ -43,6 +43,11 @@ def read_adapters(folder: str | Path, part: str, config: PretrainedConfig) -> tu
     targets = VISION_TARGETS if part == "vision_model" else LLM_TARGETS.get(config.llm_config.architectures[0])
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_parameters=targets.parameters if targets else None)
     return settings, {short: tensors[name] for name, short in found.items()}
+
+
+def is_plain(config: PretrainedConfig) -> bool:
+    """Whether a chat checkpoint with this config holds all weights itself, and nothing beside them."""
+    return not (getattr(config, "base_model", None) or any(getattr(config, rank, 0) for rank in RANKS.values()))
 
 
 def refuse_not_finite(tensors: dict[str, torch.Tensor], where: str | Path) -> None:

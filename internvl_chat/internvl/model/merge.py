@@ -115,14 +115,12 @@ def _combine(module: PeftModel, weights: dict[str, float], method: str, density:
     if method in ("cat", "svd") and any(config.target_parameters for config in configs):
         raise ValueError(f"adapters on experts cannot be combined by {method}: use linear, ties or dare_linear")
     _adapters_in_fp32(module)
-    module.add_weighted_adapter(
-        list(weights),
-        list(weights.values()),
-        COMBINED,
-        method,
-        svd_full_matrices=False,
-        density=density if method in ("ties", "dare_linear") else None,
-    )
+    density = density if method in ("ties", "dare_linear") else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # dare_linear draws what it drops
+        module.add_weighted_adapter(
+            list(weights), list(weights.values()), COMBINED, method, svd_full_matrices=False, density=density
+        )
     for layer in _lora_layers(module):
         if COMBINED in layer.scaling:
             layer.scaling[COMBINED] = 1.0  # it is in the combined matrices; PEFT forgets that under rsLoRA
@@ -140,8 +138,9 @@ def _adapters_in_fp32(module: PeftModel):
             parameter.data = parameter.data.float()
 
 
-def save_plain(model: InternVLChatModel, source: str | Path, folder: str | Path):
+def save_merged(model: InternVLChatModel, source: str | Path, folder: str | Path):
     """Writes a merged model with all that lies beside the weights in `source`, the checkpoint it was made of."""
+    model.config.merged_from = str(source)
     model.save_pretrained(folder)
     load_tokenizer(source).save_pretrained(folder)
     for file in (file for pattern in KEPT for file in Path(source).glob(pattern)):
