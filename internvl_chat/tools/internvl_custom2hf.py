@@ -3,20 +3,28 @@
     python tools/internvl_custom2hf.py --custom_path CHAT --save_path HF [--hf_path REFERENCE]
 
 Tensor for tensor, without building a model; a checkpoint of several files passes through the memory of one. The folder
-is complete: `AutoModelForImageTextToText` and `AutoProcessor` read it. With `--hf_path`, prints how far the result is
-from that reference.
+is complete: `AutoModelForImageTextToText` and `AutoProcessor` read it. A checkpoint with adapters is merged first, as a
+whole model, into a temporary folder beside the result. With `--hf_path`, prints how far the result is from that
+reference.
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import AutoModelForImageTextToText
 
 from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
+from internvl.model.adapter_files import is_plain
+from internvl.model.combine import save_merged
 from internvl.model.hf_config import to_hf_config
 from internvl.model.hf_format import is_tied, newer_name, to_hf
 from internvl.model.hf_processor import IMAGE_TOKEN, save_processor
-from internvl.model.internvl_chat import InternVLChatConfig
+from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.internvl_chat.merging import merge_adapters
 from internvl.model.tensor_files import Checkpoint, Tensors, compute_l2_distance, save_tensors
 from internvl.model.tokenizer import load_tokenizer
 
@@ -34,31 +42,49 @@ def main(argv=None):
     parser.add_argument("--save_path", required=True, help="folder for the converted checkpoint")
     args = parser.parse_args(argv)
 
-    config = InternVLChatConfig.from_pretrained(checkpoint_folder(args.custom_path, CHAT))
-    custom = Checkpoint(args.custom_path)
     reference = Checkpoint(args.hf_path, newer_name) if args.hf_path else None
-    stored = config.get_config_dict(args.custom_path)[0]  # our class unties the head, whatever is stored
+    with merged(checkpoint_folder(args.custom_path, CHAT), Path(args.save_path)) as source:
+        convert(source, args.save_path)
+    print(f"checkpoint of transformers' format: {args.save_path}")
+    if reference:
+        compute_l2_distance(Checkpoint(args.save_path), reference)
+
+
+@contextmanager
+def merged(source: Path, beside: Path) -> Iterator[Path]:
+    """The checkpoint itself, or where it carries adapters a merged copy that is there for a while."""
+    if is_plain(InternVLChatConfig.from_pretrained(source)):
+        yield source
+        return
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=beside.parent, prefix=".merged-") as folder:
+        print("merging its adapters first")
+        save_merged(merge_adapters(InternVLChatModel.from_pretrained(source, dtype="auto")), source, folder)
+        yield Path(folder)
+
+
+def convert(source: Path, save_path: str) -> None:
+    """Writes the plain chat checkpoint `source` as one of transformers' class."""
+    config, custom = InternVLChatConfig.from_pretrained(source), Checkpoint(source)
+    stored = config.get_config_dict(source)[0]  # our class unties the head, whatever is stored
     tied = is_tied(custom, declared=any(c.get("tie_word_embeddings") for c in (stored, stored["llm_config"])))
-    hf_config = to_hf_config(config, image_token_id(args.custom_path), tied)
+    hf_config = to_hf_config(config, image_token_id(source), tied)
     if config.dynamic_image_size and not config.use_thumbnail:
         print("note: use_thumbnail is False, but transformers' processor adds a thumbnail to several tiles always")
     if config.pad2square:
         print("note: pad2square is True, but transformers' processor does not pad")
 
-    with new_folder(args.save_path) as folder:
+    with new_folder(save_path) as folder:
         save_tensors(to_hf(custom, config.llm_config, tied), folder)
         hf_config.save_pretrained(folder)
-        save_processor(config, args.custom_path, folder)
+        save_processor(config, source, folder)
         check(folder)
-    print(f"checkpoint of transformers' format: {folder}")
-    if reference:
-        compute_l2_distance(Checkpoint(folder), reference)
 
 
-def image_token_id(path: str) -> int:
+def image_token_id(path: Path) -> int:
     vocabulary = load_tokenizer(path).get_vocab()
     if IMAGE_TOKEN not in vocabulary:
-        raise ValueError(f"the tokenizer in {path!r} lacks the token {IMAGE_TOKEN}: no chat checkpoint")
+        raise ValueError(f"the tokenizer in {str(path)!r} lacks the token {IMAGE_TOKEN}: no chat checkpoint")
     return vocabulary[IMAGE_TOKEN]
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from model_cases import Case
 
-from internvl.model.checkpoint import merge_adapters
 from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.internvl_chat.merging import merge_adapters
 from internvl.model.internvl_chat.trained import note_of_base, save_trained, trained_state
 from internvl.model.lora import plain
 

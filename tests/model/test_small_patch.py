@@ -22,16 +22,6 @@ TESTS = [HERE / name for name in ("test_model_goldens.py", "test_lora_goldens.py
 # Documents in a row are told apart by flash-attn and replaced attention classes there; ours by transformers 5.
 NOT_THERE = "not internlm2 and not phi3 and not packed"
 
-MERGE = '''
-def merge_adapters(model):
-    """The steps of upstream's tools/merge_lora.py."""
-    for part, rank in (("vision_model", "use_backbone_lora"), ("language_model", "use_llm_lora")):
-        if getattr(model.config, rank):
-            getattr(model, part).merge_and_unload()
-            setattr(model, part, getattr(model, part).model)
-            setattr(model.config, rank, 0)
-    return model
-'''
 CONFIGURATION = """
 from transformers import PretrainedConfig
 
@@ -43,7 +33,7 @@ class {name}ForCausalLM:
     def __init__(self, config):
         raise NotImplementedError("upstream's own modeling_{kind}.py stands here")
 """
-STAND_INS = {"model/__init__.py": "", "model/checkpoint.py": MERGE} | {
+STAND_INS = {"model/__init__.py": ""} | {
     f"model/{kind}/{part}_{kind}.py": text.format(name=name, kind=kind)
     for kind, name in (("internlm2", "InternLM2"), ("phi3", "Phi3"))
     for part, text in (("configuration", CONFIGURATION), ("modeling", MODELING))

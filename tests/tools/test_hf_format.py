@@ -235,7 +235,7 @@ def spoil(custom, **changes):
     "changes, sentence",
     [
         ({"ps_version": "v1"}, "row by row"),
-        ({"use_llm_lora": 4}, "tools/merge_lora.py"),
+        ({"use_llm_lora": 4}, "missing: .*lora_A"),
         ({"tensors": {"mlp1.4.weight": torch.ones(2)}}, "1 tensors have no counterpart in the other format: mlp1.4"),
         ({"tensors": {"mlp1.3.bias": None}}, "missing.*multi_modal_projector.linear_2.bias"),
         ({"tensors": {"mlp1.3.bias": torch.ones(3)}}, "mismatched.*multi_modal_projector.linear_2.bias"),

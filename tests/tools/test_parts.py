@@ -12,8 +12,9 @@ from tools.replace_llm import main as replace_llm
 from tools.resize_pos_embed import main as resize_pos_embed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from internvl.model.checkpoint import load_projector, merge_adapters
+from internvl.model.checkpoint import load_projector
 from internvl.model.internvl_chat import InternVisionModel, InternVLChatModel
+from internvl.model.internvl_chat.merging import merge_adapters
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.constants import SPECIAL_TOKENS
 

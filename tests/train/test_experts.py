@@ -6,8 +6,8 @@ import pytest
 import torch
 from runs import LORA, losses, run, weights, write_meta
 from tiny_models import make as make_model
+from tools.merge_lora import main as merge_lora
 
-from internvl.model.checkpoint import merge_adapters
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.constants import IMG_CONTEXT_TOKEN
@@ -49,7 +49,7 @@ def test_both_adapters_train_are_saved_and_merged(mixture, tmp_path):
 
     adapted = logits(trained, output)
     assert not torch.allclose(adapted, logits(base, output), atol=1e-3)
-    merge_adapters(trained).save_pretrained(tmp_path / "merged")
+    merge_lora([str(output), str(tmp_path / "merged"), "--dtype", "float32"])
     assert weights(tmp_path / "merged").keys() == weights(mixture / "model").keys()
     merged = InternVLChatModel.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged, output), adapted, atol=1e-4, rtol=1e-4)

@@ -19,9 +19,8 @@ from .internvl_chat.modeling_intern_vit import has_flash_attn
 from .internvl_chat.modeling_internvl_chat import LLM_CLASSES
 from .internvl_chat.resize import resize_image, resize_tokens, whole
 from .internvl_chat.trained import plain_name
-from .lora import is_wrapped
 
-__all__ = ["add_special_tokens", "compose", "load_projector", "merge_adapters", "resize_image"]
+__all__ = ["add_special_tokens", "compose", "load_projector", "resize_image", "whole"]
 
 # A part that can be wrapped, and the field of the config that holds its rank.
 PARTS = {"vision_model": "use_backbone_lora", "language_model": "use_llm_lora"}
@@ -131,17 +130,6 @@ def load_projector(model: InternVLChatModel, path: str | Path):
     with whole(*own.values()), torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
-
-
-def merge_adapters(model: InternVLChatModel) -> InternVLChatModel:
-    """Adds the adapters into the weights they adapt, in place: a plain model, and a config that says so."""
-    for part, rank in PARTS.items():
-        if is_wrapped(getattr(model, part)):
-            setattr(model, part, getattr(model, part).merge_and_unload())
-        setattr(model.config, rank, 0)
-    # transformers saves under the names it loaded; those of adapted experts are not the published ones.
-    model.__dict__.pop("_weight_conversions", None)
-    return model
 
 
 def add_special_tokens(model: InternVLChatModel, tokenizer, tokens: list[str]) -> int:

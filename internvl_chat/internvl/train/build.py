@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from internvl.dist_utils import from_first_rank, init_deepspeed
-from internvl.model.checkpoint import add_special_tokens, compose, load_projector, merge_adapters, resize_image
+from internvl.model.checkpoint import add_special_tokens, compose, load_projector, resize_image
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.internvl_chat.merging import merge_adapters
 from internvl.model.internvl_chat.trained import note_of_base
 from internvl.model.liger import use_liger_kernels
 from internvl.model.tokenizer import load_tokenizer

@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 from internvl.model.lora import is_wrapped, plain
 
 from .checkpoint_keys import refuse_wrong_keys
+from .merging import merge_adapters
 from .resize import resize_image, resize_tokens, whole
 
 PARTS = ("vision_model", "mlp1", "language_model")
@@ -160,8 +161,6 @@ def load_on_base(cls, folder: str | Path, config, base_model: str | Path | None 
         )
     model = cls.from_pretrained(path, config=config_on_base(cls.config_class.from_pretrained(path), config), **kwargs)
     if note.get("merged"):
-        from internvl.model.merge import merge_adapters
-
         merge_adapters(model)
     if known := note.get("known_tokens"):
         resize_tokens(model, config.llm_config.vocab_size, known)

@@ -1,0 +1,94 @@
+"""Adapters of several runs combined with weights, and merged models written: what `tools/merge_lora.py` does beyond
+`merge_adapters`.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+
+from .adapter_files import RANKS, part_folders
+from .internvl_chat import InternVLChatModel
+from .internvl_chat.merging import adapter_parameters, lora_layers
+from .lora import is_wrapped
+from .tokenizer import load_tokenizer
+
+# PEFT's ways of combining adapters, by its names. The first two are those of the sum of the updates: `cat` is exactly
+# it, `svd` its best approximation of the largest rank.
+COMBINATIONS = ("cat", "svd", "linear", "ties", "dare_linear")
+COMBINED = "combined"
+# What stock loaders read beside weights, config.json and tokenizer.
+KEPT = ("generation_config.json", "preprocessor_config.json", "chat_template.jinja", "*.py")
+
+
+def combine_adapters(
+    model: InternVLChatModel,
+    others: Mapping[str | Path, float],
+    own_weight: float = 1.0,
+    method: str = "cat",
+    density: float = 0.5,
+):
+    """Makes the weighted combination of the model's own adapters and those in the folders `others` the active adapter.
+
+    Args:
+        others: folder of a LoRA run (or its `adapters/`) -> weight. A model without adapters has only these.
+        method: one of `COMBINATIONS`.
+        density: share of each update that `ties` and `dare_linear` keep.
+
+    Raises:
+        ValueError: a folder without adapters, or with adapters of another model; a method that cannot combine these.
+    """
+    folders = {folder: part_folders(folder) for folder in others}
+    if empty := [str(folder) for folder, parts in folders.items() if not parts]:
+        raise ValueError(f"no adapters in {', '.join(empty)}: no vision_model, mlp1 or language_model folder of PEFT's")
+    for part in RANKS:
+        module = getattr(model, part)
+        weights = {module.active_adapter: own_weight} if is_wrapped(module) else {}
+        for number, (folder, parts) in enumerate(folders.items()):
+            if part in parts:
+                module = _load(module, parts[part], f"other{number}")
+                weights[f"other{number}"] = others[folder]
+        if weights:
+            setattr(model, part, _combine(module, weights, method, density))
+
+
+def _load(module: torch.nn.Module, folder: Path, name: str) -> PeftModel:
+    wrapped = module if is_wrapped(module) else PeftModel(module, LoraConfig.from_pretrained(folder), name)
+    result = wrapped.load_adapter(folder, name)
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    if missing or result.unexpected_keys:
+        strange = ", ".join([*missing, *result.unexpected_keys][:5])
+        raise ValueError(f"the adapters in {folder} are not this model's: missing or unexpected {strange}")
+    return wrapped
+
+
+def _combine(module: PeftModel, weights: dict[str, float], method: str, density: float) -> PeftModel:
+    configs = [module.peft_config[name] for name in weights]
+    if any(config.use_dora for config in configs):
+        raise ValueError("DoRA adapters cannot be combined: their updates are not sums; merge them one after the other")
+    if method in ("cat", "svd") and any(config.target_parameters for config in configs):
+        raise ValueError(f"adapters on experts cannot be combined by {method}: use linear, ties or dare_linear")
+    for parameter in adapter_parameters(module):
+        parameter.data = parameter.data.float()
+    density = density if method in ("ties", "dare_linear") else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # dare_linear draws what it drops
+        module.add_weighted_adapter(
+            list(weights), list(weights.values()), COMBINED, method, svd_full_matrices=False, density=density
+        )
+    for layer in lora_layers(module):
+        if COMBINED in layer.scaling:
+            layer.scaling[COMBINED] = 1.0  # it is in the combined matrices; PEFT forgets that under rsLoRA
+    module.set_adapter(COMBINED)
+    return module
+
+
+def save_merged(model: InternVLChatModel, source: str | Path, folder: str | Path):
+    """Writes a merged model with all that lies beside the weights in `source`, the checkpoint it was made of."""
+    model.config.merged_from = str(source)
+    model.save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
+    for file in (file for pattern in KEPT for file in Path(source).glob(pattern)):
+        shutil.copyfile(file, Path(folder) / file.name)
