@@ -24,12 +24,18 @@ PARTS = {
     "mlp1": re.compile(r"(^|\.)(mlp1|multi_modal_projector)\."),
     "language_model": re.compile(r"(^|\.)(language_model|lm_head)\."),
 }
+HELD = {"weights": "whole weights", "trained": "trained weights in place of the base's", "adapters": "adapters"}
 CONVERT = "tools/internvl_custom2hf.py"
 OPENED = {
     "full": ["InternVLChatModel.from_pretrained({0})", "--model_name_or_path {0}", CONVERT],
     "merged": ["InternVLChatModel.from_pretrained({0})", "--model_name_or_path {0}", CONVERT],
     "full with adapters": ["InternVLChatModel.from_pretrained({0})", "tools/merge_lora.py", "tools/export_adapters.py"],
-    "adapters on a base": ["InternVLChatModel.from_pretrained({0})", "tools/merge_lora.py", "tools/export_adapters.py"],
+    "adapters on a base": [
+        "InternVLChatModel.from_pretrained({0})",
+        "PeftModel.from_pretrained(model.PART, {0}/PART)",
+        "tools/merge_lora.py",
+        "tools/export_adapters.py",
+    ],
     "native": ["AutoModelForImageTextToText and AutoProcessor, .from_pretrained({0})", "tools/internvl_hf2custom.py"],
     "adapter of one model or part": ["PeftModel.from_pretrained(model, {0})"],
 }
@@ -55,14 +61,11 @@ def describe(folder: Path) -> list[tuple[str, str]]:
     config, sizes, adapters = _json(folder / "config.json"), sizes_of(folder), adapters_of(folder)
     kind = kind_of(folder, config, sizes, adapters)
     lines = [("folder", str(folder)), ("kind", kind), ("base", _base(config, adapters)), *_model(config)]
-    for part in RANKS:
-        if ("weights", part) in sizes:
-            lines.append((part, f"whole weights: {sizes['weights', part]}"))
-        if ("trained", part) in sizes:
-            lines.append((part, f"trained weights over the base's: {sizes['trained', part]}"))
-    for part, settings in adapters.items():
-        told = "{variant}, rank {r}, alpha {alpha}".format(**settings)
-        lines.append((part, f"adapters: {told}: {sizes.get(('adapters', part), 'no tensors')}"))
+    for part in [*RANKS, "other"]:
+        told = {what: words for what, words in HELD.items() if (what, part) in sizes}
+        if part in adapters:
+            told["adapters"] = "adapters: {variant}, rank {r}, alpha {alpha}".format(**adapters[part])
+        lines += [(part, f"{words}: {sizes.get((what, part), 'no tensors here')}") for what, words in told.items()]
     state = _json(folder / "trainer_state.json")
     if state:
         lines.append(("steps", f"{state['global_step']} of {state['max_steps']}, epoch {state['epoch'] or 0:.3g}"))

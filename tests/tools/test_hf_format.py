@@ -1,26 +1,23 @@
 """custom <-> hf: the same numbers in both formats, every tensor accounted for, the way back to the bit."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import LLMS, make
 from tools.internvl_custom2hf import convert_keys_to_hf
 from tools.internvl_custom2hf import main as custom2hf
 from tools.internvl_hf2custom import convert_keys_back
 from tools.internvl_hf2custom import main as hf2custom
-from transformers import AutoModelForImageTextToText, AutoProcessor, InternVLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, InternVLForConditionalGeneration
 
 from internvl.model.hf_config import to_hf_config
 from internvl.model.hf_format import to_hf
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.tensor_files import Checkpoint, save_tensors
 from internvl.model.tokenizer import load_tokenizer
-from internvl.train.image import build_transform, dynamic_preprocess
 
 REAL_CONFIGS = sorted((Path(__file__).parents[1] / "real_configs").glob("internvl*.json"))
 CASES = {llm: {"llm": llm} for llm in LLMS}
@@ -125,45 +122,6 @@ def test_what_transformers_saves_itself_comes_back_too(llm, folders, capsys):
     assert "taking internvl2_5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "internlm2"])
-def test_the_processor_and_generate_answer_like_chat(kind, goldens, tmp_path):
-    """On a picture of several tiles, with the templates and tokenizers of the goldens."""
-    custom, hf = tmp_path / "custom", tmp_path / "hf"
-    shutil.copytree(goldens / "e2e" / kind, custom, copy_function=shutil.copyfile)
-    custom.chmod(0o755)
-    made_of = json.loads((custom / "expected.json").read_text())["tokenizer"]
-    for file in (goldens / made_of).iterdir():
-        shutil.copyfile(file, custom / file.name)
-    convert(custom2hf, custom_path=custom, save_path=hf)
-
-    picture = Image.effect_mandelbrot((112, 56), (-2, -1, 1, 1), 50).convert("RGB")
-    model = InternVLChatModel.from_pretrained(custom).eval()
-    config = model.config
-    tiles = dynamic_preprocess(picture, 1, config.max_dynamic_patch, 56, config.use_thumbnail)
-    assert len(tiles) == 3
-    pixels = torch.stack([build_transform(False, 56)(tile) for tile in tiles])
-    tokenizer, native = load_tokenizer(custom), AutoModelForImageTextToText.from_pretrained(hf).eval()
-    processor = AutoProcessor.from_pretrained(hf)
-    for line in (goldens / made_of / "encodings.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        assert processor.tokenizer(row["text"]).input_ids == row["ids"], row["text"]
-    for question, history in (("What is this?", None), ("Really?", [("<image>\nWhat is this?", "A fractal.")])):
-        told = [("user", question)]
-        if history:
-            told = [("user", "What is this?"), ("assistant", "A fractal."), ("user", question)]
-        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in told]
-        messages[0]["content"].insert(0, {"type": "image", "image": picture})
-        inputs = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        torch.testing.assert_close(inputs["pixel_values"], pixels, atol=0.05, rtol=0)  # torchvision's resize, not PIL's
-        inputs["pixel_values"] = pixels
-        with torch.no_grad():
-            written = native.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        answer = model.chat(tokenizer, pixels, question, {"max_new_tokens": 8, "do_sample": False}, history=history)
-        assert tokenizer.decode(written, skip_special_tokens=True).strip() == answer
-
-
 @pytest.mark.parametrize("file", REAL_CONFIGS, ids=lambda file: file.stem)
 def test_published_models_have_a_place_for_every_tensor(file):
     config = InternVLChatConfig.from_pretrained(file)
@@ -235,7 +193,7 @@ def spoil(custom, **changes):
     "changes, sentence",
     [
         ({"ps_version": "v1"}, "row by row"),
-        ({"use_llm_lora": 4}, "missing: .*lora_A"),
+        ({"use_llm_lora": 4}, "is no checkpoint of this model"),
         ({"tensors": {"mlp1.4.weight": torch.ones(2)}}, "1 tensors have no counterpart in the other format: mlp1.4"),
         ({"tensors": {"mlp1.3.bias": None}}, "missing.*multi_modal_projector.linear_2.bias"),
         ({"tensors": {"mlp1.3.bias": torch.ones(3)}}, "mismatched.*multi_modal_projector.linear_2.bias"),
