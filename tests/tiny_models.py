@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.internvl_chat.merging import RANKS
+from internvl.model.lora import is_wrapped
 from internvl.model.tokenizer import load_tokenizer
 
 WIDTH = 32
@@ -75,3 +77,10 @@ def make(folder: Path, tokenizer: Path, llm: str = "qwen2", vit: str = "300M", *
     model.save_pretrained(folder)
     load_tokenizer(tokenizer).save_pretrained(folder)
     return model
+
+
+def save_adapters(model: InternVLChatModel, folder: Path) -> None:
+    """A folder of PEFT's for each adapted part."""
+    for part in RANKS:
+        if is_wrapped(module := getattr(model, part)):
+            module.save_pretrained(folder / part, save_embedding_layers=False)

@@ -6,12 +6,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import make
+from tiny_models import make, save_adapters
 from tools.export_adapters import main as export_adapters
 from tools.internvl_custom2hf import main as custom2hf
 from transformers import AutoModelForImageTextToText
 
-from internvl.model.checkpoint import save_adapters
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.lora import LoraSettings, Targets, wrap
 from internvl.model.tokenizer import load_tokenizer

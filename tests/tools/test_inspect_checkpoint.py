@@ -5,14 +5,12 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file
-from tiny_models import make
+from tiny_models import make, save_adapters
 from tools.export_adapters import main as export_adapters
 from tools.inspect_checkpoint import describe, headers
 from tools.inspect_checkpoint import main as inspect_checkpoint
 from tools.internvl_custom2hf import main as custom2hf
 from tools.merge_lora import main as merge_lora
-
-from internvl.model.checkpoint import save_adapters
 
 
 @pytest.fixture(scope="module")

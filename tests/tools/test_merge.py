@@ -6,10 +6,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import make
+from tiny_models import make, save_adapters
 from tools.merge_lora import main as merge_lora
 
-from internvl.model.checkpoint import save_adapters
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.lora import LoraSettings, Targets, wrap
 

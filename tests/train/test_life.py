@@ -1,4 +1,4 @@
-"""The life of an adapter: trained, killed, resumed, trained on, merged, opened again; equal numbers at every hand-over."""
+"""The life of an adapter: trained, killed, resumed, trained on, merged, opened again; equal at every hand-over."""
 
 import json
 import shutil
