@@ -37,7 +37,7 @@ def main(argv=None):
     compute = dtype if stored == dtype else torch.float32
     model = InternVLChatModel.from_pretrained(source, dtype=compute)
     if args.adapter or args.weight != 1:
-        combine_adapters(model, dict(args.adapter), args.weight, args.combination, args.density)
+        combine_adapters(model, args.adapter, args.weight, args.combination, args.density)
     if not any(is_wrapped(getattr(model, part)) for part in RANKS):
         raise ValueError(f"{source} has no adapters, and no --adapter brings some")
     refuse_not_finite(dict(model.named_parameters()), source)

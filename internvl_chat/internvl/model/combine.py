@@ -3,7 +3,7 @@
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ KEPT = ("generation_config.json", "preprocessor_config.json", "chat_template.jin
 
 def combine_adapters(
     model: InternVLChatModel,
-    others: Mapping[str | Path, float],
+    others: Sequence[tuple[str | Path, float]],
     own_weight: float = 1.0,
     method: str = "cat",
     density: float = 0.5,
@@ -33,23 +33,23 @@ def combine_adapters(
     """Makes the weighted combination of the model's own adapters and those in the folders `others` the active adapter.
 
     Args:
-        others: folder of a LoRA run (or its `adapters/`) -> weight. A model without adapters has only these.
+        others: folders of LoRA runs (or their `adapters/`) and weights. A model without adapters has only these.
         method: one of `COMBINATIONS`.
         density: share of each update that `ties` and `dare_linear` keep.
 
     Raises:
         ValueError: a folder without adapters, or with adapters of another model; a method that cannot combine these.
     """
-    folders = {folder: part_folders(folder) for folder in others}
-    if empty := [str(folder) for folder, parts in folders.items() if not parts]:
+    found = [(part_folders(folder), weight) for folder, weight in others]
+    if empty := [str(folder) for (folder, _), (parts, _) in zip(others, found, strict=True) if not parts]:
         raise ValueError(f"no adapters in {', '.join(empty)}: no vision_model, mlp1 or language_model folder of PEFT's")
     for part in RANKS:
         module = getattr(model, part)
         weights = {module.active_adapter: own_weight} if is_wrapped(module) else {}
-        for number, (folder, parts) in enumerate(folders.items()):
+        for number, (parts, weight) in enumerate(found):
             if part in parts:
                 module = _load(module, parts[part], f"other{number}")
-                weights[f"other{number}"] = others[folder]
+                weights[f"other{number}"] = weight
         if weights:
             setattr(model, part, _combine(module, weights, method, density))
 
