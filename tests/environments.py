@@ -42,7 +42,11 @@ def layer(name: str, requirements: list[str]) -> Path:
 
 
 def environ(python: Path, **more) -> dict[str, str]:
-    """Variables for a program in that environment: its commands come first, then those of the main one."""
+    """Variables for a program in that environment: its commands come first, then those of the main one.
+
+    What is compiled there stays there: another torch could not load it, or would wait for a lock of another kind.
+    """
     folders = [str(python.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    return clean | {"PATH": os.pathsep.join(folders)} | more
+    own = {"PATH": os.pathsep.join(folders), "TORCH_EXTENSIONS_DIR": str(python.parents[1] / "torch_extensions")}
+    return clean | own | more

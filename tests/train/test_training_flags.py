@@ -264,10 +264,14 @@ def test_dropped_flags_are_not_fields():
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
+FIELDS = {field.name for field in fields(TrainingArguments)}
+
+
 def test_every_field_has_a_check():
-    assert {field.name for field in fields(TrainingArguments)} == {*RUN, *HERE, *IDLE, *TRANSFORMERS, *REFUSED, *ONLY}
+    """Some have come with later versions of transformers than the one that runs."""
+    assert {*RUN, *HERE, *IDLE, *TRANSFORMERS, *REFUSED, *ONLY} >= FIELDS
 
 
-@pytest.mark.parametrize("name", [*TRANSFORMERS, *IDLE])
+@pytest.mark.parametrize("name", sorted(FIELDS & {*TRANSFORMERS, *IDLE}))
 def test_transformers_reads_it(name):
     assert reads(name)

@@ -7,19 +7,22 @@
 
 import os
 
-import torch.distributed as dist
-
 from internvl.dist_utils import init_dist
 from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments, parse_args  # noqa: F401
 from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer
 from internvl.train.check import check, resume_point
 from internvl.train.constants import IGNORE_INDEX  # noqa: F401
 from internvl.train.dataset import LazySupervisedDataset  # noqa: F401
-from internvl.train.run import give_up, set_up_logging, train_and_save
+from internvl.train.run import give_up, leave, set_up_logging, train_and_save
 
 
 def main() -> None:
-    """Set up, train, save. What the user or the data did wrong ends it with one sentence and status 1."""
+    """Set up, train, save, leave. What the user or the data did wrong ends it with one sentence and status 1."""
+    train()
+    leave()
+
+
+def train() -> None:
     try:
         init_dist(os.environ.get("LAUNCHER"))
         model_args, data_args, training_args = parse_args()
@@ -34,7 +37,6 @@ def main() -> None:
         give_up(error)
 
     train_and_save(trainer, data, checkpoint)
-    dist.destroy_process_group()  # without it an exit is aborted now and then
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
-
 from internvl.dist_utils import init_dist
 from internvl.train.arguments import MPO, DPOConfig, ModelArguments, parse_args  # noqa: F401
 from internvl.train.arguments import PreferenceDataArguments as DataTrainingArguments  # noqa: F401
@@ -20,7 +18,7 @@ from internvl.train.check import resume_point
 from internvl.train.preference import PreferenceDataset, pair_collator
 from internvl.train.preference import PreferenceDataset as LazySupervisedDataset  # noqa: F401
 from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss
-from internvl.train.run import give_up, set_up_logging, train_and_save
+from internvl.train.run import give_up, leave, set_up_logging, train_and_save
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
 
 # The Python files that upstream's published checkpoints carry.
@@ -30,7 +28,12 @@ CODE += ["configuration_internvl_chat.py", "modeling_internvl_chat.py"]
 
 
 def main() -> None:
-    """Set up, train, save. What the user or the data did wrong ends it with one sentence and status 1."""
+    """Set up, train, save, leave. What the user or the data did wrong ends it with one sentence and status 1."""
+    train()
+    leave()
+
+
+def train() -> None:
     try:
         init_dist(os.environ.get("LAUNCHER"))
         model_args, data_args, training_args = parse_args(classes=MPO)
@@ -52,7 +55,6 @@ def main() -> None:
 
     train_and_save(trainer, data, checkpoint)
     copy_code(model_args, training_args)
-    dist.destroy_process_group()  # without it an exit is aborted now and then
 
 
 def copy_code(model_args: ModelArguments, training_args: DPOConfig) -> None:

@@ -1,11 +1,13 @@
 """What every training program does around its objects: tell what happens, train to the end, give up in one sentence."""
 
+import gc
 import logging
 import os
 import sys
 import time
 import warnings
 
+import torch.distributed as dist
 import transformers
 
 from internvl.dist_utils import rank
@@ -29,6 +31,12 @@ def train_and_save(trainer: InternVLTrainer, data: Data, checkpoint: str | None)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", {**result.metrics, "train_samples": int(data.usable.sum())})
     trainer.save_state()
+
+
+def leave() -> None:
+    """End the process group when nothing holds it any more: an exit with its threads alive is aborted now and then."""
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def set_up_logging(args: TrainingArguments) -> None:

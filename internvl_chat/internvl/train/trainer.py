@@ -118,10 +118,10 @@ class InternVLTrainer(CheckpointingTrainer):
         return step[..., 0].size / (step >= 0).any(-1).sum()
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        if self.state.global_step == self._initial_global_step and self.check_gradients is None:
+        if self.check_gradients is None:
             self.check_gradients = watch_gradients(self.model.named_parameters())
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.check_gradients is not None and self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients:
             self.check_gradients()
             self.check_gradients = lambda: None
         return loss
