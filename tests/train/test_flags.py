@@ -234,7 +234,7 @@ def test_use_liger_changes_no_loss(build, tiny):
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 CHECKED = {
-    ModelArguments: [*PATHS, *MODEL, "use_liger"],
+    ModelArguments: [*PATHS, *MODEL, "use_liger", "merge_before_training"],  # the last: test_life.py
     DataTrainingArguments: [*SAMPLE, *PACKING, "down_sample_ratio", "max_seq_length", "max_bad_samples", "meta_path"]
     + ["use_data_resampling", "use_packed_ds", "pad2square"],
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import losses, run, weights, without_image_tokens
 from safetensors.torch import load_file, save_file
+from tools import merge_lora
 
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.trained import fingerprint
@@ -117,13 +118,24 @@ def test_training_goes_on_with_the_same_adapters(tiny, trained, tmp_path):
     assert moved and all("lora_" in name for name in moved), "the projector, trained before, stays as it was"
 
 
-def test_another_rank_merges_first(tiny, trained, tmp_path):
-    start = ["--model_name_or_path", str(trained), "--use_backbone_lora", "2", "--use_llm_lora", "0"]
-    done = run(tiny, tmp_path / "on", *FROZEN, *start, "--max_steps", "3", "--learning_rate", "0")
-    assert "adapters (use_backbone_lora 4, use_llm_lora 4) are merged into its weights before training" in done.stdout
+OTHER_RANKS = ["--use_backbone_lora", "2", "--use_llm_lora", "0"]
+MERGED = {
+    "another rank": (OTHER_RANKS, (2, 0)),
+    "another rank, ZeRO-3": ([*OTHER_RANKS, *STAGES["ZeRO-3"]], (2, 0)),
+    "asked for": ([*VISION, *LLM, "--merge_before_training", "True"], (4, 4)),
+}
+
+
+@pytest.mark.parametrize(("flags", "ranks"), MERGED.values(), ids=MERGED)
+def test_adapters_are_merged_before_others_are_added(tiny, trained, tmp_path, flags, ranks):
+    start = ["--model_name_or_path", str(trained), "--max_steps", "2", "--learning_rate", "0"]
+    printed = run(tiny, tmp_path / "on", *FROZEN, *flags, *start, ranks=2).stdout
+    assert "adapters (use_backbone_lora 4, use_llm_lora 4) are merged into its weights before training" in printed
     tokenizer, after = load_tokenizer(trained), opened(tmp_path / "on")
-    assert (after.config.use_backbone_lora, after.config.use_llm_lora) == (2, 0)
+    assert (after.config.use_backbone_lora, after.config.use_llm_lora) == ranks
     same(logits(after, tokenizer), logits(opened(trained), tokenizer))
+    merge_lora.main([str(tmp_path / "on"), str(tmp_path / "merged"), "--dtype", "float32"])
+    same(logits(opened(tmp_path / "merged"), tokenizer), logits(opened(trained), tokenizer))
 
 
 def test_new_tokens_and_larger_tiles_need_not_be_stored(tiny, tmp_path):

@@ -54,15 +54,8 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     base_model_prefix = "language_model"
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "InternVisionModel",
-        "LlamaDecoderLayer",
-        "InternLM2DecoderLayer",
-        "Phi3DecoderLayer",
-        "Qwen2DecoderLayer",
-        "Qwen3DecoderLayer",
-        "Qwen3MoeDecoderLayer",
-        "GptOssDecoderLayer",
+    _no_split_modules = ["InternVisionModel"] + [
+        f"{llm}DecoderLayer" for llm in ("Llama", "InternLM2", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe", "GptOss")
     ]
     _supports_flash_attn_2 = _supports_flash_attn = _supports_sdpa = True
     # Old checkpoints carry the rotary tables that are recomputed today.

@@ -91,9 +91,8 @@ def fingerprint(path: str | Path) -> str:
                     begin, end = (start + offset for offset in entry["data_offsets"])
                     places = (begin, (begin + end) // 2, max(begin, end - SAMPLE))
                     samples = [data[place : min(place + SAMPLE, end)] for place in places]
-                    kind = (
-                        f"{file.parent.name if file.name == ADAPTER else ''} {name} {entry['dtype']} {entry['shape']}"
-                    )
+                    part = file.parent.name if file.name == ADAPTER else ""
+                    kind = f"{part} {name} {entry['dtype']} {entry['shape']}"
                     entries.append(kind.encode() + b"".join(samples))
     if not entries:
         raise ValueError(f"no *.safetensors file in {str(path)!r}: it is no checkpoint to stand on")
@@ -170,7 +169,7 @@ def load_on_base(cls, folder: str | Path, config, base_model: str | Path | None 
             setattr(model.config, name, getattr(config, name))
     model.wrap_as_configured()
     load_trained(model, folder)
-    model.stands_on = note | {"path": path}
+    model.stands_on, model.config.base_model = note | {"path": path}, None
     return model
 
 
