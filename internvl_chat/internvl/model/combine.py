@@ -68,8 +68,10 @@ def _combine(module: PeftModel, weights: dict[str, float], method: str, density:
     configs = [module.peft_config[name] for name in weights]
     if any(config.use_dora for config in configs):
         raise ValueError("DoRA adapters cannot be combined: their updates are not sums; merge them one after the other")
-    if method in ("cat", "svd") and any(config.target_parameters for config in configs):
-        raise ValueError(f"adapters on experts cannot be combined by {method}: use linear, ties or dare_linear")
+    if any(config.target_parameters for config in configs):
+        raise ValueError(
+            "PEFT does not combine adapters on experts: merge one run at a time, without --adapter, --weight"
+        )
     for parameter in adapter_parameters(module):
         parameter.data = parameter.data.float()
     density = density if method in ("ties", "dare_linear") else None
