@@ -54,7 +54,7 @@ DATA_DEFAULTS = {
     "loss_reduction_all_gather": False,
     "split_annotations": False,
 }
-OUR_OWN = {"max_bad_samples"}
+OUR_OWN = {"max_bad_samples", "merge_before_training"}
 
 
 @pytest.mark.parametrize(
