@@ -18,6 +18,7 @@ LAYERS = [
     ],
     [
         "internvl.train.refused",
+        "internvl.train.part_arguments",
         "internvl.train.arguments",
         "internvl.train.files",
         "internvl.train.jsonl",
@@ -31,7 +32,7 @@ LAYERS = [
         "internvl.model.lora",
         "internvl.model.token_loss",
     ],
-    [f"internvl.model.internvl_chat.{name}" for name in ("resize", "merging", "trained")],
+    [f"internvl.model.internvl_chat.{name}" for name in ("adapting", "resize", "merging", "trained")],
     ["internvl.model.saved_tokenizer"],
     ["internvl.model.internlm2.tokenization_internlm2", "internvl.model.internlm2.tokenization_internlm2_fast"],
     ["internvl.model.tokenization_llama", "internvl.model.tokenizer"],
@@ -49,7 +50,7 @@ LAYERS = [
         "internvl.model.hf_adapter",
         "internvl.model.hf_processor",
     ],
-    ["internvl.model.liger", "internvl.train.check"],
+    ["internvl.model.liger", "internvl.train.check", "internvl.train.quantize"],
     ["internvl.train.preference", "internvl.train.preference_loss"],
     [
         "internvl.train.trainable",

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.internvl_chat.merging import RANKS
-from internvl.model.lora import is_wrapped
+from internvl.model.lora import RANKS, is_wrapped
 from internvl.model.tokenizer import load_tokenizer
 
 WIDTH = 32

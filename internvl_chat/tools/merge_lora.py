@@ -16,11 +16,11 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
-from internvl.model.adapter_files import RANKS, refuse_not_finite
+from internvl.model.adapter_files import refuse_not_finite
 from internvl.model.combine import COMBINATIONS, combine_adapters, save_merged
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merging import merge_adapters
-from internvl.model.lora import is_wrapped
+from internvl.model.lora import RANKS, is_wrapped
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.image import build_transform
 

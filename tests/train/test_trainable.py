@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.train.arguments import ModelArguments
+from internvl.train.arguments import ModelArguments, TrainingArguments
 from internvl.train.trainable import parameter_groups, set_trainable, trainable_table, watch_gradients
 
 FROZEN = {"freeze_backbone": True, "freeze_llm": True, "freeze_mlp": True}
@@ -14,6 +14,11 @@ FROZEN = {"freeze_backbone": True, "freeze_llm": True, "freeze_mlp": True}
 @pytest.fixture
 def model(goldens):
     return InternVLChatModel.from_pretrained(goldens / "models/qwen2")
+
+
+@pytest.fixture
+def args(tmp_path):
+    return lambda **flags: TrainingArguments(output_dir=str(tmp_path), **flags)
 
 
 def trained(model: nn.Module) -> set[str]:
@@ -97,13 +102,14 @@ def test_a_checkpoint_with_adapters_goes_on_with_them(goldens):
     set_trainable(model, ModelArguments(**FROZEN, use_backbone_lora=4, use_llm_lora=4))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all("lora_" in name for name in trained(model))
-    with pytest.raises(ValueError, match="adapters of rank 4, but --use_backbone_lora asks for 8"):
+    with pytest.raises(ValueError, match="already has LoRA adapters of rank 4; merge"):
         set_trainable(model, ModelArguments(**FROZEN, use_backbone_lora=8))
 
 
-def test_the_table_adds_up(model):
+def test_the_table_adds_up(model, args):
     set_trainable(model, ModelArguments(**FROZEN, use_backbone_lora=4))
-    head, vision, projector, llm = (line.split("  ") for line in trainable_table(model, 2e-4).splitlines())
+    table = trainable_table(model, args(learning_rate=2e-4))
+    head, vision, projector, llm = (line.split("  ") for line in table.splitlines())
     assert [cell.strip() for cell in head if cell] == [
         "part", "parameters", "trained", "share", "LoRA rank", "learning rate",
     ]  # fmt: skip
@@ -117,8 +123,8 @@ def test_the_table_adds_up(model):
     assert "0.00%" in "".join(llm)
 
 
-def test_optimizer_groups_hold_every_trained_tensor_once(model):
-    groups = parameter_groups(model, 1e-3, 0.05)
+def test_optimizer_groups_hold_every_trained_tensor_once(model, args):
+    groups = parameter_groups(model, args())
     assert [group["name"] for group in groups] == ["vision encoder", "projector", "language model"]
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)

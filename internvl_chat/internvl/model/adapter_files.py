@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig
 
-from .internvl_chat.merging import RANKS
-from .lora import LLM_TARGETS, VISION_TARGETS
+from .internvl_chat.adapting import configured
+from .lora import LLM_TARGETS, RANKS, VARIANTS
 from .tensor_files import Checkpoint
 
 MARK = "base_model.model."  # PEFT's name of the model inside a wrap
@@ -39,8 +39,14 @@ def read_adapters(folder: str | Path, part: str, config: PretrainedConfig) -> tu
     tensors, prefix = Checkpoint(folder), f"{part}.{MARK}"
     found = {name: name.removeprefix(prefix).replace(".default.", ".") for name in tensors if ".lora_" in name}
     found = {name: short for name, short in found.items() if name.startswith(prefix)}
-    targets = VISION_TARGETS if part == "vision_model" else LLM_TARGETS.get(config.llm_config.architectures[0])
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_parameters=targets.parameters if targets else None)
+    experts = LLM_TARGETS.get(config.llm_config.architectures[0]) if part == "language_model" else None
+    asked = configured(config, part)
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=asked.alpha,
+        target_parameters=experts.parameters if experts else None,
+        **VARIANTS[asked.variant],
+    )
     return settings, {short: tensors[name] for name, short in found.items()}
 
 

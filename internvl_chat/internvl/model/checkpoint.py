@@ -22,9 +22,6 @@ from .internvl_chat.trained import plain_name
 
 __all__ = ["add_special_tokens", "compose", "load_projector", "resize_image", "whole"]
 
-# A part that can be wrapped, and the field of the config that holds its rank.
-PARTS = {"vision_model": "use_backbone_lora", "language_model": "use_llm_lora"}
-
 
 def compose(
     vision_path: str | Path,

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 
-from .adapter_files import RANKS, part_folders
+from .adapter_files import part_folders
 from .internvl_chat import InternVLChatModel
 from .internvl_chat.merging import adapter_parameters, lora_layers
-from .lora import is_wrapped
+from .lora import RANKS, is_wrapped
 from .tokenizer import load_tokenizer
 
 # PEFT's ways of combining adapters, by its names. The first two are those of the sum of the updates: `cat` is exactly

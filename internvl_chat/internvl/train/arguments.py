@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
+from internvl.train.part_arguments import LoraArguments, RateArguments
 from internvl.train.refused import DROPPED, refuse
 
 ZERO_CONFIGS = Path(__file__).resolve().parents[3] / "zero_stage_configs"
@@ -26,7 +27,7 @@ def option(default, help: str):
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(LoraArguments):
     """Which weights to start from and which of them train."""
 
     model_name_or_path: str | None = option(None, "chat checkpoint to start from; wins over the three paths below")
@@ -38,8 +39,11 @@ class ModelArguments:
     freeze_mlp: bool = option(False, "freeze the projector")
     unfreeze_vit_layers: int = option(0, "train vision layers [n:] of a frozen encoder; -8 trains the last eight")
     vision_select_layer: int = option(-1, "which hidden state of the vision encoder the projector reads")
-    use_backbone_lora: int = option(0, "LoRA rank in the vision encoder; alpha is twice the rank")
-    use_llm_lora: int = option(0, "LoRA rank in the language model; alpha is twice the rank")
+    use_backbone_lora: int = option(0, "LoRA rank in the vision encoder")
+    use_llm_lora: int = option(0, "LoRA rank in the language model")
+    use_mlp_lora: int = option(0, "LoRA rank in the projector")
+    quantize_backbone: bool = option(False, "QLoRA: 4-bit weights (NF4) under the vision encoder's adapters (CUDA)")
+    quantize_llm: bool = option(False, "QLoRA: 4-bit weights (NF4) under the language model's adapters (CUDA)")
     merge_before_training: bool = option(False, "merge the checkpoint's adapters before new ones are added")
     unfreeze_lm_head: bool = option(False, "train the output head of a frozen language model")
     grad_checkpoint: bool = option(True, "recompute activations of both towers in the backward pass")
@@ -89,7 +93,7 @@ class DataTrainingArguments:
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
+class TrainingArguments(transformers.TrainingArguments, RateArguments):
     """transformers' own, with the four flags that version 5 dropped and defaults that fit this data path."""
 
     evaluation_strategy: str | None = option(None, "earlier name of --eval_strategy")
@@ -102,6 +106,10 @@ class TrainingArguments(transformers.TrainingArguments):
     log_level_replica: str = option("error", "the same, on ranks other than the first")
     logging_nan_inf_filter: bool = option(False, "report a loss that is not finite as what it is")
     use_cpu: bool = option(not torch.cuda.is_available(), "train without an accelerator")
+    backbone_layer_decay: float | None = option(
+        None, "learning rate of an unfrozen vision layer, over that of the layer above it"
+    )
+    lora_fp32: bool = option(False, "keep and optimise what trains in fp32 while the rest of the model is bf16")
     save_full_model: bool = option(False, "LoRA runs save the whole model in upstream's layout, not what was trained")
     no_smoke_save: bool = option(False, "do not write and read a checkpoint before the first step")
     do_train: bool = option(True, "False: set everything up, tell what would train, and stop there")
@@ -118,7 +126,23 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError("--output_dir is missing: where shall checkpoints and logs go?")
         if isinstance(self.deepspeed, str):
             self.deepspeed = load_zero_config(self.deepspeed, self)
+        if self.lora_fp32:
+            self.keep_trained_in_fp32()
         super().__post_init__()
+
+    def keep_trained_in_fp32(self):
+        """Without DeepSpeed it is so anyway. DeepSpeed casts all to bf16 unless autocast does it, layer by layer."""
+        if not self.bf16:
+            raise ValueError("--lora_fp32 True is about the weights that train in a bf16 model: it needs --bf16 True.")
+        if not self.deepspeed:
+            return
+        if self.deepspeed.get("zero_optimization", {}).get("stage") == 3:
+            raise ValueError(
+                "--lora_fp32 True does not run under ZeRO-3, which loads all weights in one type; its optimizer keeps "
+                "fp32 master weights of what trains: leave the flag out, or use ZeRO-2."
+            )
+        self.bf16 = False
+        self.deepspeed |= {"bf16": {"enabled": False}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
 def load_zero_config(name: str, args: transformers.TrainingArguments) -> dict:

@@ -17,6 +17,7 @@ from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merging import merge_adapters
 from internvl.model.internvl_chat.trained import note_of_base
 from internvl.model.liger import use_liger_kernels
+from internvl.model.lora import RANKS
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments
 from internvl.train.collator import concat_pad_data_collator
@@ -26,11 +27,11 @@ from internvl.train.dataset_packed import RowDataset
 from internvl.train.image import NORMALIZE
 from internvl.train.lengths import Lengths, measure
 from internvl.train.plan import plan_epoch
-from internvl.train.trainable import set_trainable, trainable_table
+from internvl.train.quantize import quantization
+from internvl.train.trainable import goes_on, rates, set_trainable, trainable_table, trained_parts
 from internvl.train.trainer import InternVLTrainer, too_many_bad_samples
 
 logger = logging.getLogger(__name__)
-RANKS = ("use_backbone_lora", "use_llm_lora")
 
 
 class Data(NamedTuple):
@@ -68,9 +69,10 @@ def build_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     set_seed(training_args.seed)  # the same adapters to begin with, whatever loading drew
     set_trainable(model, model_args)
-    if not training_args.deepspeed:  # DeepSpeed keeps fp32 master weights by itself
+    if not training_args.deepspeed or training_args.lora_fp32:  # else DeepSpeed keeps fp32 master weights by itself
         cast_trainable(model, torch.float32)
-    logger.info("what trains:\n%s", trainable_table(model, training_args.learning_rate))
+    logger.info("what trains:\n%s", trainable_table(model, training_args))
+    model.config.training_settings = {part: rates(training_args, part) for part in trained_parts(model)}
     return model
 
 
@@ -84,10 +86,12 @@ def load_model(
     """The checkpoint, fitted to tokenizer and tile size; nothing frozen, no adapters added."""
     if training_args.deepspeed:
         init_deepspeed()
-    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+    half = torch.bfloat16 if training_args.bf16 or training_args.lora_fp32 else torch.float16
+    dtype = half if training_args.bf16 or training_args.fp16 or training_args.lora_fp32 else torch.float32
+    more = quantization(model_args, training_args, dtype)
     if model_args.model_name_or_path:
         config = build_config(model_args, data_args)
-        model = model_class.from_pretrained(model_args.model_name_or_path, config=config, dtype=dtype)
+        model = model_class.from_pretrained(model_args.model_name_or_path, config=config, dtype=dtype, **more)
         take_over(model, model_args)
     else:
         model = compose(
@@ -111,10 +115,10 @@ def load_model(
 
 def take_over(model: InternVLChatModel, model_args: ModelArguments) -> None:
     """Go on with the checkpoint's adapters, or merge them; note what the outcome of this run will stand on."""
-    held = {field: rank for field in RANKS if (rank := getattr(model.config, field))}
-    other = [field for field, rank in held.items() if rank != getattr(model_args, field)]
-    said = ", ".join(f"{field} {rank}" for field, rank in held.items())
-    merged = bool(held) and (bool(other) or model_args.merge_before_training)
+    held = {part: rank for part, field in RANKS.items() if (rank := getattr(model.config, field))}
+    said = ", ".join(f"{RANKS[part]} {rank}" for part, rank in held.items())
+    others = [part for part in held if not goes_on(model.config, part, model_args)]
+    merged = bool(others or (held and model_args.merge_before_training))
     if merged:
         logger.info("the checkpoint's adapters (%s) are merged into its weights before training", said)
         merge_adapters(model)

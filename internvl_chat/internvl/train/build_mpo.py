@@ -6,6 +6,7 @@ Beside `build.py`, which makes everything else.
 import logging
 
 from internvl.model.internvl_chat import InternVLChatConfig
+from internvl.model.lora import RANKS
 from internvl.train.arguments import DPOConfig, ModelArguments, PreferenceDataArguments
 from internvl.train.build import build_tokenizer, load_model
 from internvl.train.check import check
@@ -17,8 +18,6 @@ logger = logging.getLogger(__name__)
 def check_preference(model_args: ModelArguments, data_args: PreferenceDataArguments, args: DPOConfig) -> None:
     """Refuse what can be seen to be wrong from the command line alone."""
     check(model_args, data_args)
-    if data_args.use_packed_ds:
-        raise ValueError("--use_packed_ds True: pairs are not packed; a row is one answer.")
     for name in {"sigmoid", "bco_pair"} - set(args.loss_type.split(",")):
         if (weight := getattr(data_args, f"{name}_loss_weight")) != 1:
             raise ValueError(f"--{name}_loss_weight {weight} does not act on --loss_type {args.loss_type}.")
@@ -32,7 +31,9 @@ def build_reference(
     The copy is loaded by the same steps, with a tokenizer of its own, so that it gets the same new tokens and tiles.
     """
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if args.reference_free or (all("lora_" in name for name in trained) and not had_adapters(model_args)):
+    pissa = any(settings["variant"] == "pissa" for settings in (model.config.lora_settings or {}).values())
+    apart = all("lora_" in name for name in trained) and not pissa  # PiSSA takes its beginning out of the weights
+    if args.reference_free or (apart and not had_adapters(model_args)):
         return None
     logger.info("loading a second copy of the model: the reference")
     tokenizer = build_tokenizer(model_args, data_args)
@@ -44,4 +45,4 @@ def had_adapters(model_args: ModelArguments) -> bool:
     if not model_args.model_name_or_path:
         return False
     config = InternVLChatConfig.from_pretrained(model_args.model_name_or_path)
-    return bool(config.use_backbone_lora or config.use_llm_lora)
+    return any(getattr(config, rank) for rank in RANKS.values())

@@ -99,7 +99,7 @@ class InternVLTrainer(CheckpointingTrainer):
 
                 optimizer_class = DeepSpeedCPUAdam  # the one that steps states which are not on the device
                 kwargs = {key: kwargs[key] for key in ("lr", "betas", "eps")}
-            groups = parameter_groups(self.model, self.args.learning_rate, self.args.weight_decay)
+            groups = parameter_groups(self.model, self.args)
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 

@@ -61,9 +61,8 @@ class MultimodalDPOTrainer(InternVLTrainer):
                 return self.frozen(**batch)
         model.eval()
         with ExitStack() as stack:
-            for part in (self.model.vision_model, self.model.language_model):
-                if is_wrapped(part):
-                    stack.enter_context(part.disable_adapter())
+            for part in filter(is_wrapped, self.model.children()):
+                stack.enter_context(part.disable_adapter())
             log_probs = model(**batch)
         model.train()
         return log_probs

@@ -28,7 +28,10 @@ class InternVLChatConfig(PretrainedConfig):
 
     Args:
         vision_config, llm_config: dicts as in `config.json`, or configuration objects. Without `llm_config`: Qwen2.
-        use_backbone_lora, use_llm_lora: LoRA rank of a part; above 0 the constructor of the model wraps that part.
+        use_backbone_lora, use_llm_lora, use_mlp_lora: LoRA rank of a part; above 0 the constructor of the model wraps
+            that part.
+        lora_settings: part (`vision_model`, `mlp1`, `language_model`) -> fields of `lora.LoraSettings`; a part that has
+            none here has upstream's: alpha is twice the rank.
         template: name of the conversation template, see `internvl.conversation`.
         tie_word_embeddings: whether the language model's head is its input embedding, not stored again. Small models of
             InternVL 3.5 say so, here and in `llm_config`; only both together count. Everything before is not tied.
@@ -57,6 +60,8 @@ class InternVLChatConfig(PretrainedConfig):
         min_dynamic_patch=1,
         max_dynamic_patch=6,
         tie_word_embeddings=False,
+        use_mlp_lora=0,
+        lora_settings=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -66,6 +71,8 @@ class InternVLChatConfig(PretrainedConfig):
         self.llm_config = _llm_config(llm_config or {"architectures": ["Qwen2ForCausalLM"]})
         self.use_backbone_lora = use_backbone_lora
         self.use_llm_lora = use_llm_lora
+        self.use_mlp_lora = use_mlp_lora
+        self.lora_settings = lora_settings
         self.pad2square = pad2square
         self.select_layer = select_layer
         self.force_image_size = force_image_size

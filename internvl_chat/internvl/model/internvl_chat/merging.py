@@ -10,12 +10,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from internvl.model.lora import is_wrapped
+from internvl.model.lora import RANKS, is_wrapped
 
 from .resize import whole
-
-# A part that can be adapted, and the field of the chat config that holds its rank.
-RANKS = {"vision_model": "use_backbone_lora", "mlp1": "use_mlp_lora", "language_model": "use_llm_lora"}
 
 
 @torch.no_grad()
@@ -41,10 +38,10 @@ def merge_adapters(model):
 
 def without_adapters(config):
     """The config of the same model without adapters, in place."""
-    for rank in (rank for rank in RANKS.values() if hasattr(config, rank)):
+    for rank in RANKS.values():
         setattr(config, rank, 0)
-    for field in ("lora_settings", "base_model"):
-        config.__dict__.pop(field, None)
+    config.lora_settings = None
+    config.__dict__.pop("base_model", None)
     return config
 
 

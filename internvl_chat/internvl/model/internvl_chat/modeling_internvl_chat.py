@@ -16,10 +16,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from internvl.conversation import get_conv_template
 from internvl.model.internlm2.modeling_internlm2 import InternLM2ForCausalLM
-from internvl.model.lora import VISION_TARGETS, LoraSettings, freeze_base, is_wrapped, llm_targets, plain, wrap
+from internvl.model.lora import RANKS, freeze_base, is_wrapped, plain
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
 from internvl.model.token_loss import balance_loss, logits_of, token_loss
 
+from .adapting import AdaptingMixin
 from .chat import ChatMixin
 from .checkpoint_keys import refuse_wrong_keys
 from .configuration_internvl_chat import InternVLChatConfig
@@ -42,7 +43,7 @@ def version_cmp(v1: str, v2: str, op: str = "eq") -> bool:
     return getattr(operator, op)(version.parse(v1), version.parse(v2))
 
 
-class InternVLChatModel(ChatMixin, PreTrainedModel):
+class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
     """InternViT, projector `mlp1` and a causal language model, under upstream's parameter names.
 
     Args:
@@ -87,7 +88,7 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         self.mlp1 = self._build_projector()
         self.post_init()
         # After `post_init`: it may draw new weights, and fresh adapters must change nothing.
-        self.wrap_as_configured()
+        self.wrap_as_configured(loaded=False)
 
     def _build_projector(self) -> nn.Sequential:
         wide = self.config.vision_config.hidden_size * int(1 / self.downsample_ratio) ** 2
@@ -118,9 +119,8 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         kwargs = {"use_safetensors": True, **kwargs, **lenient}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         refuse_wrong_keys(pretrained_model_name_or_path, info)
-        for part in (model.vision_model, model.language_model):
-            if is_wrapped(part):
-                freeze_base(part)
+        for part in filter(is_wrapped, (getattr(model, part) for part in RANKS)):
+            freeze_base(part)
         return (model, info) if want_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -128,30 +128,6 @@ class InternVLChatModel(ChatMixin, PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             plain(self.language_model).generation_config.save_pretrained(save_directory)
-
-    def wrap_as_configured(self):
-        """Adds the adapters that the configuration speaks of to the parts that have none."""
-        config = self.config
-        if config.use_backbone_lora and not is_wrapped(self.vision_model):
-            self.wrap_backbone_lora(r=config.use_backbone_lora, lora_alpha=2 * config.use_backbone_lora)
-        if config.use_llm_lora and not is_wrapped(self.language_model):
-            self.wrap_llm_lora(r=config.use_llm_lora, lora_alpha=2 * config.use_llm_lora)
-
-    def wrap_backbone_lora(self, r: int = 128, lora_alpha: int = 256, lora_dropout: float = 0.05):
-        """Adds LoRA to the vision encoder; of it, only the adapters train from then on. ValueError if it has some."""
-        self.vision_model = wrap(self.vision_model, LoraSettings(r, lora_alpha, lora_dropout), VISION_TARGETS)
-
-    def wrap_llm_lora(self, r: int = 128, lora_alpha: int = 256, lora_dropout: float = 0.05):
-        """Adds LoRA to the language model; of it, only the adapters train from then on. ValueError if it has some.
-
-        In a mixture of experts, attention and all experts are adapted, routers are not; see `lora.LLM_TARGETS`.
-        """
-        settings = LoraSettings(r, lora_alpha, lora_dropout)
-        self.language_model = wrap(self.language_model, settings, llm_targets(plain(self.language_model)), "CAUSAL_LM")
-        # Under reentrant checkpoints adapters only get gradients if what they read asks for some.
-        plain(self.language_model).enable_input_require_grads()
-        if hasattr(self, "all_tied_weights_keys"):  # transformers 5: a tied head has another name now
-            self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
     def forward(
         self,

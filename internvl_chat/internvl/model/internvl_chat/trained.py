@@ -19,13 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
-from internvl.model.lora import is_wrapped, plain
+from internvl.model.lora import RANKS, is_wrapped, plain
 
 from .checkpoint_keys import refuse_wrong_keys
 from .merging import merge_adapters
 from .resize import resize_image, resize_tokens, whole
 
-PARTS = ("vision_model", "mlp1", "language_model")
 OTHERS = "trained.safetensors"
 ADAPTER = "adapter_model.safetensors"
 SAMPLE = 1024  # bytes at the beginning, the middle and the end of a tensor that its fingerprint looks at
@@ -50,7 +49,7 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def save_trained(model: nn.Module, folder: str | Path, state: dict[str, torch.Tensor]) -> None:
     """Writes the layout above, but for the tokenizer; `state` is of `trained_state`, `model.stands_on` is set."""
     folder = Path(folder)
-    for part in PARTS:
+    for part in RANKS:
         module = getattr(model, part)
         if is_wrapped(module):
             own = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
@@ -101,7 +100,7 @@ def fingerprint(path: str | Path) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of a checkpoint's tensors; not those of the checkpoints in it."""
-    adapters = [folder / part / ADAPTER for part in PARTS]
+    adapters = [folder / part / ADAPTER for part in RANKS]
     return [*sorted(folder.glob("*.safetensors")), *filter(Path.is_file, adapters)]
 
 
@@ -164,9 +163,8 @@ def load_on_base(cls, folder: str | Path, config, base_model: str | Path | None 
     if known := note.get("known_tokens"):
         resize_tokens(model, config.llm_config.vocab_size, known)
     resize_image(model, config.vision_config.image_size)
-    for name in ("use_backbone_lora", "use_mlp_lora", "use_llm_lora", "lora_settings"):
-        if hasattr(config, name):
-            setattr(model.config, name, getattr(config, name))
+    for name in (*RANKS.values(), "lora_settings"):
+        setattr(model.config, name, getattr(config, name))
     model.wrap_as_configured()
     load_trained(model, folder)
     model.stands_on, model.config.base_model = note | {"path": path}, None
@@ -177,8 +175,8 @@ def config_on_base(base, config):
     """`config`, with the sizes and adapters of the base where these differ."""
     config = copy.deepcopy(config)
     config.base_model = getattr(base, "base_model", None)
-    for name in ("use_backbone_lora", "use_mlp_lora", "use_llm_lora", "lora_settings"):
-        setattr(config, name, getattr(base, name, 0 if name.startswith("use") else None))
+    for name in (*RANKS.values(), "lora_settings"):
+        setattr(config, name, getattr(base, name))
     config.llm_config.vocab_size = base.llm_config.vocab_size
     config.vision_config.image_size, config.force_image_size = base.vision_config.image_size, base.force_image_size
     return config
@@ -194,7 +192,7 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
     own = dict(model.named_parameters())
     adapters = {name_in_file(name): name for name in own if is_adapter(name)}
     others = {plain_name(name): name for name in own if not is_adapter(name)}
-    stored = {f"{part}.{k}": t for part in PARTS for k, t in read(folder / part / ADAPTER).items()}
+    stored = {f"{part}.{k}": t for part in RANKS for k, t in read(folder / part / ADAPTER).items()}
     rest = read(folder / OTHERS)
     tensors = {adapters.get(name, name): tensor for name, tensor in stored.items()}
     tensors |= {others.get(name, name): tensor for name, tensor in rest.items()}
