@@ -12,6 +12,8 @@ from samples import tokenizer_of
 
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.train.arguments import DataTrainingArguments, parse_args
+from internvl.train.build import build_model, build_tokenizer
+from internvl.train.check import check
 from internvl.train.dataset import LazySupervisedDataset
 
 
@@ -79,3 +81,13 @@ def parse(tiny, tmp_path, monkeypatch):
         return parse_args([*flags_of(tiny, tmp_path / "out"), *flags])
 
     return parse
+
+
+@pytest.fixture
+def build(parse):
+    def build(*flags: str) -> InternVLChatModel:
+        model_args, data_args, training_args = parse(*flags)
+        check(model_args, data_args)
+        return build_model(model_args, data_args, training_args, build_tokenizer(model_args, data_args))
+
+    return build

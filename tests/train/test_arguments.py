@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 
 from internvl.train.arguments import ZERO_CONFIGS, DataTrainingArguments, ModelArguments, parse_args
+from internvl.train.part_arguments import LoraArguments
 
 MODEL_DEFAULTS = {
     "model_name_or_path": None,
@@ -54,7 +55,8 @@ DATA_DEFAULTS = {
     "loss_reduction_all_gather": False,
     "split_annotations": False,
 }
-OUR_OWN = {"max_bad_samples", "merge_before_training"}
+OUR_OWN = {"max_bad_samples", "merge_before_training", "use_mlp_lora", "quantize_backbone", "quantize_llm"}
+OUR_OWN |= {field.name for field in fields(LoraArguments)}
 
 
 @pytest.mark.parametrize(

@@ -15,20 +15,10 @@ from samples import turns
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.lora import is_wrapped
 from internvl.train.arguments import DataTrainingArguments, ModelArguments
-from internvl.train.build import allowed_bad_samples, build_model, build_tokenizer
-from internvl.train.check import check
+from internvl.train.build import allowed_bad_samples, build_tokenizer
+from internvl.train.part_arguments import LoraArguments
 
 PATHS = {"model_name_or_path": "model", "vision_path": "vit", "llm_path": "llm", "mlp_path": "mlp_projector.pth"}
-
-
-@pytest.fixture
-def build(parse):
-    def build(*flags: str) -> InternVLChatModel:
-        model_args, data_args, training_args = parse(*flags)
-        check(model_args, data_args)
-        return build_model(model_args, data_args, training_args, build_tokenizer(model_args, data_args))
-
-    return build
 
 
 def trained(module: torch.nn.Module) -> set[str]:
@@ -233,8 +223,10 @@ def test_use_liger_changes_no_loss(build, tiny):
 
 # -- all of them -------------------------------------------------------------------------------------------------------
 
+LORA_FLAGS = [field.name for field in fields(LoraArguments)] + ["use_mlp_lora", "quantize_backbone", "quantize_llm"]
 CHECKED = {
-    ModelArguments: [*PATHS, *MODEL, "use_liger", "merge_before_training"],  # the last: test_life.py
+    # The flags of LoRA are checked in test_part_settings.py, merging in test_life.py.
+    ModelArguments: [*PATHS, *MODEL, "use_liger", "merge_before_training", *LORA_FLAGS],
     DataTrainingArguments: [*SAMPLE, *PACKING, "down_sample_ratio", "max_seq_length", "max_bad_samples", "meta_path"]
     + ["use_data_resampling", "use_packed_ds", "pad2square"],
 }
