@@ -158,10 +158,8 @@ def logits(model: InternVLChatModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_begins_at_nothing_and_ends_in_a_file(build, tiny, tmp_path, variant):
-    flags = [
-        [f"--{field}", "4", f"--{name}_lora_variant", variant] for field, name in zip(RANKS.values(), FLAGS.values())
-    ]
-    model = build(*FROZEN, *sum(flags, []))
+    flags = [word for name in FLAGS.values() for word in (f"--use_{name}_lora", "4", f"--{name}_lora_variant", variant)]
+    model = build(*FROZEN, *flags)
     torch.testing.assert_close(logits(model), logits(InternVLChatModel.from_pretrained(tiny / "model")))
     torch.manual_seed(0)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from runs import flags_of, prepare
 
 from internvl.train.arguments import TrainingArguments, parse_args
 from internvl.train.check import resume_point
+from internvl.train.part_arguments import RateArguments
 from internvl.train.refused import DROPPED, ONLY, REFUSED
 from internvl.train.run import train_and_save
 
@@ -160,6 +161,7 @@ HERE = ["overwrite_output_dir", "resume_from_checkpoint", "do_train", "evaluatio
 HERE += ["group_by_length", "gradient_checkpointing", "activation_checkpointing", "local_rank"]
 HERE += ["neftune_noise_alpha"]
 HERE += ["save_full_model", "no_smoke_save"]  # test_life.py
+HERE += ["lora_fp32", "backbone_layer_decay", *(field.name for field in fields(RateArguments))]  # test_part_settings.py
 HERE += ["deepspeed"]  # test_training.py
 
 # -- transformers' own -------------------------------------------------------------------------------------------------
