@@ -17,7 +17,7 @@ from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merging import merge_adapters
 from internvl.model.internvl_chat.trained import note_of_base
 from internvl.model.liger import use_liger_kernels
-from internvl.model.lora import RANKS
+from internvl.model.lora import FLAGS, RANKS
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments
 from internvl.train.collator import concat_pad_data_collator
@@ -71,8 +71,13 @@ def build_model(
     set_trainable(model, model_args)
     if not training_args.deepspeed or training_args.lora_fp32:  # else DeepSpeed keeps fp32 master weights by itself
         cast_trainable(model, torch.float32)
+    if model.is_quantized:
+        model._hf_peft_config_loaded = True  # to transformers: there are adapters (in the parts)
     logger.info("what trains:\n%s", trainable_table(model, training_args))
-    model.config.training_settings = {part: rates(training_args, part) for part in trained_parts(model)}
+    model.config.training_settings = {
+        part: rates(training_args, part) | {"quantized": getattr(model_args, f"quantize_{FLAGS[part]}", False)}
+        for part in trained_parts(model)
+    }
     return model
 
 

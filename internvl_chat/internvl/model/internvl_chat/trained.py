@@ -63,6 +63,7 @@ def save_trained(model: nn.Module, folder: str | Path, state: dict[str, torch.Te
     config = copy.copy(model.config)
     config.architectures = [type(model).__name__]
     config.base_model = model.stands_on
+    config.__dict__.pop("quantization_config", None)  # of the weights in memory, not of the base
     config.save_pretrained(folder)
     plain(model.language_model).generation_config.save_pretrained(folder)
 
