@@ -8,15 +8,14 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .internvl_chat import InternVisionConfig, InternVisionModel, InternVLChatConfig, InternVLChatModel
-from .internvl_chat.modeling_intern_vit import has_flash_attn
-from .internvl_chat.modeling_internvl_chat import LLM_CLASSES
+from .internvl_chat.decoder import attention_of
+from .internvl_chat.modeling_internvl_chat import llm_class_of
 from .internvl_chat.resize import resize_image, resize_tokens, whole
 from .internvl_chat.trained import plain_name
 
@@ -69,14 +68,8 @@ def _load_llm(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     fields = PretrainedConfig.get_config_dict(path)[0]
     config = InternVLChatConfig(llm_config=dict(fields)).llm_config
     name = config.architectures[0]
-    flash = has_flash_attn and torch.cuda.is_available() and dtype in (torch.float16, torch.bfloat16)
-    model, missing = _load(
-        LLM_CLASSES.get(name) or getattr(transformers, name),
-        path,
-        config,
-        dtype,
-        attn_implementation="flash_attention_2" if flash else None,
-    )
+    llm_class = llm_class_of(name)
+    model, missing = _load(llm_class, path, config, dtype, attn_implementation=attention_of(llm_class, dtype))
     head = model.get_output_embeddings()
     tied = {f"{name}.weight" for name, module in model.named_modules() if module is head}
     if missing == tied and fields.get("tie_word_embeddings") is not False:

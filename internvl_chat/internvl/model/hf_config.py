@@ -6,6 +6,8 @@ The companion of `hf_format`, which does the same for the weights; `hf_processor
 from transformers import AutoConfig, InternVLConfig, LlamaConfig, PretrainedConfig
 
 from .internvl_chat import InternVLChatConfig
+from .internvl_chat.configuration_internvl_chat import image_tokens
+from .lora import RANKS
 
 # Fields of the vision encoder, ours to transformers'.
 VISION_FIELDS = {
@@ -56,10 +58,9 @@ def to_hf_config(config: InternVLChatConfig, image_token_id: int, tied: bool) ->
     Raises:
         ValueError: transformers' class cannot be this model; the message says why.
     """
-    if config.use_backbone_lora or config.use_llm_lora:
+    if ranks := [f"{name} {rank}" for name in RANKS.values() if (rank := getattr(config, name))]:
         raise ValueError(
-            f"the checkpoint carries LoRA adapters (ranks {config.use_backbone_lora} and {config.use_llm_lora}): "
-            "merge them first, with tools/merge_lora.py"
+            f"the checkpoint carries LoRA adapters ({', '.join(ranks)}): merge them first, with tools/merge_lora.py"
         )
     vision = config.vision_config
     if config.ps_version != "v2":
@@ -158,15 +159,6 @@ def _internlm2(llm_config: PretrainedConfig, text: dict) -> PretrainedConfig:
     if differing:
         raise ValueError(f"the language model is not the reference's: it differs in {', '.join(differing)}")
     return llm_config
-
-
-def image_tokens(config: InternVLChatConfig) -> int:
-    """Tokens of one tile."""
-    return int((tile_size(config) // config.vision_config.patch_size) ** 2 * config.downsample_ratio**2)
-
-
-def tile_size(config: InternVLChatConfig) -> int:
-    return config.force_image_size or config.vision_config.image_size
 
 
 def _tile_size(hf: InternVLConfig, patch_size: int) -> int:

@@ -12,10 +12,11 @@ from transformers import GenerationConfig, InternVLProcessor, InternVLVideoProce
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2 import GotOcr2ImageProcessor
 
-from internvl.conversation import Conversation, SeparatorStyle, get_conv_template
+from internvl.conversation import Conversation
 
-from .hf_config import image_tokens, tile_size
 from .internvl_chat import InternVLChatConfig
+from .internvl_chat.chat import conversation_of, end_marker
+from .internvl_chat.configuration_internvl_chat import image_tokens, tile_size
 from .tokenizer import PreTrainedTokenizerFast, load_tokenizer
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -72,14 +73,6 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def conversation_of(config: InternVLChatConfig) -> Conversation:
-    """The template a chat model talks in, with its own system message if the config has one."""
-    template = get_conv_template(config.template)
-    own = getattr(config, "system_message", None)
-    template.system_message = template.system_message if own is None else own
-    return template
-
-
 def save_processor(config: InternVLChatConfig, source: str | Path, folder: str | Path) -> None:
     """Writes tokenizer, processors, chat template and generation settings of the chat checkpoint `source`."""
     template = conversation_of(config)
@@ -98,8 +91,7 @@ def save_processor(config: InternVLChatConfig, source: str | Path, folder: str |
         chat_template=chat_template(template),
     )
     processor.save_pretrained(folder)
-    end = template.sep2 if template.sep_style == SeparatorStyle.MPT_TWO else template.sep
-    end = tokenizer.convert_tokens_to_ids(end.strip())
+    end = tokenizer.convert_tokens_to_ids(end_marker(template))
     ends = sorted({end, tokenizer.eos_token_id} - {None, tokenizer.unk_token_id})
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
 

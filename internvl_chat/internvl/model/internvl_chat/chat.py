@@ -109,14 +109,10 @@ class ChatMixin:
         longer = [[*(old or []), pair] for old, pair in zip(histories, zip(asked, answers, strict=True), strict=True)]
         return answers, longer
 
-    def _template(self):
-        template = get_conv_template(self.template)
-        template.system_message = self.system_message
-        return template
-
     def _prompt(self, question: str, history) -> str:
         """The dialogue so far, the question and an open answer, as the template renders them."""
-        template = self._template()
+        template = get_conv_template(self.template)
+        template.system_message = self.system_message
         for earlier_question, earlier_answer in history:
             template.append_message(template.roles[0], earlier_question)
             template.append_message(template.roles[1], earlier_answer)
@@ -132,10 +128,9 @@ class ChatMixin:
             inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1)
         finally:
             tokenizer.padding_side = padding_side
-        template = self._template()
-        with_channels = template.sep_style.name == "MPT_TWO"
-        end_marker = (template.sep2 if with_channels else template.sep).strip()
-        ends = {tokenizer.convert_tokens_to_ids(end_marker), tokenizer.eos_token_id} - {None}
+        template = get_conv_template(self.template)
+        end = end_marker(template)
+        ends = {tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id} - {None}
         device = self.get_input_embeddings().weight.device
         with torch.inference_mode():
             output = self.generate(
@@ -145,8 +140,26 @@ class ChatMixin:
                 **{"pad_token_id": tokenizer.pad_token_id, **generation_config, "eos_token_id": sorted(ends)},
             )
         answers = [list(takewhile(lambda index: index not in ends, row)) for row in output.tolist()]
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=not with_channels)
-        return [text.split(end_marker)[0].strip() for text in texts]
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=not has_channels(template))
+        return [text.split(end)[0].strip() for text in texts]
+
+
+def conversation_of(config):
+    """The template that a chat model talks in, with its own system message if the config has one."""
+    template = get_conv_template(config.template)
+    own = getattr(config, "system_message", None)
+    template.system_message = template.system_message if own is None else own
+    return template
+
+
+def has_channels(template) -> bool:
+    """Whether special tokens mark what is thought and what is said, as in GPT-OSS."""
+    return template.sep_style.name == "MPT_TWO"
+
+
+def end_marker(template) -> str:
+    """The token that ends an answer."""
+    return (template.sep2 if has_channels(template) else template.sep).strip()
 
 
 def _patches(num_patches_list, pixel_values, questions: int) -> list[list[int]]:

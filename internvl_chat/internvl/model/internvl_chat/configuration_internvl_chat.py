@@ -103,6 +103,16 @@ class InternVLChatConfig(PretrainedConfig):
         return self.to_dict()
 
 
+def tile_size(config: InternVLChatConfig) -> int:
+    """Side of a tile in pixels."""
+    return config.force_image_size or config.vision_config.image_size
+
+
+def image_tokens(config: InternVLChatConfig) -> int:
+    """Tokens of one tile."""
+    return int((tile_size(config) // config.vision_config.patch_size) ** 2 * config.downsample_ratio**2)
+
+
 def llm_registry() -> dict[str, str]:
     """Causal language models of the installed transformers: architecture -> model type."""
     pairs = ((names, model_type) for model_type, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())

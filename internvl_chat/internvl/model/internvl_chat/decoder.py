@@ -20,13 +20,18 @@ def choose_attention(config: InternVLChatConfig, llm_class: type[PreTrainedModel
 
     What a checkpoint says about it is what its writer's machine had; this machine decides.
     """
-    half = torch.get_default_dtype() in (torch.float16, torch.bfloat16)
     use = bool(use_flash_attn and has_flash_attn and torch.cuda.is_available())
-    kernels = getattr(llm_class, "_compatible_flash_implementations", None) or ["flash_attention_2"]
     config.vision_config.use_flash_attn = use
     config.llm_config.attn_implementation = "flash_attention_2" if use else "eager"  # upstream's key, stored
-    flash = use and half and "flash_attention_2" in kernels
-    config.llm_config._attn_implementation = "flash_attention_2" if flash else None  # None: best of torch
+    config.llm_config._attn_implementation = attention_of(llm_class, torch.get_default_dtype()) if use else None
+
+
+def attention_of(llm_class: type[PreTrainedModel], dtype: torch.dtype) -> str | None:
+    """What a language model computes attention with on this machine; None: the best of torch."""
+    kernels = getattr(llm_class, "_compatible_flash_implementations", None) or ["flash_attention_2"]
+    half = dtype in (torch.float16, torch.bfloat16)
+    flash = half and has_flash_attn and torch.cuda.is_available() and "flash_attention_2" in kernels
+    return "flash_attention_2" if flash else None
 
 
 def decode(

@@ -14,16 +14,15 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from internvl.conversation import get_conv_template
 from internvl.model.internlm2.modeling_internlm2 import InternLM2ForCausalLM
 from internvl.model.lora import RANKS, freeze_base, is_wrapped, plain
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
 from internvl.model.token_loss import balance_loss, logits_of, token_loss
 
 from .adapting import AdaptingMixin
-from .chat import ChatMixin
+from .chat import ChatMixin, conversation_of
 from .checkpoint_keys import refuse_wrong_keys
-from .configuration_internvl_chat import InternVLChatConfig
+from .configuration_internvl_chat import InternVLChatConfig, image_tokens
 from .decoder import choose_attention, decode
 from .modeling_intern_vit import InternVisionModel
 from .trained import load_on_base
@@ -34,6 +33,10 @@ LLM_CLASSES = {
     "InternLM3ForCausalLM": LlamaForCausalLM,  # the same blocks and names, as published (without biases)
     "Phi3ForCausalLM": Phi3ForCausalLM,
 }
+
+
+def llm_class_of(architecture: str) -> type[PreTrainedModel]:
+    return LLM_CLASSES.get(architecture) or getattr(transformers, architecture)
 
 
 def version_cmp(v1: str, v2: str, op: str = "eq") -> bool:
@@ -67,21 +70,19 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
 
     def __init__(self, config: InternVLChatConfig, vision_model=None, language_model=None, use_flash_attn=True):
         super().__init__(config)
-        image_size = config.force_image_size or config.vision_config.image_size
         self.patch_size = config.vision_config.patch_size
         self.select_layer = config.select_layer
         self.template = config.template
         self.downsample_ratio = config.downsample_ratio
-        self.num_image_token = int((image_size // self.patch_size) ** 2 * self.downsample_ratio**2)
+        self.num_image_token = image_tokens(config)
         self.ps_version = config.ps_version
         self.llm_arch_name = config.llm_config.architectures[0]
         self.img_context_token_id = None  # set from the tokenizer by whoever feeds the model
         self.num_samples = 0
-        self.conv_template = get_conv_template(self.template)
-        own_system_message = getattr(config, "system_message", None)
-        self.system_message = self.conv_template.system_message if own_system_message is None else own_system_message
+        self.conv_template = conversation_of(config)
+        self.system_message = self.conv_template.system_message
 
-        llm_class = LLM_CLASSES.get(self.llm_arch_name) or getattr(transformers, self.llm_arch_name)
+        llm_class = llm_class_of(self.llm_arch_name)
         choose_attention(config, llm_class, use_flash_attn)
         self.vision_model = InternVisionModel(config.vision_config) if vision_model is None else vision_model
         self.language_model = llm_class(config.llm_config) if language_model is None else language_model

@@ -12,6 +12,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from internvl.model.lora import plain
 
+from .configuration_internvl_chat import image_tokens
+
 
 def whole(*parameters: nn.Parameter) -> AbstractContextManager:
     """Inside it the parameters are there as a whole and may be changed, by all ranks alike, also under ZeRO-3."""
@@ -45,4 +47,4 @@ def resize_image(model, size: int):
             vision.resize_pos_embeddings(old_size, size, patch)
     model.config.vision_config.image_size = vision.config.image_size = size
     model.config.force_image_size = size
-    model.num_image_token = int((size // patch) ** 2 * model.downsample_ratio**2)
+    model.num_image_token = image_tokens(model.config)
