@@ -28,10 +28,10 @@ LAYERS = [
     ["internvl.train.collator", "internvl.train.plan", "internvl.train.metrics"],
     [
         "internvl.model.internvl_chat.chat",
-        "internvl.model.internvl_chat.checkpoint_keys",
         "internvl.model.lora",
         "internvl.model.token_loss",
     ],
+    ["internvl.model.internvl_chat.checkpoint_keys"],
     [f"internvl.model.internvl_chat.{name}" for name in ("adapting", "resize", "merging", "trained")],
     ["internvl.model.saved_tokenizer"],
     ["internvl.model.internlm2.tokenization_internlm2", "internvl.model.internlm2.tokenization_internlm2_fast"],

@@ -11,6 +11,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from internvl.command_line import command, new_folder
+from internvl.model.adapter_files import refuse_adapters
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.tokenizer import load_tokenizer
 
@@ -26,10 +27,7 @@ def main(argv=None):
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("quantizing to 8 bits needs bitsandbytes: pip install bitsandbytes")
     tokenizer = load_tokenizer(args.model_path)
-    config = InternVLChatConfig.from_pretrained(args.model_path)
-    if config.use_backbone_lora or config.use_llm_lora:
-        raise ValueError(f"{args.model_path} carries LoRA adapters: merge them first, with tools/merge_lora.py")
-
+    refuse_adapters(InternVLChatConfig.from_pretrained(args.model_path), args.model_path)
     with new_folder(args.output_path) as folder:
         model = InternVLChatModel.from_pretrained(
             args.model_path,

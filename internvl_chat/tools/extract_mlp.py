@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 
 from internvl.command_line import CHAT, checkpoint_folder, command
+from internvl.model.adapter_files import is_plain
+from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.internvl_chat.merging import merge_adapters
 from internvl.model.tensor_files import Checkpoint
 
 PREFIX = "mlp1."
@@ -24,13 +27,21 @@ def main(argv=None):
     file = Path(args.output_path) / "mlp_projector.pth"
     if file.exists():
         raise ValueError(f"{file} exists: name another folder, or remove it")
-    tensors = Checkpoint(checkpoint_folder(args.model_path, CHAT))
-    projector = {name.removeprefix(PREFIX): tensors[name].bfloat16() for name in tensors if name.startswith(PREFIX)}
+    source = checkpoint_folder(args.model_path, CHAT)
+    projector = {name: tensor.bfloat16() for name, tensor in sorted(projector_of(source).items())}
     if not projector:
-        raise ValueError(f"{args.model_path} has no tensor named {PREFIX}*: it is no chat checkpoint")
+        raise ValueError(f"{source} has no tensor named {PREFIX}*: it is no chat checkpoint")
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(projector, file)
     print(f"projector: {file}")
+
+
+def projector_of(source: Path) -> dict[str, torch.Tensor]:
+    """The projector's state dict, its adapters merged if it has some."""
+    if not is_plain(InternVLChatConfig.from_pretrained(source)):
+        return merge_adapters(InternVLChatModel.from_pretrained(source, dtype=torch.bfloat16)).mlp1.state_dict()
+    tensors = Checkpoint(source)
+    return {name.removeprefix(PREFIX): tensors[name] for name in tensors if name.startswith(PREFIX)}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
+from internvl.model.adapter_files import refuse_adapters
 from internvl.model.checkpoint import add_special_tokens, compose
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.tensor_files import Checkpoint
@@ -32,6 +33,7 @@ def main(argv=None):
     model_path, llm_path = checkpoint_folder(args.model_path, CHAT), checkpoint_folder(args.llm_path)
 
     old = InternVLChatConfig.from_pretrained(model_path)
+    refuse_adapters(old, model_path)
     tokenizer = load_tokenizer(llm_path)
     kept = {name: getattr(old, name) for name in KEPT if hasattr(old, name)}
     with new_folder(f"{model_path}_replace_llm") as folder:

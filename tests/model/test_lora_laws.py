@@ -2,10 +2,12 @@
 
 import copy
 import itertools
+import shutil
 
 import pytest
 import torch
 from model_cases import Case
+from safetensors.torch import load_file, save_file
 
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.merging import merge_adapters
@@ -157,3 +159,20 @@ def test_an_unknown_language_model_is_adapted_in_all_linear_layers_but_its_head(
     adapted = {n.split(".")[-4] for n, p in model.language_model.named_parameters() if "lora_A" in n}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert not any("lora" in n for n, _ in plain(model.language_model).lm_head.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["qwen2", "internlm2", "phi3", "llama"])
+def test_checkpoints_of_older_peft_open_and_are_saved_under_todays_names(goldens, tmp_path, name):
+    """Before PEFT 0.6, which upstream began with, the weight of an adapted layer kept its name."""
+    model = InternVLChatModel.from_pretrained(goldens / "models" / name)
+    wrap(model, "both", 2)
+    model.save_pretrained(tmp_path / "new")
+    tensors = load_file(tmp_path / "new/model.safetensors")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    older = {key.replace(".base_layer", ""): tensor for key, tensor in tensors.items()}
+    save_file(older, tmp_path / "old/model.safetensors", metadata={"format": "pt"})
+    assert len(older.keys() - tensors.keys()) > 20
+    opened = InternVLChatModel.from_pretrained(tmp_path / "old")
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in opened.state_dict().items())
+    opened.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again/model.safetensors").keys() == tensors.keys()

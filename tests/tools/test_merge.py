@@ -10,7 +10,9 @@ from tiny_models import make, save_adapters
 from tools.merge_lora import main as merge_lora
 
 from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.internvl_chat.trained import note_of_base, save_trained, trained_state
 from internvl.model.lora import LoraSettings, Targets, wrap
+from internvl.model.tokenizer import load_tokenizer
 
 LAYER = "language_model.model.layers.1.mlp.up_proj"
 
@@ -54,6 +56,23 @@ def runs(tmp_path, goldens):
                 torch.nn.init.normal_(parameter, std=0.1)
             wrapped.save_pretrained(tmp_path / name / part)
     return tmp_path / "base", tmp_path / "a", tmp_path / "b"
+
+
+def test_only_runs_on_the_same_base_are_combined(tmp_path, goldens):
+    for name in ("base", "other"):
+        model = make(tmp_path / name, goldens / "tokenizer", llm="qwen2" if name == "base" else "qwen3")
+        model.requires_grad_(False)
+        model.wrap_backbone_lora(2, 4)
+        model.stands_on = note_of_base(tmp_path / name)
+        save_trained(model, tmp_path / f"on_{name}", trained_state(model))
+        load_tokenizer(goldens / "tokenizer").save_pretrained(tmp_path / f"on_{name}")
+    for start in ("base", "on_base"):
+        merge(tmp_path / start, tmp_path / f"sum_{start}", "--adapter", f"{tmp_path / 'on_base'}=1")
+        with pytest.raises(SystemExit, match="on_other was trained on another base: .* fingerprint"):
+            merge(tmp_path / start, tmp_path / "no", "--adapter", f"{tmp_path / 'on_other'}=1")
+    save_file({"mlp1.1.bias": torch.ones(2)}, tmp_path / "on_base/trained.safetensors")
+    with pytest.raises(SystemExit, match="other trained tensors beside adapters"):
+        merge(tmp_path / "base", tmp_path / "no", "--adapter", f"{tmp_path / 'on_base'}=1")
 
 
 def test_the_sum_is_rounded_once_and_nothing_is_lost(adapted, tmp_path, capsys):

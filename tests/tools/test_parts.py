@@ -12,9 +12,11 @@ from tools.replace_llm import main as replace_llm
 from tools.resize_pos_embed import main as resize_pos_embed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from internvl.model.checkpoint import load_projector
+from internvl.model.checkpoint import compose, load_projector
 from internvl.model.internvl_chat import InternVisionModel, InternVLChatModel
 from internvl.model.internvl_chat.merging import merge_adapters
+from internvl.model.internvl_chat.trained import note_of_base, save_trained, trained_state
+from internvl.model.lora import RANKS, LoraSettings
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.constants import SPECIAL_TOKENS
 
@@ -33,7 +35,22 @@ def wrapped(tmp_path, goldens):
     return tmp_path / "lora", merge_adapters(InternVLChatModel.from_pretrained(tmp_path / "lora", dtype=torch.bfloat16))
 
 
-@pytest.fixture(params=["plain", "wrapped"])
+@pytest.fixture
+def on_base(tmp_path, goldens):
+    """What a LoRA run writes: adapters in all parts on a base; and the model, merged."""
+    model = make(tmp_path / "base", goldens / "tokenizer")
+    for part in RANKS:
+        model.wrap_part(part, LoraSettings(2, 4))
+    for parameter in (p for name, p in model.named_parameters() if "lora_" in name):
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.stands_on = note_of_base(tmp_path / "base")
+    save_trained(model, tmp_path / "run", trained_state(model))
+    load_tokenizer(goldens / "tokenizer").save_pretrained(tmp_path / "run")
+    opened = InternVLChatModel.from_pretrained(tmp_path / "run", dtype=torch.bfloat16)
+    return tmp_path / "run", merge_adapters(opened)
+
+
+@pytest.fixture(params=["plain", "wrapped", "on_base"])
 def chat(request):
     return request.getfixturevalue(request.param)
 
@@ -121,6 +138,16 @@ def test_another_llm_in_the_place_of_the_old(plain, width, tmp_path, goldens, ca
         assert_same(new.mlp1, model.mlp1)
     answer = new.chat(tokenizer, torch.randn(1, 3, 56, 56).bfloat16(), "Hi", {"max_new_tokens": 3})
     assert isinstance(answer, str)
+
+
+@pytest.mark.parametrize("folder", ["wrapped", "on_base"])
+def test_adapters_are_merged_before_parts_are_exchanged(request, folder):
+    source, _ = request.getfixturevalue(folder)
+    plain_weights_only = "holds LoRA adapters, not plain weights: merge them first with tools/merge_lora.py"
+    with pytest.raises(SystemExit, match=plain_weights_only):
+        replace_llm([str(source), str(source)])
+    with pytest.raises(ValueError, match=plain_weights_only):
+        compose(source, source)
 
 
 def test_one_sentence_for_what_is_no_checkpoint(tmp_path, plain):

@@ -146,7 +146,7 @@ def test_a_part_that_lacks_weights_is_refused(tiny, parts, goldens, tmp_path):
         compose(parts / "llm", parts / "llm")
     with pytest.raises(ValueError, match="Unsupported architecture: 'InternVLChatModel'"):
         compose(parts / "vit", tiny / "model")
-    with pytest.raises(ValueError, match="holds LoRA adapters: merge them first"):
+    with pytest.raises(ValueError, match="holds LoRA adapters, not plain weights: merge them first"):
         compose(goldens / "models/qwen2_lora", parts / "llm")
 
 

@@ -50,6 +50,12 @@ def read_adapters(folder: str | Path, part: str, config: PretrainedConfig) -> tu
     return settings, {short: tensors[name] for name, short in found.items()}
 
 
+def refuse_adapters(config: PretrainedConfig, path: str | Path) -> None:
+    """ValueError if the chat checkpoint `path` is not plain."""
+    if not is_plain(config):
+        raise ValueError(f"{path} holds LoRA adapters, not plain weights: merge them first with tools/merge_lora.py")
+
+
 def is_plain(config: PretrainedConfig) -> bool:
     """Whether a chat checkpoint with this config holds all weights itself, and nothing beside them."""
     return not (getattr(config, "base_model", None) or any(getattr(config, rank, 0) for rank in RANKS.values()))

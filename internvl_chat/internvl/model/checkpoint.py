@@ -55,8 +55,9 @@ def compose(
 
 
 def _load_vision(path: str | Path, dtype: torch.dtype, drop_path_rate: float) -> InternVisionModel:
-    if PretrainedConfig.get_config_dict(path)[0].get("use_backbone_lora"):
-        raise ValueError(f"the vision encoder of {path} holds LoRA adapters: merge them first with tools/merge_lora.py")
+    fields = PretrainedConfig.get_config_dict(path)[0]
+    if fields.get("use_backbone_lora") or fields.get("base_model"):
+        raise ValueError(f"{path} holds LoRA adapters, not plain weights: merge them first with tools/merge_lora.py")
     config = InternVisionConfig.from_pretrained(path)
     config.drop_path_rate = drop_path_rate
     model, missing = _load(InternVisionModel, path, config, dtype, key_mapping={r"^vision_model\.": ""})

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 
-from .adapter_files import part_folders
-from .internvl_chat import InternVLChatModel
+from .adapter_files import is_plain, part_folders
+from .internvl_chat import InternVLChatConfig, InternVLChatModel
 from .internvl_chat.merging import adapter_parameters, lora_layers
+from .internvl_chat.trained import OTHERS, fingerprint, is_trained_folder
 from .lora import RANKS, is_wrapped
 from .tokenizer import load_tokenizer
 
@@ -40,6 +41,8 @@ def combine_adapters(
     Raises:
         ValueError: a folder without adapters, or with adapters of another model; a method that cannot combine these.
     """
+    for folder, _ in others:
+        _refuse_another_base(model, Path(folder))
     found = [(part_folders(folder), weight) for folder, weight in others]
     if empty := [str(folder) for (folder, _), (parts, _) in zip(others, found, strict=True) if not parts]:
         raise ValueError(f"no adapters in {', '.join(empty)}: no vision_model, mlp1 or language_model folder of PEFT's")
@@ -54,6 +57,21 @@ def combine_adapters(
             setattr(model, part, _combine(module, weights, method, density))
 
 
+def _refuse_another_base(model: InternVLChatModel, folder: Path):
+    """Where both tell what they stand on, it must be the same; and nothing but adapters can be combined."""
+    if (folder / OTHERS).is_file():
+        raise ValueError(f"{folder} holds other trained tensors beside adapters ({OTHERS}), which cannot be combined")
+    if not is_trained_folder(folder) or not (model.stands_on or is_plain(model.config)):
+        return
+    theirs = InternVLChatConfig.from_pretrained(folder).base_model["fingerprint"]
+    ours = model.stands_on["fingerprint"] if model.stands_on else fingerprint(model.name_or_path)
+    if ours != theirs:
+        raise ValueError(
+            f"{folder} was trained on another base: its tensors have the fingerprint {theirs[:12]}..., not "
+            f"{ours[:12]}..."
+        )
+
+
 def _load(module: torch.nn.Module, folder: Path, name: str) -> PeftModel:
     wrapped = module if is_wrapped(module) else PeftModel(module, LoraConfig.from_pretrained(folder), name)
     result = wrapped.load_adapter(folder, name)
@@ -66,8 +84,8 @@ def _load(module: torch.nn.Module, folder: Path, name: str) -> PeftModel:
 
 def _combine(module: PeftModel, weights: dict[str, float], method: str, density: float) -> PeftModel:
     configs = [module.peft_config[name] for name in weights]
-    if any(config.use_dora for config in configs):
-        raise ValueError("DoRA adapters cannot be combined: their updates are not sums; merge them one after the other")
+    if any(config.use_dora or config.init_lora_weights == "pissa" for config in configs):
+        raise ValueError("DoRA and PiSSA adapters cannot be combined: they are not sums with the base; merge each run")
     if any(config.target_parameters for config in configs):
         raise ValueError(
             "PEFT does not combine adapters on experts: merge one run at a time, without --adapter, --weight"

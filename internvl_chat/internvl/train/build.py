@@ -71,7 +71,7 @@ def build_model(
     set_trainable(model, model_args)
     if not training_args.deepspeed or training_args.lora_fp32:  # else DeepSpeed keeps fp32 master weights by itself
         cast_trainable(model, torch.float32)
-    if model.is_quantized:
+    if model_args.quantize_backbone or model_args.quantize_llm:
         model._hf_peft_config_loaded = True  # to transformers: there are adapters (in the parts)
     logger.info("what trains:\n%s", trainable_table(model, training_args))
     model.config.training_settings = {

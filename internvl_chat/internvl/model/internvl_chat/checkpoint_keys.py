@@ -1,4 +1,46 @@
-"""Whether a checkpoint's keys are the model's: the last step of `InternVLChatModel.from_pretrained`."""
+"""Names of a checkpoint's tensors: older ones, and whether they are the model's; for `from_pretrained`."""
+
+import re
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from internvl.model.lora import LLM_TARGETS, PROJECTOR_TARGETS, RANKS, VISION_TARGETS
+
+
+def folder_of(path: str | Path) -> Path:
+    """The folder of a checkpoint, also of one from the hub that is there already."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(cached_file(str(path), "config.json", local_files_only=True)).parent
+    except OSError as error:
+        raise ValueError(f"there is no checkpoint {str(path)!r}") from error
+
+
+def older_adapter_names(path: str | Path, config) -> dict[str, str]:
+    """Pattern -> replacement for a checkpoint with adapters from before PEFT 0.6; none for others.
+
+    The weight of an adapted layer was called `qkv.weight` then, and is `qkv.base_layer.weight` today.
+    """
+    llm = LLM_TARGETS.get(config.llm_config.architectures[0], LLM_TARGETS["LlamaForCausalLM"])
+    targets = {"vision_model": VISION_TARGETS, "mlp1": PROJECTOR_TARGETS, "language_model": llm}
+    patterns = {}
+    for part in (part for part, rank in RANKS.items() if getattr(config, rank)):
+        ends = "|".join(map(re.escape, targets[part].modules))
+        patterns[rf"^({part}\.base_model\.model\.(?:.*\.)?(?:{ends}))\.(?=(?:weight|bias)$)"] = r"\1.base_layer."
+    names = stored_names(folder_of(path)) if patterns else ()
+    return {pattern: new for pattern, new in patterns.items() if any(re.match(pattern, name) for name in names)}
+
+
+def stored_names(folder: Path) -> list[str]:
+    """Names of the tensors in a folder's safetensors files."""
+    names = []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            names += opened.keys()
+    return names
 
 
 def refuse_wrong_keys(name: str, info: dict) -> None:

@@ -21,7 +21,7 @@ from internvl.model.token_loss import balance_loss, logits_of, token_loss
 
 from .adapting import AdaptingMixin
 from .chat import ChatMixin, conversation_of
-from .checkpoint_keys import refuse_wrong_keys
+from .checkpoint_keys import older_adapter_names, refuse_wrong_keys
 from .configuration_internvl_chat import InternVLChatConfig, image_tokens
 from .decoder import choose_attention, decode
 from .modeling_intern_vit import InternVisionModel
@@ -118,8 +118,12 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
         # Other shapes are ignored so that all can be listed; under ZeRO-3 the model's own are not there to compare.
         lenient = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), "output_loading_info": True}
         kwargs = {"use_safetensors": True, **kwargs, **lenient}
+        older = older_adapter_names(pretrained_model_name_or_path, config)
+        kwargs |= {"key_mapping": older} if older else {}  # transformers 5
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         refuse_wrong_keys(pretrained_model_name_or_path, info)
+        if older:  # else it would be saved under these names again
+            model.__dict__.pop("_weight_conversions", None)
         for part in filter(is_wrapped, (getattr(model, part) for part in RANKS)):
             freeze_base(part)
         return (model, info) if want_info else model

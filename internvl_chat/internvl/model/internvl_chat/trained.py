@@ -17,11 +17,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.utils import cached_file
 
 from internvl.model.lora import RANKS, is_wrapped, plain
 
-from .checkpoint_keys import refuse_wrong_keys
+from .checkpoint_keys import folder_of, refuse_wrong_keys
 from .merging import merge_adapters
 from .resize import resize_image, resize_tokens, whole
 
@@ -103,16 +102,6 @@ def weight_files(folder: Path) -> list[Path]:
     """The files of a checkpoint's tensors; not those of the checkpoints in it."""
     adapters = [folder / part / ADAPTER for part in RANKS]
     return [*sorted(folder.glob("*.safetensors")), *filter(Path.is_file, adapters)]
-
-
-def folder_of(path: str | Path) -> Path:
-    """The folder of a checkpoint, also of one from the hub that is there already."""
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(cached_file(str(path), "config.json", local_files_only=True)).parent
-    except OSError as error:
-        raise ValueError(f"there is no checkpoint {str(path)!r}") from error
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
