@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -46,12 +48,32 @@ def run(
     tiny: Path, output: Path, *flags: str, ranks: int = 1, status: int = 0, entry: Path = ENTRY
 ) -> subprocess.CompletedProcess:
     """Train in `ranks` processes of their own; a single one is started without a launcher."""
+    command, env = started(tiny, output, *flags, ranks=ranks, entry=entry)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-5000:]
+    return done
+
+
+def run_until(there: Path, tiny: Path, output: Path, *flags: str, ranks: int = 1) -> None:
+    """Train as `run` does, and kill all processes without a warning as soon as `there` exists."""
+    command, env = started(tiny, output, *flags, ranks=ranks)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = psutil.Popen(command, env=env, **quiet)
+    while not there.exists():
+        assert process.poll() is None, f"it ended before {there} was written"
+        time.sleep(0.01)
+    family = [process, *process.children(recursive=True)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
+
+
+def started(tiny: Path, output: Path, *flags: str, ranks: int, entry: Path = ENTRY) -> tuple[list[str], dict]:
+    """Command line and environment of a run."""
     torchrun = [ROOT / "shell/torchrun.py", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
     command = [sys.executable, *(torchrun if ranks > 1 else []), entry, *flags_of(tiny, output, ranks), *flags]
     ours = {"PYTHONPATH": str(ROOT / "internvl_chat"), "OMP_NUM_THREADS": "1", "INTERNVL_CACHE": str(tiny / "cache")}
-    done = subprocess.run(list(map(str, command)), env=os.environ | ours, capture_output=True, text=True)
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-5000:]
-    return done
+    return list(map(str, command)), os.environ | ours
 
 
 def history(output: Path) -> list[dict]:
@@ -75,6 +97,14 @@ def copy_model(goldens: Path, folder: Path) -> None:
     shutil.copytree(goldens / "e2e/qwen2", folder / "model")
     for file in (goldens / "tokenizer").glob("*token*"):
         shutil.copy(file, folder / "model")
+
+
+def run_here(tiny: Path, output: Path, *flags: str) -> None:
+    """Train as `run` does, in this process; INTERNVL_CACHE is the caller's."""
+    trainer = prepare([*flags_of(tiny, output), *flags])
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
 
 
 def prepare(argv: list[str]):

@@ -1,17 +1,22 @@
-"""The life of an adapter: trained, killed, resumed, trained on, merged, opened again; equal at every hand-over."""
+"""The life of an adapter: trained, killed, resumed, trained on, merged, exported, opened; equal at every hand-over."""
 
+import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from runs import losses, run, weights, without_image_tokens
+from runs import losses, run, run_here, run_until, weights, without_image_tokens
 from safetensors.torch import load_file, save_file
 from tools import merge_lora
+from tools.internvl_custom2hf import main as custom2hf
+from tools.internvl_hf2custom import main as hf2custom
+from transformers import InternVLForConditionalGeneration
 
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.trained import fingerprint
+from internvl.model.internvl_chat.trained import fingerprint, plain_name
 from internvl.model.tokenizer import load_tokenizer
 from internvl.train.constants import IMG_CONTEXT_TOKEN
 
@@ -33,10 +38,16 @@ def opened(folder: Path, **kwargs) -> InternVLChatModel:
 
 def logits(model: InternVLChatModel, tokenizer) -> torch.Tensor:
     model.img_context_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
-    ids = tokenizer(IMG_CONTEXT_TOKEN * model.num_image_token + "What is it?", return_tensors="pt").input_ids
-    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return model(pixels, ids).logits
+        return model(**inputs(tokenizer, model.num_image_token)).logits
+
+
+def inputs(tokenizer, image_tokens: int) -> dict[str, torch.Tensor]:
+    ids = tokenizer(IMG_CONTEXT_TOKEN * image_tokens + "What is it?", return_tensors="pt").input_ids
+    return {
+        "pixel_values": torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0)),
+        "input_ids": ids,
+    }
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -47,26 +58,49 @@ def stored(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize(("mix", "stage"), zip(MIXES, ("no ZeRO", "ZeRO-1", "ZeRO-2", "ZeRO-3"), strict=True))
-def test_a_life(tiny, tmp_path, mix, stage):
-    flags, tokenizer = [*MIXES[mix], *STAGES[stage]], load_tokenizer(tiny / "model")
+# Each mix and each stage once; all sixteen lives take a quarter of an hour.
+LIVES = list(zip(MIXES, STAGES, strict=True))
+if os.environ.get("INTERNVL_ALL_LIVES") == "1":
+    LIVES = list(itertools.product(MIXES, STAGES))
+
+
+@pytest.mark.parametrize(("mix", "stage"), LIVES)
+def test_a_life(tiny, tmp_path, monkeypatch, mix, stage):
+    flags, tokenizer, ranks = [*MIXES[mix], *STAGES[stage]], load_tokenizer(tiny / "model"), 1 + (stage != "no ZeRO")
     base = weights(tiny / "model")
 
     whole = tmp_path / "whole"
-    run(tiny, whole, *flags, ranks=2)
+    run(tiny, whole, *flags, ranks=ranks)
     check_contents(whole, mix, base)
 
-    # Killed while the second checkpoint was written: what there is of it is not taken for one.
+    # Killed behind the first checkpoint, with what there might be of the second: that is not taken for one.
     broken = tmp_path / "broken"
-    shutil.copytree(whole / "checkpoint-3", broken / "checkpoint-3")
+    run_until(broken / "checkpoint-3", tiny, broken, *flags, ranks=ranks)
+    shutil.rmtree(broken / "unfinished", ignore_errors=True)
     shutil.copytree(whole / "checkpoint-6", broken / "unfinished/checkpoint-6")
     (broken / "unfinished/checkpoint-6/trainer_state.json").unlink()
-    assert "resuming from" in run(tiny, broken, *flags, ranks=2).stdout
+    assert f"resuming from {broken / 'checkpoint-3'}" in run(tiny, broken, *flags, ranks=ranks).stdout
     assert losses(broken) == losses(whole)
-    assert stored(broken) == stored(whole)
+    assert {file for file in stored(whole) if not file.startswith("runs/")} <= stored(broken)
+    assert not (broken / "unfinished").exists()
     trained = logits(opened(whole), tokenizer)
     assert torch.equal(logits(opened(broken), tokenizer), trained)
     assert not torch.allclose(trained, logits(opened(tiny / "model"), tokenizer), atol=1e-3)
+
+    # With another rank: merged, and new adapters, which have learned nothing yet.
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
+    start = ["--model_name_or_path", str(broken), *FROZEN, "--use_backbone_lora", "2", "--use_mlp_lora", "2"]
+    run_here(tiny, tmp_path / "on", *start, "--max_steps", "1", "--learning_rate", "0")
+    same(logits(opened(tmp_path / "on"), tokenizer), trained)
+
+    merge_lora.main([str(tmp_path / "on"), str(tmp_path / "merged"), "--dtype", "float32"])
+    same(logits(opened(tmp_path / "merged"), tokenizer), trained)
+    custom2hf(["--custom_path", str(tmp_path / "merged"), "--save_path", str(tmp_path / "native")])
+    native = InternVLForConditionalGeneration.from_pretrained(tmp_path / "native").eval()
+    with torch.no_grad():
+        same(native(**inputs(tokenizer, opened(whole).num_image_token)).logits, trained)
+    hf2custom(["--hf_path", str(tmp_path / "native"), "--save_path", str(tmp_path / "back")])
+    same(logits(opened(tmp_path / "back"), tokenizer), trained)
 
 
 def check_contents(folder: Path, mix: str, base: dict) -> None:
@@ -86,7 +120,11 @@ def check_contents(folder: Path, mix: str, base: dict) -> None:
         if trained:
             file = folder / part / "adapter_model.safetensors"
             adapters = sum(tensor.nbytes for tensor in load_file(file).values())
-            assert file.stat().st_size < 1.5 * adapters  # names weigh in a tiny model
+            names = 8 + int.from_bytes(file.read_bytes()[:8], "little")  # they weigh in a tiny model
+            assert file.stat().st_size - names <= 1.05 * adapters
+    opened_again = {plain_name(name): tensor for name, tensor in opened(folder).state_dict().items()}
+    same_as_base = {name for name, tensor in base.items() if torch.equal(tensor, opened_again[name])}
+    assert same_as_base == {name for name in base if not (projector and name.startswith("mlp1."))}
     names = {name.replace("base_model.model.", "") for name in frozen_names(folder / "checkpoint-6")}
     assert not names & base.keys() - {name for name in base if projector and name.startswith("mlp1.")}
 
@@ -118,18 +156,16 @@ def test_training_goes_on_with_the_same_adapters(tiny, trained, tmp_path):
     assert moved and all("lora_" in name for name in moved), "the projector, trained before, stays as it was"
 
 
-OTHER_RANKS = ["--use_backbone_lora", "2", "--use_llm_lora", "0"]
 MERGED = {
-    "another rank": (OTHER_RANKS, (2, 0)),
-    "another rank, ZeRO-3": ([*OTHER_RANKS, *STAGES["ZeRO-3"]], (2, 0)),
-    "asked for": ([*VISION, *LLM, "--merge_before_training", "True"], (4, 4)),
+    "another rank, ZeRO-3": (["--use_backbone_lora", "2", *STAGES["ZeRO-3"]], 2, (2, 0)),
+    "asked for": ([*VISION, *LLM, "--merge_before_training", "True"], 1, (4, 4)),
 }
 
 
-@pytest.mark.parametrize(("flags", "ranks"), MERGED.values(), ids=MERGED)
-def test_adapters_are_merged_before_others_are_added(tiny, trained, tmp_path, flags, ranks):
-    start = ["--model_name_or_path", str(trained), "--max_steps", "2", "--learning_rate", "0"]
-    printed = run(tiny, tmp_path / "on", *FROZEN, *flags, *start, ranks=2).stdout
+@pytest.mark.parametrize(("flags", "processes", "ranks"), MERGED.values(), ids=MERGED)
+def test_adapters_are_merged_before_others_are_added(tiny, trained, tmp_path, flags, processes, ranks):
+    start = ["--model_name_or_path", str(trained), "--max_steps", "1", "--learning_rate", "0"]
+    printed = run(tiny, tmp_path / "on", *FROZEN, *flags, *start, ranks=processes).stdout
     assert "adapters (use_backbone_lora 4, use_llm_lora 4) are merged into its weights before training" in printed
     tokenizer, after = load_tokenizer(trained), opened(tmp_path / "on")
     assert (after.config.use_backbone_lora, after.config.use_llm_lora) == ranks
@@ -138,12 +174,15 @@ def test_adapters_are_merged_before_others_are_added(tiny, trained, tmp_path, fl
     same(logits(opened(tmp_path / "merged"), tokenizer), logits(opened(trained), tokenizer))
 
 
-def test_new_tokens_and_larger_tiles_need_not_be_stored(tiny, tmp_path):
+def test_new_tokens_and_larger_tiles_need_not_be_stored(tiny, tmp_path, monkeypatch):
     """What is added to the base follows from it."""
     shutil.copytree(tiny, tmp_path / "tiny", ignore=shutil.ignore_patterns("cache"))
     without_image_tokens(tmp_path / "tiny/model")
-    run(tmp_path / "tiny", tmp_path / "out", *MIXES["vision"], "--force_image_size", "112", "--max_steps", "2")
-    run(tmp_path / "tiny", tmp_path / "full", *MIXES["vision"], "--force_image_size", "112", "--max_steps", "2", *FULL)
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
+    for name, more in {"out": [], "full": FULL}.items():
+        run_here(
+            tmp_path / "tiny", tmp_path / name, *MIXES["vision"], "--force_image_size", "112", "--max_steps", "2", *more
+        )
     partial, full = opened(tmp_path / "out"), opened(tmp_path / "full")
     assert partial.num_image_token == 16 and "known_tokens" in partial.stands_on
     ours, theirs = partial.state_dict(), full.state_dict()
