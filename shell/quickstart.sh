@@ -91,7 +91,7 @@ stage base train_base
 stage base_answers evaluate base "${HELD_OUT[@]}"
 stage adapted adapt adapted
 stage adapted_answers evaluate adapted "${HELD_OUT[@]}"
-stage merged tool merge_lora.py "$MODELS/adapted" "$MODELS/merged"
+stage merged tool merge_lora.py "$MODELS/adapted" "$MODELS/merged" --dtype float32
 stage merged_answers evaluate merged "${HELD_OUT[@]}"
 if ((COMPARE)); then
     stage vision_alone adapt vision_alone --use_llm_lora 0

@@ -15,7 +15,7 @@ from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.lora import LoraSettings, Targets, wrap
 from internvl.model.tokenizer import load_tokenizer
 
-PARTS = {"vision_model": (2, 4), "language_model": (4, 6)}  # ranks and alphas that differ
+PARTS = {"vision_model": (2, 4), "mlp1": (3, 3), "language_model": (4, 6)}  # ranks and alphas that differ
 
 
 def adapted_run(folder, goldens, llm: str, among_weights: bool):
@@ -29,7 +29,7 @@ def adapted_run(folder, goldens, llm: str, among_weights: bool):
         model.wrap_llm_lora(4, 8)
     else:
         for part, (r, alpha) in PARTS.items():
-            getattr(model, f"wrap_{'backbone' if part == 'vision_model' else 'llm'}_lora")(r, alpha)
+            model.wrap_part(part, LoraSettings(r, alpha))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -69,7 +69,7 @@ def test_the_language_models_part_alone_is_what_engines_read(goldens, tmp_path, 
     adapted_run(tmp_path, goldens, "internlm2", among_weights=False)
     words = ["--parts", "language_model", "--base", "org/native"]
     export_adapters([str(tmp_path / "run"), str(tmp_path / "adapter"), *words])
-    assert "adapters of vision_model are left out" in capsys.readouterr().out
+    assert "adapters of vision_model, mlp1 are left out" in capsys.readouterr().out
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6, "org/native")
     assert sorted(config["target_modules"]) == sorted("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())

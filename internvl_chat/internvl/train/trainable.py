@@ -99,7 +99,7 @@ def trainable_table(model: nn.Module, args: TrainingArguments) -> str:
         parameters = list(getattr(model, part).parameters())
         total = sum(map(size, parameters))
         trained = sum(size(p) for p in parameters if p.requires_grad)
-        rates = sorted({f"{group['lr']:g}" for group in groups if group["name"].startswith(NAMES[flag])}, key=float)
+        rates = sorted({f"{group['lr']:g}" for group in groups if group["name"] == NAMES[flag]}, key=float)
         rate = " to ".join(dict.fromkeys((rates[0], rates[-1]))) if rates else "-"
         rows.append((NAMES[flag], f"{total:,}", f"{trained:,}", f"{trained / total:.2%}", lora_of(model, part), rate))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
