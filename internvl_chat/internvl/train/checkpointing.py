@@ -102,6 +102,7 @@ class CheckpointingTrainer(Trainer):
         barrier()
         if self.partial:
             load_trained(self.model, folder)
+        barrier()  # nobody reads any more
         if self.args.should_save:
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad)
