@@ -18,7 +18,13 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from internvl.model.internvl_chat.trained import is_trained_folder, load_trained, save_trained, trained_state
+from internvl.model.internvl_chat.trained import (
+    is_trained_folder,
+    load_trained,
+    read_trained,
+    save_trained,
+    trained_state,
+)
 from internvl.model.lora import is_wrapped
 
 logger = logging.getLogger(__name__)
@@ -100,10 +106,9 @@ class CheckpointingTrainer(Trainer):
         self.save_model(str(folder), _internal_call=True)
         self._save_optimizer_and_scheduler(str(folder))
         barrier()
-        if self.partial:
-            load_trained(self.model, folder)
-        barrier()  # nobody reads any more
-        if self.args.should_save:
+        if self.args.should_save:  # another node may have another disk
+            if self.partial:
+                read_trained(self.model, folder)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad)
             free = shutil.disk_usage(folder).free

@@ -178,6 +178,15 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: as `load_on_base`.
     """
+    own, tensors = dict(model.named_parameters()), read_trained(model, folder)
+    for name, tensor in tensors.items():
+        with whole(own[name]), torch.no_grad():
+            own[name].copy_(tensor)
+    model.trained_before = frozenset(plain_name(name) for name in tensors if not is_adapter(name))
+
+
+def read_trained(model: nn.Module, folder: str | Path) -> dict[str, torch.Tensor]:
+    """What `save_trained` wrote, under the model's names, if it fits the model; ValueError as `load_on_base`."""
     folder = Path(folder)
     own = dict(model.named_parameters())
     adapters = {name_in_file(name): name for name in own if is_adapter(name)}
@@ -194,10 +203,7 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
         "not_finite_keys": [name for name, tensor in tensors.items() if not tensor.isfinite().all()],
     }
     refuse_wrong_keys(str(folder), info)
-    for name, tensor in tensors.items():
-        with whole(own[name]), torch.no_grad():
-            own[name].copy_(tensor)
-    model.trained_before = frozenset(rest)
+    return tensors
 
 
 def read(file: Path) -> dict[str, torch.Tensor]:
