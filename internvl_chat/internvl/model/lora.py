@@ -189,6 +189,11 @@ def _refuse_what_cannot_work(settings: LoraSettings, targets: Targets):
             "LoRA on experts does not run under ZeRO-3: PEFT exchanges their weights during forward, and DeepSpeed "
             "loses track of them. Use ZeRO-2, or train without LoRA in the language model."
         )
+    if settings.variant == "dora" and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "DoRA does not run under ZeRO-3: PEFT computes with adapters' weights outside the layers that DeepSpeed "
+            "gathers them for. Use ZeRO-2, or another variant."
+        )
     if targets.parameters and (settings.variant in ("dora", "pissa") or settings.layers):
         raise ValueError(
             f"LoRA on experts with variant {settings.variant} and layers {settings.layers}: PEFT adapts experts by "
