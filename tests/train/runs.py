@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from internvl.dist_utils import free_port
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.train.arguments import parse_args
-from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer
+from internvl.train.build import build_model, build_tokenizer, build_trainer
+from internvl.train.build_data import build_data
 from internvl.train.check import check, resume_point
 from internvl.train.constants import SPECIAL_TOKENS
 

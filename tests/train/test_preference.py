@@ -10,7 +10,7 @@ from samples import samples_equal
 from internvl.model import internvl_chat
 from internvl.train.arguments import MPO, parse_args
 from internvl.train.constants import BadSample
-from internvl.train.dataset_packed import RowDataset
+from internvl.train.dataset_packed import PackedDataset
 from internvl.train.lengths import measure
 from internvl.train.preference import PreferenceDataset, pair_collator
 from internvl.train.preference_loss import LOSSES, InternVLChatModel, PreferenceLoss, label_log_probs
@@ -88,7 +88,7 @@ def test_a_bad_pair_is_reported(pairs, record, reason):
 
 
 def test_a_batch_has_all_chosen_then_all_rejected_answers_and_tiles_once(pairs):
-    rows = RowDataset([pairs(KINDS["image"], KINDS["text"], {"question": 1})])
+    rows = PackedDataset([pairs(KINDS["image"], KINDS["text"], {"question": 1})])
     items = [rows[(0, index)] for index in range(3)]
     batch = pair_collator(items, pad_id=7)
     assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape
@@ -116,7 +116,7 @@ def test_scores_of_a_pair_are_those_of_its_answers_alone(pairs, goldens, model):
     plain = internvl_chat.InternVLChatModel.from_pretrained(goldens / "e2e/qwen2").eval()
     dataset = pairs(KINDS["image"], KINDS["images"], KINDS["text"], force_image_size=56)
     model.img_context_token_id = plain.img_context_token_id = dataset.img_context_id
-    rows = RowDataset([dataset])
+    rows = PackedDataset([dataset])
     items = [rows[(0, index)] for index in range(3)]
     batch = pair_collator(items)
     del batch["bad_samples"]

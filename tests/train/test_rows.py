@@ -9,7 +9,7 @@ from samples import recorded_configs, recorded_dataset, samples_equal, turns
 from torch.utils.data import DataLoader
 
 from internvl.train.collator import concat_pad_data_collator
-from internvl.train.dataset_packed import RowDataset
+from internvl.train.dataset_packed import PackedDataset
 from internvl.train.lengths import measure
 from internvl.train.plan import plan_epoch
 
@@ -17,9 +17,9 @@ TENSORS = ("input_ids", "labels", "position_ids", "pixel_values", "image_flags")
 
 
 @pytest.fixture
-def rows(goldens) -> RowDataset:
+def rows(goldens) -> PackedDataset:
     configs = recorded_configs(goldens)
-    return RowDataset([recorded_dataset(goldens, configs[name]) for name in ("dyn_thumb_group", "text_group", "bad")])
+    return PackedDataset([recorded_dataset(goldens, configs[name]) for name in ("dyn_thumb_group", "text_group", "bad")])
 
 
 def test_samples_are_numbered_over_all_data_sets(rows):
@@ -71,7 +71,7 @@ def test_nothing_left_is_a_row_that_trains_nothing(rows, key):
 def test_only_bad_samples_are_caught(make):
     dataset = make({"image": "nowhere://bucket/a.png", "conversations": turns("What?", "A.")}, meta={"root": ""})
     with pytest.raises(ValueError, match="cannot be opened by fsspec: Protocol not known: nowhere"):
-        RowDataset([dataset])[0, 0]
+        PackedDataset([dataset])[0, 0]
 
 
 def test_pickles_whole(rows):

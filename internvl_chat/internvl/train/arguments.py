@@ -77,13 +77,23 @@ class DataTrainingArguments:
     use_packed_ds: bool = option(False, "pack several samples into one row")
     num_images_expected: int = option(40, "most tiles of a packed row")
     max_packed_tokens: int = option(8192, "most tokens of a packed row")
-    max_buffer_size: int = option(20, "packing: open buffers")
-    log_freq: int = option(1000, "packing: iterations between logs")
-    strict_mode: bool = option(True, "packing: pad every row to the same size")
-    replacement: bool = option(False, "packing: restart an exhausted data set")
-    allow_overflow: bool = option(False, "packing: let rows exceed max_packed_tokens")
-    loss_reduction: str = option("token", "packing: token, sample or square")
-    loss_reduction_all_gather: bool = option(False, "packing: normalise the loss over all ranks")
+    max_buffer_size: int = option(20, "accepted for upstream's recipes; rows are planned from the whole epoch")
+    log_freq: int = option(1000, "accepted for upstream's recipes; what packing does is printed before the first step")
+    strict_mode: bool = option(
+        True, "packing: pad every row to --max_packed_tokens, so that all steps are of one shape"
+    )
+    replacement: bool = option(False, "accepted for upstream's recipes; epochs follow each other until --max_steps")
+    allow_overflow: bool = option(
+        False, "accepted for upstream's recipes, as False: no row exceeds --max_packed_tokens"
+    )
+    loss_reduction: Literal["token", "sample", "square"] = option(
+        "token", "weight of a token by the number n of its sample's trained tokens: 1, 1 / n or 1 / sqrt(n)"
+    )
+    loss_reduction_all_gather: bool = option(
+        False,
+        "a step's loss is the mean over the tokens of all its ranks and micro-batches, not the mean of their means",
+    )
+    accept_changed_data: bool = option(False, "go on from a checkpoint although the data is not what it was")
     split_annotations: bool = option(
         False, "accepted for InternVL 3.5's recipes; no rank holds annotations in memory, each reads lines it needs"
     )

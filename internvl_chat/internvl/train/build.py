@@ -1,12 +1,9 @@
 """Arguments -> tokenizer, model, data, trainer: the only file that knows both the command line and the objects."""
 
 import logging
-import os
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import NamedTuple
+from functools import partial
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -19,33 +16,21 @@ from internvl.model.internvl_chat.trained import note_of_base
 from internvl.model.liger import use_liger_kernels
 from internvl.model.lora import FLAGS, RANKS
 from internvl.model.tokenizer import load_tokenizer
+from internvl.model.varlen import use_varlen_attention
 from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments
-from internvl.train.collator import concat_pad_data_collator
+from internvl.train.build_data import Data, allowed_bad_samples
+from internvl.train.collator import row_collator
 from internvl.train.constants import IMG_CONTEXT_TOKEN, SPECIAL_TOKENS
-from internvl.train.dataset import LazySupervisedDataset, load_meta
-from internvl.train.dataset_packed import RowDataset
+from internvl.train.flops import Passes, step_cost
 from internvl.train.image import NORMALIZE
-from internvl.train.lengths import Lengths, measure
-from internvl.train.plan import plan_epoch
+from internvl.train.plan import Layout
 from internvl.train.quantize import quantization
+from internvl.train.schedule import Schedule
+from internvl.train.summary import summary
 from internvl.train.trainable import goes_on, rates, set_trainable, trainable_table, trained_parts
-from internvl.train.trainer import InternVLTrainer, too_many_bad_samples
+from internvl.train.trainer import InternVLTrainer
 
 logger = logging.getLogger(__name__)
-
-
-class Data(NamedTuple):
-    """The training data of a run, and what measuring told about it (arrays over all samples, in order)."""
-
-    rows: RowDataset
-    tokens: np.ndarray
-    tiles: np.ndarray
-    bad_samples: list[str]
-    weights: np.ndarray | None  # how often each sample is drawn relative to the others; None: all once an epoch
-
-    @property
-    def usable(self) -> np.ndarray:
-        return self.tokens > 0
 
 
 def build_tokenizer(model_args: ModelArguments, data_args: DataTrainingArguments) -> PreTrainedTokenizerBase:
@@ -114,6 +99,7 @@ def load_model(
     fit(model, tokenizer, data_args.force_image_size)
     if model_args.use_liger:
         use_liger_kernels(model)
+    use_varlen_attention(model.language_model, data_args.use_packed_ds)
     model.config.use_cache = model.language_model.config.use_cache = False
     return model
 
@@ -184,44 +170,6 @@ def cast_trainable(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def build_data(
-    data_args: DataTrainingArguments,
-    training_args: TrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    num_image_token: int,
-    dataset_class: type[LazySupervisedDataset] = LazySupervisedDataset,
-) -> Data:
-    """Open the data sets of the meta file and measure every sample: rank 0 measures, all ranks receive."""
-    datasets = [
-        dataset_class(name, meta, tokenizer, num_image_token, data_args, seed=training_args.seed)
-        for name, meta in load_meta(data_args.meta_path).items()
-    ]
-    lengths = from_first_rank(lambda: [measure(dataset, num_workers=os.cpu_count()) for dataset in datasets])
-    bad = [
-        f"{dataset.describe(index)}: {reason}"
-        for dataset, measured in zip(datasets, lengths, strict=True)
-        for index, reason in measured.bad
-    ]
-    data = Data(
-        rows=RowDataset(datasets),
-        tokens=np.concatenate([measured.tokens for measured in lengths]),
-        tiles=np.concatenate([measured.tiles for measured in lengths]),
-        bad_samples=bad,
-        weights=np.concatenate([square_root_weights(m) for m in lengths]) if data_args.use_data_resampling else None,
-    )
-    for sentence in bad[:20]:
-        logger.warning("left out: %s", sentence)
-    if len(bad) > allowed_bad_samples(data_args, len(data.tokens)) or not data.usable.any():
-        raise too_many_bad_samples(bad, allowed_bad_samples(data_args, len(data.tokens)))
-    return data
-
-
-def square_root_weights(measured: Lengths) -> np.ndarray:
-    """Weight of each sample of a data set that is to weigh the square root of the number of its usable samples."""
-    usable = max(1, int((measured.tokens > 0).sum()))
-    return np.full(len(measured.tokens), usable**-0.5)
-
-
 def preprocessor_config(data_args: DataTrainingArguments) -> dict:
     """`preprocessor_config.json` as published checkpoints have it: size, mean and deviation of a tile."""
     mean, std = NORMALIZE[data_args.normalize_type]
@@ -238,12 +186,6 @@ def preprocessor_config(data_args: DataTrainingArguments) -> dict:
     }
 
 
-def allowed_bad_samples(data_args: DataTrainingArguments, samples: int) -> int:
-    """--max_bad_samples as a count."""
-    limit = data_args.max_bad_samples
-    return int(limit * samples) if limit < 1 else int(limit)
-
-
 def build_trainer(
     model: InternVLChatModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -251,39 +193,52 @@ def build_trainer(
     data_args: DataTrainingArguments,
     training_args: TrainingArguments,
     trainer_class: type[InternVLTrainer] = InternVLTrainer,
-    collator: Callable = concat_pad_data_collator,
+    collator: Callable = row_collator,
     **kwargs,
 ) -> InternVLTrainer:
     """Plan the epochs and put everything into a trainer; `kwargs` go to it, too."""
-    planned = partial(
-        plan_epoch,
-        data.tokens,
-        usable=data.usable,
-        weights=data.weights,
-        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
-        world_size=training_args.world_size,
-        micro_batch=training_args.per_device_train_batch_size,
-        accumulation=training_args.gradient_accumulation_steps,
-        group_by_length=training_args.group_by_length,
-    )
-    plan = lru_cache(maxsize=2)(lambda epoch: planned(epoch=epoch))
-    logger.info(
-        "%d samples (%d left out), %d tokens and %d tiles an epoch, in %d steps",
-        data.usable.sum(),
-        len(data.bad_samples),
-        data.tokens.sum(),
-        data.tiles.sum(),
-        len(plan(0)),
-    )
+    schedule = Schedule(data.lengths, data.digests, build_layout(model, data_args, training_args), data.weights)
+    logger.info("the data:\n%s", summary(data.lengths, schedule.plan(0), schedule.layout, len(data.bad_samples)))
+    model.loss_reduction = data_args.loss_reduction
+    collator = partial(collator, pad_id=tokenizer.pad_token_id)
+    if data_args.use_packed_ds and data_args.strict_mode:
+        collator = partial(collator, max_item_length=data_args.max_packed_tokens)
     return trainer_class(
         model=model,
         args=training_args,
         train_dataset=data.rows,
-        data_collator=partial(collator, pad_id=tokenizer.pad_token_id),
+        data_collator=collator,
         processing_class=tokenizer,
-        plan=plan,
+        schedule=schedule,
         bad_samples=data.bad_samples,
-        max_bad_samples=allowed_bad_samples(data_args, len(data.tokens)),
+        max_bad_samples=allowed_bad_samples(data_args, len(data.lengths.tokens)),
         preprocessor=preprocessor_config(data_args),
+        accept_changed_data=data_args.accept_changed_data,
+        all_gather=data_args.loss_reduction_all_gather,
         **kwargs,
+    )
+
+
+def build_layout(
+    model: InternVLChatModel, data_args: DataTrainingArguments, training_args: TrainingArguments
+) -> Layout:
+    """What the flags say about rows and steps; cost is that of this model, of which these parts train."""
+
+    def passes(part: nn.Module) -> int:
+        trained = [name for name, parameter in part.named_parameters() if parameter.requires_grad]
+        recomputed = any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
+        whole = any("lora_" not in name for name in trained)
+        return 1 + recomputed + 1 + whole if trained else 1
+
+    llm = max(passes(model.language_model), passes(model.vision_model), 2)  # gradients go through it in any case
+    return Layout(
+        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
+        world_size=training_args.world_size,
+        micro_batch=training_args.per_device_train_batch_size,
+        accumulation=training_args.gradient_accumulation_steps,
+        group_by_length=training_args.group_by_length and not data_args.use_packed_ds,
+        packed=data_args.use_packed_ds,
+        max_tokens=data_args.max_packed_tokens,
+        max_tiles=data_args.num_images_expected,
+        cost=step_cost(model.config, Passes(vision=passes(model.vision_model), llm=llm)),
     )

@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 def check_preference(model_args: ModelArguments, data_args: PreferenceDataArguments, args: DPOConfig) -> None:
     """Refuse what can be seen to be wrong from the command line alone."""
     check(model_args, data_args)
+    for name, value in {"use_packed_ds": False, "loss_reduction": "token", "loss_reduction_all_gather": False}.items():
+        if getattr(data_args, name) != value:
+            raise ValueError(f"--{name} {getattr(data_args, name)} does not act on pairs of answers: leave it out.")
     for name in {"sigmoid", "bco_pair"} - set(args.loss_type.split(",")):
         if (weight := getattr(data_args, f"{name}_loss_weight")) != 1:
             raise ValueError(f"--{name}_loss_weight {weight} does not act on --loss_type {args.loss_type}.")

@@ -23,8 +23,13 @@ def check(model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
     check_source(model_args)
     if not data_args.meta_path:
         raise ValueError("--meta_path is missing: which JSON file lists the data sets?")
-    if data_args.use_packed_ds:
-        raise ValueError("--use_packed_ds True: not supported yet; without it a row holds one sample.")
+    if data_args.allow_overflow:
+        raise ValueError("--allow_overflow True cannot act: rows are planned so that none exceeds --max_packed_tokens.")
+    if min(data_args.num_images_expected, data_args.max_packed_tokens) < 1:
+        raise ValueError(
+            f"--num_images_expected {data_args.num_images_expected} --max_packed_tokens {data_args.max_packed_tokens}: "
+            "a row has room for at least one tile and one token."
+        )
     if not 1 <= data_args.min_dynamic_patch <= data_args.max_dynamic_patch:
         raise ValueError(
             f"--min_dynamic_patch {data_args.min_dynamic_patch} --max_dynamic_patch {data_args.max_dynamic_patch}: "

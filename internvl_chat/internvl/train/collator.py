@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from internvl.model.token_loss import document_bounds
 from internvl.train.constants import IGNORE_INDEX
 
 # Tensors along tokens: type, and what stands behind the end of a row; `_pad` puts in `pad_id` and positions.
@@ -39,6 +40,13 @@ def concat_pad_data_collator(features: Sequence[dict], max_item_length: int | No
         ValueError: a row is longer than `max_item_length`.
     """
     return _collate(features, pad_id, padded=TOKENS, joined=TILES, length=max_item_length)
+
+
+def row_collator(rows: Sequence[dict], pad_id: int = 0, max_item_length: int | None = None) -> dict:
+    """`concat_pad_data_collator` for training: with `cu_seqlens`, where documents begin in the rows laid end to end,
+    and the number of all tokens. A list, so that it stays on the CPU and no layer waits for the device to know it."""
+    batch = concat_pad_data_collator(rows, max_item_length, pad_id)
+    return batch | {"cu_seqlens": document_bounds(batch["position_ids"])}
 
 
 def pad_data_collator(features: Sequence[dict], pad_id: int = 0) -> dict:

@@ -9,6 +9,7 @@ for the data path can be imported from here.
 """
 
 import random
+import zlib
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from internvl.train.arguments import DataTrainingArguments
 from internvl.train.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, BadSample
 from internvl.train.files import join
 from internvl.train.image import (
+    NORMALIZE,
     build_transform,
     dynamic_preprocess,
     expand2square,
@@ -26,6 +28,7 @@ from internvl.train.image import (
     image_size,
     jpeg_degrade_functions,
     load_image,
+    normalize,
     num_tiles,
     pil_loader,
     qualities,
@@ -134,21 +137,25 @@ class LazySupervisedDataset(Dataset):
                 f"data set {ds_name}: repeat_time {meta.get('repeat_time', 1)} of the {len(self.records)} records in "
                 f"{self.records.path} leaves no sample."
             )
-        self._blank = None
         self.img_context_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.get(index, epoch=0)
+        """Sample number `index` as upstream gives it: tiles normalised, without pictures a white one of flag 0."""
+        sample = self.get(index, epoch=0)
+        if len(sample["pixel_values"]) == 0:
+            white = self._transform(random.Random(0))(Image.new("RGB", (224, 224), (255, 255, 255)))
+            sample |= {"pixel_values": white[None], "image_flags": torch.tensor([0])}
+        return sample | {"pixel_values": normalize(sample["pixel_values"], *NORMALIZE[self.data_args.normalize_type])}
 
     def get(self, index: int, epoch: int) -> dict[str, torch.Tensor]:
         """Sample number `index` as this epoch sees it.
 
         Returns:
-            `input_ids`, `labels`, `position_ids` (L,) int64, `pixel_values` (T, 3, S, S) float32, `image_flags` (T,)
-            int64. A record without pictures has one white tile of flag 0.
+            `input_ids`, `labels`, `position_ids` (L,) int64, `pixel_values` (T, 3, S, S) uint8, which `normalize` makes
+            ready for the model, `image_flags` (T,) int64. A record without pictures has no tile.
 
         Raises:
             BadSample: the record cannot be used; the message says why.
@@ -161,8 +168,8 @@ class LazySupervisedDataset(Dataset):
         tiles = [transform(tile) for tiles in pictures for tile in tiles]
         return {
             **texts,
-            "pixel_values": torch.stack(tiles) if tiles else self._blank_tile(),
-            "image_flags": torch.tensor([1] * len(tiles) or [0]),
+            "pixel_values": torch.stack(tiles) if tiles else self.no_tiles(),
+            "image_flags": torch.ones(len(tiles), dtype=torch.int64),
         }
 
     def measure(self, index: int) -> tuple[int, int, int]:
@@ -175,7 +182,11 @@ class LazySupervisedDataset(Dataset):
         tiles = self._tile_counts(record)
         texts = self._texts(record, tiles)
         labels = torch.cat([values for name, values in texts.items() if name.endswith("labels")])  # a pair has two
-        return len(labels), int((labels != IGNORE_INDEX).sum()), sum(tiles) or 1
+        return len(labels), int((labels != IGNORE_INDEX).sum()), sum(tiles)
+
+    def digest(self, index: int) -> int:
+        """A checksum of the record of a sample, from -2^31 to 2^31 - 1."""
+        return zlib.crc32(self.records.content(self.order[index])) - (1 << 31)
 
     def describe(self, index: int) -> str:
         """Where a sample comes from, for messages."""
@@ -224,17 +235,15 @@ class LazySupervisedDataset(Dataset):
             return [1] * len(sizes)
         return [num_tiles(*size, **self._tiling(len(sizes))) for size in sizes]
 
-    def _transform(self, generator: random.Random | None):
+    def _transform(self, generator: random.Random):
         args = self.data_args
         return build_transform(
-            self.data_augment, args.force_image_size, args.pad2square, args.normalize_type, generator=generator
+            self.data_augment, args.force_image_size, args.pad2square, args.normalize_type, generator, normalized=False
         )
 
-    def _blank_tile(self) -> torch.Tensor:
-        """What the model is shown, flag 0, where there is no picture: (1, 3, S, S). The same tensor each time."""
-        if self._blank is None:
-            self._blank = self._transform(random.Random(0))(Image.new("RGB", (224, 224), (255, 255, 255)))[None]
-        return self._blank
+    def no_tiles(self) -> torch.Tensor:
+        side = self.data_args.force_image_size
+        return torch.empty(0, 3, side, side, dtype=torch.uint8)
 
     def _texts(self, record: dict, tiles: list[int]) -> dict[str, torch.Tensor]:
         """What a sample has beside its tiles, for pictures of these numbers of tiles."""

@@ -16,7 +16,7 @@ from internvl.train.constants import IGNORE_INDEX, BadSample
 from internvl.train.dataset import LazySupervisedDataset
 
 
-class RowDataset(Dataset):
+class PackedDataset(Dataset):
     """Rows over several data sets, whose samples are numbered on: those of the first, then those of the second, ..."""
 
     def __init__(self, datasets: Sequence[LazySupervisedDataset]):
@@ -57,11 +57,10 @@ class RowDataset(Dataset):
     def empty_row(self) -> dict[str, torch.Tensor]:
         """A row that trains nothing and yet runs through the whole model, so that ranks stay in step."""
         dataset = self.datasets[0]
-        side = dataset.data_args.force_image_size
         return {
             "input_ids": torch.full((2,), dataset.tokenizer.pad_token_id),
             "labels": torch.full((2,), IGNORE_INDEX),
             "position_ids": torch.arange(2),
-            "pixel_values": torch.zeros(1, 3, side, side),
-            "image_flags": torch.zeros(1, dtype=torch.int64),
+            "pixel_values": dataset.no_tiles(),
+            "image_flags": torch.ones(0, dtype=torch.int64),
         }

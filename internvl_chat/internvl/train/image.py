@@ -7,9 +7,10 @@ trained model. The arithmetic is that of the published models; tests hold it to 
 import io
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+import torch
 import torchvision.transforms as T
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode
@@ -154,6 +155,7 @@ def build_transform(
     pad2square: bool = False,
     normalize_type: str = "imagenet",
     generator: random.Random | None = None,
+    normalized: bool = True,
 ) -> T.Compose:
     """Tile to float tensor (3, input_size, input_size), normalised.
 
@@ -162,6 +164,7 @@ def build_transform(
         pad2square: pad with the mean colour instead of stretching.
         normalize_type: mean and deviation: imagenet, clip or siglip.
         generator: draws the JPEG qualities; by default Python's shared one.
+        normalized: False for the uint8 tensor of which `normalize` makes the float one, elsewhere.
     """
     if normalize_type not in NORMALIZE:
         raise NotImplementedError(f"normalize_type {normalize_type!r} is not one of {', '.join(NORMALIZE)}.")
@@ -173,5 +176,12 @@ def build_transform(
     elif pad2square:
         colour = tuple(int(channel * 255) for channel in mean)
         steps.append(T.Lambda(lambda image: expand2square(image, colour)))
-    resize = T.Resize((input_size, input_size), interpolation=InterpolationMode.BICUBIC)
-    return T.Compose([*steps, resize, T.ToTensor(), T.Normalize(mean, std)])
+    steps.append(T.Resize((input_size, input_size), interpolation=InterpolationMode.BICUBIC))
+    steps += [T.ToTensor(), T.Normalize(mean, std)] if normalized else [T.PILToTensor()]
+    return T.Compose(steps)
+
+
+def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Tiles (..., 3, H, W) of bytes to float32, on their device: the arithmetic of ToTensor and Normalize."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
+    return pixels.float().div_(255).sub_(mean).div_(std)

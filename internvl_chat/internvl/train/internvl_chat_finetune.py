@@ -9,7 +9,8 @@ import os
 
 from internvl.dist_utils import init_dist
 from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments, parse_args  # noqa: F401
-from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer
+from internvl.train.build import build_model, build_tokenizer, build_trainer
+from internvl.train.build_data import build_data
 from internvl.train.check import check, resume_point
 from internvl.train.constants import IGNORE_INDEX  # noqa: F401
 from internvl.train.dataset import LazySupervisedDataset  # noqa: F401

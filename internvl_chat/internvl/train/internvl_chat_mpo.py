@@ -12,7 +12,8 @@ from pathlib import Path
 from internvl.dist_utils import init_dist
 from internvl.train.arguments import MPO, DPOConfig, ModelArguments, parse_args  # noqa: F401
 from internvl.train.arguments import PreferenceDataArguments as DataTrainingArguments  # noqa: F401
-from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer
+from internvl.train.build import build_model, build_tokenizer, build_trainer
+from internvl.train.build_data import build_data
 from internvl.train.build_mpo import build_reference, check_preference
 from internvl.train.check import resume_point
 from internvl.train.preference import PreferenceDataset, pair_collator

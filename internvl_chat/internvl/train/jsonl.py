@@ -48,17 +48,21 @@ class Jsonl:
 
     def __getitem__(self, index: int) -> dict:
         """Record number `index`; BadSample when its line is not a JSON object."""
-        if self._open_file is None:
-            self._open_file = open(self.file, "rb", buffering=0)  # noqa: SIM115 (stays open)
-        # pread, not seek and read: forked workers share one file position.
-        start, end = int(self._starts[index]), int(self._ends[index])
         try:
-            record = json.loads(os.pread(self._open_file.fileno(), end - start, start))
+            record = json.loads(self.content(index))
         except ValueError as error:  # wrong JSON as well as wrong UTF-8
             raise BadSample(f"line {self.line(index)} is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise BadSample(f"line {self.line(index)} is a JSON {type(record).__name__}, not an object")
         return record
+
+    def content(self, index: int) -> bytes:
+        """The line of record `index`."""
+        if self._open_file is None:
+            self._open_file = open(self.file, "rb", buffering=0)  # noqa: SIM115 (stays open)
+        # pread, not seek and read: forked workers share one file position.
+        start, end = int(self._starts[index]), int(self._ends[index])
+        return os.pread(self._open_file.fileno(), end - start, start)
 
     def line(self, index: int) -> int:
         """Number of the line that holds record `index`, counted from 1."""

@@ -1,17 +1,19 @@
 """Measure every sample before training: tokens, trained tokens, tiles, and which samples cannot be used.
 
-Stands between `dataset.py` and `plan.py`. Works from text and image headers only, in parallel, once: the result is kept
-on disk under a fingerprint of everything that decides it.
+Stands between `dataset.py` and `plan.py`. Works from text and image headers only, over all processes of all ranks,
+once: the result is kept on disk under a fingerprint of everything that decides it, and so is the part of it that is
+there when a run is interrupted.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -19,10 +21,13 @@ from tqdm import tqdm
 from internvl.train.constants import BadSample
 from internvl.train.dataset import LazySupervisedDataset
 from internvl.train.files import cache_folder, is_remote, write_whole
+from internvl.train.plan import Lengths
 
-VERSION = 1  # of the files; to be raised whenever samples of the same data change
+VERSION = 2  # of the files; to be raised whenever samples of the same data change
 CHUNK = 256  # samples a process measures at a time
+ROUND = 16384  # samples of a rank after which what is measured is written down
 WORTH_A_PROCESS = 4000  # samples for which it pays to start one, which takes seconds
+UNKNOWN = -1  # tokens of a sample that is yet to be measured
 # Fields of DataTrainingArguments that decide lengths.
 FIELDS = (
     "conv_style",
@@ -35,29 +40,45 @@ FIELDS = (
 )
 
 
-class Lengths(NamedTuple):
-    """Tokens, trained tokens and tiles of each sample of a data set, (N,) int32 each; 0 where a sample cannot be used.
+class Ranks(NamedTuple):
+    """The processes that measure together; `gathered(value)` is the list of all ranks' values, on every rank."""
 
-    `bad` lists the latter: (index, reason).
+    rank: int = 0
+    world_size: int = 1
+    gathered: Callable[[Any], list] = lambda value: [value]
+
+
+ALONE = Ranks()
+
+
+class Measured(NamedTuple):
+    """What is known of the samples of a data set.
+
+    Attributes:
+        digests: (N,) int32, a checksum of each record.
+        bad: (index, reason) of each sample that cannot be used; its lengths are 0.
     """
 
-    tokens: np.ndarray
-    trained: np.ndarray
-    tiles: np.ndarray
+    lengths: Lengths
+    digests: np.ndarray
     bad: list[tuple[int, str]]
 
 
 def measure(
-    dataset: LazySupervisedDataset, num_workers: int = 0, cache_dir: str | None = None, progress: bool = True
-) -> Lengths:
+    dataset: LazySupervisedDataset,
+    processes: int = 0,
+    cache_dir: str | None = None,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
+) -> Measured:
     """Lengths of all samples, as `dataset.get` produces them in any epoch.
 
     What is kept on disk is trusted except for unusable samples: those are looked at again, since files may have been
     mended.
 
     Args:
-        num_workers: processes to use at most; below 2 this process measures.
-        cache_dir: folder for results; by default $INTERNVL_CACHE, else ~/.cache/internvl_chat.
+        processes: to use at most on this rank; below 2 this process measures.
+        cache_dir: folder for results; by default $INTERNVL_CACHE, else ~/.cache/internvl_chat. Of rank 0 alone.
         progress: show a bar.
 
     Raises:
@@ -66,19 +87,21 @@ def measure(
     stem = Path(cache_dir or cache_folder()) / f"lengths-{fingerprint(dataset)}"
     # Repeats of a record are as long as its first appearance: only that is measured.
     _, first, column = np.unique(dataset.order, return_index=True, return_inverse=True)
-    records = len(first)
-    table, reasons = _load(stem, records) or (np.zeros((3, records), np.int32), {})
-    todo = sorted(reasons) if table.any() else range(records)
-    if todo:
-        table, reasons = table.copy(), {}
-        measured = _measured(dataset, [int(first[record]) for record in todo], num_workers, progress)
-        for record, (*lengths, reason) in zip(todo, measured, strict=True):
-            table[:, record] = lengths
-            if reason:
-                reasons[record] = reason
-        _save(stem, table, reasons)
+    table = ranks.gathered(_load(stem, len(first)) if ranks.rank == 0 else None)[0]
+    todo, reasons = np.flatnonzero(table[0] <= 0), {}
+    if len(todo):
+        file = _unfinished(stem, table) if ranks.rank == 0 else table
+        for records, results in _measured(dataset, first, todo, processes, progress, ranks):
+            for record, (*facts, reason) in zip(records, results, strict=True):
+                table[:, record] = facts
+                if reason:
+                    reasons[int(record)] = reason
+            file[:, records] = table[:, records]
+        if ranks.rank == 0:
+            _finish(stem, table)
     bad = [(i, reasons[int(column[i])]) for i in np.flatnonzero(table[0, column] == 0).tolist()]
-    return Lengths(*(table if len(dataset) == records else table[:, column]), bad)
+    tokens, trained, tiles, digests = table if len(dataset) == len(first) else table[:, column]
+    return Measured(Lengths(tokens, trained, tiles), digests, bad)
 
 
 def fingerprint(dataset: LazySupervisedDataset) -> str:
@@ -113,22 +136,36 @@ def _tokenizer_facts(tokenizer) -> list:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def _measured(dataset, records: Sequence[int], num_workers: int, progress: bool) -> Iterable[tuple]:
-    """(tokens, trained, tiles, reason or None) of each record, in order."""
-    processes = min(num_workers, len(records) // WORTH_A_PROCESS)
-    with tqdm(total=len(records), desc=f"measuring {dataset.ds_name}", unit="sample", disable=not progress) as bar:
-        if processes < 2:
-            for record in records:
-                yield _measure_one(dataset, record)
-                bar.update()
-            return
-        chunks = [records[start : start + CHUNK] for start in range(0, len(records), CHUNK)]
-        # Spawned, not forked: tokenizers and CUDA have threads that do not survive a fork.
-        context = get_context("spawn")
-        with ProcessPoolExecutor(processes, context, initializer=_Worker.start, initargs=(dataset,)) as pool:
-            for results in pool.map(_Worker.measure, chunks):
-                yield from results
-                bar.update(len(results))
+def _measured(
+    dataset, first: np.ndarray, todo: np.ndarray, processes: int, progress: bool, ranks: Ranks
+) -> Iterator[tuple[np.ndarray, list[tuple]]]:
+    """(records, [(tokens, trained, tiles, digest, reason or None)]) of all ranks, round after round."""
+    processes = min(processes, len(todo) // ranks.world_size // WORTH_A_PROCESS)
+    bar = tqdm(total=len(todo), desc=f"measuring {dataset.ds_name}", unit="sample", disable=not progress)
+    with bar, _pool(dataset, processes) as measure_all:
+        for start in range(0, len(todo), ROUND * ranks.world_size):
+            together = todo[start : start + ROUND * ranks.world_size]
+            mine = []
+            for results in measure_all(first[together[ranks.rank :: ranks.world_size]].tolist()):
+                mine += results
+                bar.update(len(results) if ranks.world_size == 1 else 0)
+            for rank, results in enumerate(ranks.gathered(mine)):
+                yield together[rank :: ranks.world_size], results
+            bar.update(len(together) if ranks.world_size > 1 else 0)
+
+
+@contextmanager
+def _pool(dataset: LazySupervisedDataset, processes: int):
+    """A function from samples to their measurements, in chunks: on so many processes, or here."""
+    if processes < 2:
+        yield lambda samples: ([_measure_one(dataset, sample)] for sample in samples)
+        return
+    # Spawned, not forked: tokenizers and CUDA have threads that do not survive a fork.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_Worker.start, initargs=(dataset,)) as pool:
+        yield lambda samples: pool.map(
+            _Worker.measure, [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
+        )
 
 
 class _Worker:
@@ -141,31 +178,37 @@ class _Worker:
         cls.dataset = dataset
 
     @classmethod
-    def measure(cls, records: Sequence[int]) -> list[tuple]:
-        return [_measure_one(cls.dataset, record) for record in records]
+    def measure(cls, samples: Sequence[int]) -> list[tuple]:
+        return [_measure_one(cls.dataset, sample) for sample in samples]
 
 
-def _measure_one(dataset: LazySupervisedDataset, record: int) -> tuple:
+def _measure_one(dataset: LazySupervisedDataset, sample: int) -> tuple:
+    digest = dataset.digest(sample)
     try:
-        return *dataset.measure(record), None
+        return *dataset.measure(sample), digest, None
     except BadSample as reason:
-        return 0, 0, 0, str(reason)
+        return 0, 0, 0, digest, str(reason)
 
 
 # -- on disk -----------------------------------------------------------------------------------------------------------
 
 
-def _load(stem: Path, records: int) -> tuple[np.ndarray, dict[int, str]] | None:
-    """Table (3, records), memory-mapped, and reasons by record; None when they are not there or not whole."""
-    try:
-        table = np.load(f"{stem}.npy", mmap_mode="r")
-        reasons = {int(record): reason for record, reason in json.loads(Path(f"{stem}.json").read_text()).items()}
-    except (OSError, ValueError, EOFError):
-        return None
-    whole = table.shape == (3, records) and set(np.flatnonzero(table[0] == 0).tolist()) == reasons.keys()
-    return (table, reasons) if whole else None
+def _load(stem: Path, records: int) -> np.ndarray:
+    """(4, records) int32: tokens, trained tokens, tiles, digests, as far as they are known."""
+    for name in (f"{stem}.npy", f"{stem}.part.npy"):
+        with suppress(OSError, ValueError, EOFError):
+            table = np.load(name)
+            if table.shape == (4, records) and table.dtype == np.int32:
+                return table
+    return np.full((4, records), UNKNOWN, np.int32)
 
 
-def _save(stem: Path, table: np.ndarray, reasons: dict[int, str]) -> None:
-    write_whole(f"{stem}.json", lambda file: file.write(json.dumps(reasons).encode()))
+def _unfinished(stem: Path, table: np.ndarray) -> np.ndarray:
+    """A copy of the table as a file that is written to while measuring."""
+    write_whole(f"{stem}.part.npy", lambda file: np.save(file, table))
+    return np.load(f"{stem}.part.npy", mmap_mode="r+")
+
+
+def _finish(stem: Path, table: np.ndarray) -> None:
     write_whole(f"{stem}.npy", lambda file: np.save(file, table))
+    Path(f"{stem}.part.npy").unlink(missing_ok=True)

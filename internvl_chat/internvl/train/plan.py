@@ -1,61 +1,128 @@
-"""Which samples form each step of an epoch: a pure function of lengths and a seed.
+"""Which samples form each row and which rows form each step of an epoch: a pure function of sizes and a seed.
 
 Stands between `lengths.py` and the dataloader. No torch, no clock, no ranks that talk to each other: every rank
 computes the whole plan and reads its own column, so the number of steps is exact before the first one and resuming is
-"epoch e, step s".
+"epoch e, step s". A padded batch, batches of similar length and packed rows are three settings of it.
 """
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from internvl.train.packing import pack
+
+
+class Lengths(NamedTuple):
+    """Sizes of samples, (N,) integers each: tokens, trained tokens, tiles. A sample of 0 tokens cannot be used."""
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    tiles: np.ndarray
+
+
+class Cost(NamedTuple):
+    """FLOPs of a sample: those of a token, of a trained token, of a tile, and of a pair of tokens (attention)."""
+
+    token: float = 1.0
+    trained: float = 0.0
+    tile: float = 0.0
+    pair: float = 0.0
+
+    def of(self, lengths: Lengths) -> np.ndarray:
+        """(N,) float32."""
+        tokens = lengths.tokens.astype(np.float32)
+        linear = tokens * (self.token + self.pair * tokens)
+        return linear + np.float32(self.trained) * lengths.trained + np.float32(self.tile) * lengths.tiles
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a plan is made for.
+
+    Attributes:
+        micro_batch: rows of one forward pass. accumulation: forward passes of a step.
+        group_by_length: ranks get rows of similar length at the same time, in nearly equal numbers of tokens.
+        packed: rows hold as many samples as fit into `max_tokens` and `max_tiles`, and ranks get rows of nearly equal
+            `cost` at the same time; otherwise a row holds one sample.
+    """
+
+    seed: int
+    world_size: int
+    micro_batch: int
+    accumulation: int
+    group_by_length: bool = False
+    packed: bool = False
+    max_tokens: int = 0
+    max_tiles: int = 0
+    cost: Cost = Cost()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An epoch. Row r holds the samples `samples[starts[r]:starts[r + 1]]`.
+
+    Attributes:
+        steps: (steps, accumulation, world_size, micro_batch) numbers of rows; -1 marks an empty slot.
+    """
+
+    samples: np.ndarray
+    starts: np.ndarray
+    steps: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self.steps)
+
+    def row(self, number: int) -> list[int]:
+        """The samples of a row; none of row -1."""
+        return self.samples[self.starts[number] : self.starts[number + 1]].tolist() if number >= 0 else []
+
+    def seen(self, steps: int, samples: int) -> np.ndarray:
+        """(samples,) how often each sample is in the first so many steps."""
+        rows = self.steps[:steps].ravel()
+        lengths = np.zeros(len(self.starts), np.int64)  # row -1 has none
+        lengths[:-1] = np.diff(self.starts)
+        first = np.repeat(self.starts[rows] - np.cumsum(lengths[rows]) + lengths[rows], lengths[rows])
+        return np.bincount(self.samples[first + np.arange(len(first))], minlength=samples)
+
+    def totals(self, values: np.ndarray) -> np.ndarray:
+        """Sums over the samples of each row: (N,) values -> (R,)."""
+        return np.add.reduceat(values[self.samples], self.starts[:-1]) if len(self.samples) else values[:0]
+
 
 def plan_epoch(
-    tokens: np.ndarray,
-    *,
-    seed: int,
-    epoch: int,
-    world_size: int,
-    micro_batch: int,
-    accumulation: int,
-    group_by_length: bool = False,
-    usable: np.ndarray | None = None,
-    weights: np.ndarray | None = None,
-) -> np.ndarray:
+    lengths: Lengths, layout: Layout, epoch: int, *, weights: np.ndarray | None = None, seen: np.ndarray | None = None
+) -> Plan:
     """Lay out one epoch.
 
     Args:
-        tokens: (N,) length of each sample; only looked at with `group_by_length`.
-        group_by_length: steps of samples of similar length, dealt so that ranks get nearly equal numbers of tokens.
-        usable: (N,) bool; samples that are False are left out.
+        lengths: of N samples; those of 0 tokens are left out.
         weights: (N,) float64 >= 0; how often a sample is to be drawn, relative to the others. Neighbours of equal
             weight count as one data set. It gets its share of the draws, rounded by largest remainder, and deals them
             out without replacement: no two of its samples differ by more than one draw.
+        seen: (N,) how often a sample has been seen in this epoch already: what is left is planned.
 
     Returns:
-        (steps, accumulation, world_size, micro_batch) int64 sample ids, every usable sample once, with `weights` as
-        many draws as there are usable samples; steps as few as possible. -1 marks an empty slot; only the last step
-        has any, spread evenly over ranks and micro-batches.
+        The plan; every usable sample is in it once, with `weights` as many draws as there are usable samples; steps are
+        as few as the rows allow. Only the last step has empty slots, spread evenly over ranks and micro-batches.
     """
-    rng = np.random.default_rng((seed, epoch))
-    ids = np.arange(len(tokens)) if usable is None else np.flatnonzero(usable)
+    ids = np.flatnonzero(lengths.tokens).astype(np.int32)
     if weights is not None:
-        ids = _draw(ids, np.asarray(weights, np.float64)[ids], rng)
-    ids = rng.permutation(ids)
-    size = accumulation * micro_batch * world_size
-    if group_by_length:
-        ids = _group(ids, np.asarray(tokens), size, rng)
-    whole = len(ids) - len(ids) % size
-    steps = ids[:whole].reshape(-1, accumulation, micro_batch, world_size)
-    if whole < len(ids):
-        last = np.full(size, -1)
-        last[: len(ids) - whole] = ids[whole:]
-        # Filled rank by rank, then micro-batch by micro-batch, so that the empty slots are everyone's.
-        last = last.reshape(micro_batch, accumulation, world_size).swapaxes(0, 1)
-        steps = np.concatenate([steps, last[None]])
-    if group_by_length:
-        # Samples of a step descend in length: deal them to the ranks there and back, as cards.
-        deals = steps.reshape(len(steps), accumulation * micro_batch, world_size)
-        deals[:, 1::2] = deals[:, 1::2, ::-1].copy()
-    return np.ascontiguousarray(steps.swapaxes(2, 3).astype(np.int64, copy=False))
+        # Whatever the number of ranks: the rest of an epoch is the rest of the same draws.
+        ids = _draw(ids, np.asarray(weights, np.float64)[ids], np.random.default_rng((layout.seed, epoch)))
+    if seen is not None:
+        left = np.maximum(np.bincount(ids, minlength=len(lengths.tokens)) - seen, 0)
+        ids = np.repeat(np.arange(len(left), dtype=np.int32), left)
+    rng = np.random.default_rng((layout.seed, epoch, 1))
+    if layout.packed:
+        order, starts = pack(lengths.tokens[ids], lengths.tiles[ids], layout.max_tokens, layout.max_tiles, rng)
+        ids, size = ids[order], layout.cost.of(lengths)
+    else:
+        ids, starts = rng.permutation(ids), np.arange(len(ids) + 1)
+        size = lengths.tokens if layout.group_by_length else None
+    plan = Plan(ids, starts, np.empty((0, 1, 1, 1), np.int64))
+    return Plan(ids, starts, _steps(len(starts) - 1, None if size is None else plan.totals(size), layout, rng))
 
 
 def _draw(ids: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -69,15 +136,32 @@ def _draw(ids: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.
     return np.concatenate([np.resize(rng.permutation(run), n) for run, n in zip(runs, draws, strict=True)])
 
 
-def _group(ids: np.ndarray, tokens: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Order ids so that each run of `size` is of similar length, descending; the runs are in random order."""
-    # Lengths that differ by less than 5 % are the same: neighbours change from epoch to epoch.
-    ids = ids[np.argsort(-tokens[ids] * rng.uniform(0.95, 1.05, len(ids)), kind="stable")]
-    left_over = len(ids) % size
-    # The incomplete step at the end takes its samples from a random place, not always the longest or the shortest.
-    start = size * int(rng.integers(len(ids) // size + 1))
-    rest = ids[start : start + left_over]
-    groups = np.delete(ids, np.s_[start : start + left_over]).reshape(-1, size)
-    groups = rng.permutation(groups)
-    groups = np.take_along_axis(groups, np.argsort(-tokens[groups], axis=1, kind="stable"), axis=1)
-    return np.concatenate([groups.ravel(), rest])
+def _steps(rows: int, size: np.ndarray | None, layout: Layout, rng: np.random.Generator) -> np.ndarray:
+    """Rows in random order; with a `size` of each, those that ranks get at the same time are of nearly equal size."""
+    together = layout.micro_batch * layout.world_size
+    step = layout.accumulation * together
+    left_over = rows % step
+    order = rng.permutation(rows)
+    start = rows - left_over
+    if size is not None:
+        # Lengths within 5 %, costs within 0.2 %, are the same: neighbours change from epoch to epoch.
+        spread = 0.002 if layout.packed else 0.05
+        order = order[np.argsort(-size[order] * rng.uniform(1 - spread, 1 + spread, rows), kind="stable")]
+        # The incomplete step at the end takes its rows from a random place, not always the longest or the shortest.
+        start = together * int(rng.integers((rows - left_over) // together + 1))
+    rest = order[start : start + left_over]
+    deals = np.delete(order, np.s_[start : start + left_over]).reshape(-1, together)
+    if size is not None:
+        deals = rng.permutation(deals)
+        deals = np.take_along_axis(deals, np.argsort(-size[deals], axis=1, kind="stable"), axis=1)
+        # Rows descend: deal them to the ranks there and back, as cards.
+        deals = deals.reshape(-1, layout.micro_batch, layout.world_size)
+        deals[:, 1::2] = deals[:, 1::2, ::-1].copy()
+    steps = deals.reshape(-1, layout.accumulation, layout.micro_batch, layout.world_size)
+    if left_over:
+        last = np.full(step, -1)
+        last[:left_over] = rest
+        # Filled rank by rank, then micro-batch by micro-batch, so that the empty slots are everyone's.
+        last = last.reshape(layout.micro_batch, layout.accumulation, layout.world_size).swapaxes(0, 1)
+        steps = np.concatenate([steps, last[None]])
+    return np.ascontiguousarray(steps.swapaxes(2, 3).astype(np.int64, copy=False))

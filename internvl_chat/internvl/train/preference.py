@@ -3,14 +3,14 @@
     {"question": ..., "chosen": ..., "rejected": ..., "image": ...}
 
 A pair is two conversations over the same pictures, and travels the road of a Sample: `LazySupervisedDataset` reads,
-tiles, measures and reports it, `RowDataset` and the plan place it. `preference_loss.py` takes over from the batch.
+tiles, measures and reports it, `PackedDataset` and the plan place it. `preference_loss.py` takes over from the batch.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from internvl.train.collator import concat_pad_data_collator
+from internvl.train.collator import concat_pad_data_collator, row_collator
 from internvl.train.constants import BadSample
 from internvl.train.dataset import LazySupervisedDataset
 
@@ -52,11 +52,12 @@ def pair_collator(pairs: Sequence[dict], pad_id: int = 0) -> dict:
     """B pairs to one batch of 2B rows: all chosen answers, then all rejected ones; the tiles of a pair stand once.
 
     Args:
-        pairs: items of a `RowDataset` over pairs. An empty row, which has no sides, stands on both.
+        pairs: items of a `PackedDataset` over pairs. An empty row, which has no sides, stands on both.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` (2B, L), `pixel_values`, `image_flags` of the B pairs, `bad_samples`.
+        `input_ids`, `labels`, `position_ids` (2B, L), `pixel_values`, `image_flags` of the B pairs, `cu_seqlens`,
+        `bad_samples`.
     """
     rows = [{key: pair.get(f"{side}_{key}", pair.get(key)) for key in TOKENS} for side in SIDES for pair in pairs]
     rest = [{key: pair[key] for key in ("pixel_values", "image_flags", "bad_samples")} for pair in pairs]
-    return concat_pad_data_collator(rows, pad_id=pad_id) | concat_pad_data_collator(rest)
+    return row_collator(rows, pad_id) | concat_pad_data_collator(rest)

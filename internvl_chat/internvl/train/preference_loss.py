@@ -29,18 +29,21 @@ from internvl.train.arguments import DPOConfig, PreferenceDataArguments
 class InternVLChatModel(internvl_chat.InternVLChatModel):
     """The chat model, whose forward pass scores pairs. Of the same name, since a checkpoint tells its class by name."""
 
-    def forward(self, input_ids, labels, position_ids, pixel_values, image_flags) -> torch.Tensor:
+    def forward(self, input_ids, labels, position_ids, pixel_values, image_flags, cu_seqlens=None) -> torch.Tensor:
         """Batch of `pair_collator` -> (2B,) float32, summed log-probability of each row's labels.
 
         Both rows of a pair show the same tiles: these pass the vision encoder once.
         """
-        visual_features = self.extract_feature(pixel_values)[image_flags.flatten() == 1]
+        visual_features = None
+        if len(pixel_values):
+            visual_features = self.extract_feature(pixel_values)[image_flags.flatten() == 1].repeat(2, 1, 1)
         llm = plain(self.language_model)
         outputs = decode(
             llm,
-            self._embed(input_ids, visual_features=visual_features.repeat(2, 1, 1)),
+            self._embed(input_ids, visual_features=visual_features),
             attention_mask=None,
             position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
             use_cache=False,
         )
         return label_log_probs(outputs.last_hidden_state, partial(logits_of, llm), labels, position_ids)

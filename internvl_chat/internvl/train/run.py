@@ -12,7 +12,7 @@ import transformers
 
 from internvl.dist_utils import rank
 from internvl.train.arguments import TrainingArguments
-from internvl.train.build import Data
+from internvl.train.build_data import Data
 from internvl.train.constants import BadSample
 from internvl.train.trainer import InternVLTrainer
 

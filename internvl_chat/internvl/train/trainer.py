@@ -1,64 +1,52 @@
-"""HF Trainer with a dataloader that reads a plan, one optimizer group a part, and reports of speed and bad samples.
+"""HF Trainer with one optimizer group a part, and reports of speed and bad samples.
 
-Made by `build.py`; checkpoints are `checkpointing.py`'s, everything else of a run (loop, DeepSpeed, schedule,
-TensorBoard) is transformers' own.
+Made by `build.py`; checkpoints are `checkpointing.py`'s, steps `scheduled.py`'s, everything else of a run (loop,
+DeepSpeed, learning rates, TensorBoard) is transformers' own.
 """
 
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from internvl.dist_utils import gathered
-from internvl.train.checkpointing import CheckpointingTrainer
+from internvl.model.token_loss import document_weights, trained_positions
 from internvl.train.constants import BadSample
+from internvl.train.image import normalize
 from internvl.train.metrics import Throughput, rates
+from internvl.train.scheduled import ScheduledTrainer
 from internvl.train.trainable import parameter_groups, watch_gradients
 
 logger = logging.getLogger(__name__)
 
 
-class PlannedBatches:
-    """Batch sampler of one rank: the rows of a plan in order, each as the key `(epoch, *sample ids)` of `RowDataset`.
-
-    Args:
-        plan: epoch -> array (steps, accumulation, world_size, micro_batch) of sample ids, -1 where a slot is empty.
-        rank: which column of the plan to read.
-        epoch: tells the current epoch; asked when an epoch's iteration begins.
-    """
-
-    def __init__(self, plan: Callable[[int], np.ndarray], rank: int, epoch: Callable[[], int]):
-        self.plan, self.rank, self.epoch = plan, rank, epoch
-        steps, accumulation = plan(0).shape[:2]
-        self.length = steps * accumulation
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        epoch = self.epoch()
-        mine = self.plan(epoch)[:, :, self.rank]
-        for rows in mine.reshape(-1, mine.shape[-1]).tolist():
-            yield [(epoch, row) for row in rows if row >= 0] or [(epoch, -1)]
+def label_weights(batch: dict, reduction: str) -> torch.Tensor:
+    """Weights (n,) of the labels of a batch that are trained."""
+    weights = document_weights(batch["labels"], batch["position_ids"], reduction)
+    return weights[:, 1:][trained_positions(batch["labels"], batch["position_ids"])]
 
 
-class InternVLTrainer(CheckpointingTrainer):
-    """Trains on the rows of a plan.
+class InternVLTrainer(ScheduledTrainer):
+    """Trains a chat model.
 
-    Args (beyond CheckpointingTrainer's):
-        plan: epoch -> array of sample ids, as `plan_epoch` returns it.
+    Args (beyond ScheduledTrainer's):
         bad_samples: sentences on the samples that measuring already found unusable.
         max_bad_samples: how many unusable samples may be left out before the run stops.
+        all_gather: a step's loss is the weighted mean over all its trained tokens, whatever rank and micro-batch they
+            are in; otherwise the mean of the micro-batches' means.
     """
 
     def __init__(
-        self, *args, plan: Callable[[int], np.ndarray], bad_samples: list[str], max_bad_samples: int, **kwargs
+        self,
+        *args,
+        bad_samples: list[str],
+        max_bad_samples: int,
+        all_gather: bool = False,
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.plan = plan
+        self.all_gather = all_gather
+        self.weight_of_step = 0.0  # of all labels of a micro-batch, in the mean over ranks and accumulation
         self.bad_samples = list(bad_samples)
         self.max_bad_samples = max_bad_samples
         self.found_bad: list[str] = []  # by this rank, since the last report
@@ -67,27 +55,20 @@ class InternVLTrainer(CheckpointingTrainer):
 
     # -- data --------------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Each rank reads its own column of the plan, so accelerate must not split the batches once more."""
-        cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        workers = min(self.args.dataloader_num_workers, cores)  # the order is the same with any number
-        batches = PlannedBatches(self.plan, self.args.process_index, epoch=lambda: int(self.state.epoch or 0))
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor or 2 if workers else None,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
-            persistent_workers=workers > 0,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-        )
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.all_gather:
+            weight = sum(label_weights(batch, self.model.loss_reduction).sum() for batch in batches).to(device)
+            self.weight_of_step = self.accelerator.reduce(weight, "mean") / max(1, len(batches))
+        return batches, items
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         self.found_bad += inputs.pop("bad_samples", [])
         tokens = (inputs["input_ids"] != self.processing_class.pad_token_id).sum().item()
         self.throughput.count(tokens, int(inputs["image_flags"].sum()))
-        return super()._prepare_inputs(inputs)
+        inputs = super()._prepare_inputs(inputs)
+        means = self.preprocessor["image_mean"], self.preprocessor["image_std"]
+        return inputs | {"pixel_values": normalize(inputs["pixel_values"], *means)}
 
     # -- step --------------------------------------------------------------------------------------------------------
 
@@ -107,14 +88,16 @@ class InternVLTrainer(CheckpointingTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        loss = loss * self.micro_batch_weight()
+        loss = loss * self.micro_batch_weight(inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def micro_batch_weight(self) -> float:
-        """The mean over ranks and accumulation counts every micro-batch alike; the empty ones of an epoch's last step
-        must not make its loss and gradient smaller."""
-        step = self.plan(int(self.state.epoch or 0))
-        step = step[self.state.global_step % len(step)]
+    def micro_batch_weight(self, inputs: dict) -> torch.Tensor | float:
+        """What a micro-batch counts in the mean over ranks and accumulation."""
+        if self.all_gather:
+            mine = label_weights(inputs, self.model.loss_reduction).sum()
+            return mine / torch.where(self.weight_of_step == 0, 1.0, self.weight_of_step)
+        # All count alike; the empty ones of an epoch's last step must not make its loss and gradient smaller.
+        step = self.schedule.plan(self.epoch).steps[self.state.global_step - self.first_step]
         return step[..., 0].size / (step >= 0).any(-1).sum()
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:

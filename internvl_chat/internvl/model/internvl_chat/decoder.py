@@ -6,6 +6,8 @@ from packaging import version
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from internvl.model.token_loss import document_bounds
+
 from .configuration_internvl_chat import InternVLChatConfig
 from .modeling_intern_vit import has_flash_attn
 
@@ -13,6 +15,8 @@ from .modeling_intern_vit import has_flash_attn
 KEEPS_DOCUMENTS_APART = version.parse(transformers.__version__) >= version.parse("4.53")
 # Decoders that make their masks without looking at positions, but take ready ones.
 TAKES_MASKS = ("gpt_oss",)
+# What computes attention document by document: flash-attn, and `model/varlen.py` where there is none.
+BY_DOCUMENT = ("flash_attention_2", "varlen_torch")
 
 
 def choose_attention(config: InternVLChatConfig, llm_class: type[PreTrainedModel], use_flash_attn: bool):
@@ -39,12 +43,15 @@ def decode(
     embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
+    cu_seqlens: list[int] | None = None,
     **kwargs,
 ) -> ModelOutput:
     """Runs the decoder of `llm` on embeddings (B, L, C).
 
     Args:
         position_ids: (B, L); where they restart at 0, and there is no mask, another document begins.
+        cu_seqlens: where that is, in the B rows laid end to end, and B L behind it; found out when not given, for which
+            the device is waited for.
 
     Raises:
         ValueError: documents that this version of transformers cannot keep apart.
@@ -55,16 +62,23 @@ def decode(
             f"transformers {transformers.__version__} does not keep the documents of a row apart by their positions: "
             "give an attention_mask, one document a row."
         )
-    # transformers' flash path finds the documents of one row only; several rows are one long row to it.
-    flatten = by_positions and rows > 1 and llm.config._attn_implementation == "flash_attention_2"
-    if flatten:
+    kernel = llm.config._attn_implementation
+    by_document = by_positions and kernel in BY_DOCUMENT
+    if by_document:
+        starts = cu_seqlens or document_bounds(position_ids)
+        # Several rows are one long row to these kernels.
         embeds, position_ids = embeds.flatten(0, 1)[None], position_ids.flatten()[None]
+        bounds = torch.tensor(starts, dtype=torch.int32)
+        longest = int(bounds.diff().max())
+        if kernel == "flash_attention_2":
+            bounds = bounds.to(embeds.device, non_blocking=True)
+        kwargs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     if by_positions and llm.config.model_type in TAKES_MASKS:
         attention_mask = masks_by_positions(llm, embeds, position_ids)
     outputs = getattr(llm, llm.base_model_prefix)(
         inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
     )
-    if flatten:
+    if by_document:
         outputs.last_hidden_state = outputs.last_hidden_state.unflatten(1, (rows, -1))[0]
     return outputs
 

@@ -6,6 +6,7 @@ LoRA-wrapped vision encoder or language model.
 
 import operator
 from functools import partial
+from itertools import chain
 
 import torch
 import transformers
@@ -17,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from internvl.model.internlm2.modeling_internlm2 import InternLM2ForCausalLM
 from internvl.model.lora import RANKS, freeze_base, is_wrapped, plain
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
-from internvl.model.token_loss import balance_loss, logits_of, token_loss
+from internvl.model.token_loss import balance_loss, document_weights, logits_of, token_loss
 
 from .adapting import AdaptingMixin
 from .chat import ChatMixin, conversation_of
@@ -67,6 +68,8 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
     # For saving what was trained alone (see `trained`): the base, and what earlier runs trained beside adapters.
     stands_on: dict | None = None
     trained_before: frozenset[str] = frozenset()
+    # How the documents of a row weigh in the loss: token, sample or square (`token_loss.REDUCTIONS`).
+    loss_reduction: str = "token"
 
     def __init__(self, config: InternVLChatConfig, vision_model=None, language_model=None, use_flash_attn=True):
         super().__init__(config)
@@ -159,10 +162,12 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
             image_flags: (T,) or (T, 1), 1 for tiles that count and 0 for placeholders of text samples; default all 1.
             position_ids: (B, L); where they restart at 0 without `attention_mask`, another document begins, and no
                 token sees another document.
-            loss_weight: (B, L) tensor or nested list, weight of each label; `loss_reduction_all_gather` then divides by
+            loss_weight: (B, L) tensor or nested list, weight of each label, default: by `self.loss_reduction`;
+                `loss_reduction_all_gather` then divides by
                 the mean over ranks of the summed weights. `statistics` is accepted for upstream's callers.
-            cu_seqlens: given by InternVL 3.5's callers for packed rows, beside a mask: not to mind the mask is all it
-                says that `position_ids` do not.
+            cu_seqlens: a list of where documents begin in the rows laid end to end, and B L, so that `position_ids`
+                need not be searched. InternVL 3.5's callers give a tensor beside a mask: all that says is not to mind
+                the mask.
 
         Returns:
             CausalLMOutputWithPast. In training mode with labels `logits` is None: they never exist as a whole.
@@ -177,6 +182,7 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
             self._embed(input_ids, pixel_values, image_flags),
             attention_mask=attention_mask,
             position_ids=position_ids,
+            cu_seqlens=cu_seqlens if isinstance(cu_seqlens, list) else None,
             past_key_values=past_key_values,
             use_cache=bool(use_cache) and labels is None and not self.training,
             output_attentions=output_attentions,
@@ -188,6 +194,8 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
             logits = head(states)
             states, head = logits, nn.Identity()
         if labels is not None:
+            if loss_weight is None and self.loss_reduction != "token":
+                loss_weight = document_weights(labels, position_ids, self.loss_reduction)
             average = loss_weight is not None and loss_reduction_all_gather
             loss = token_loss(states, head, labels, position_ids, loss_weight, average)
             if router_logits := getattr(outputs, "router_logits", None):  # as `output_router_logits` of its config says
@@ -204,10 +212,10 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
     def _embed(self, input_ids, pixel_values=None, image_flags=None, visual_features=None) -> torch.Tensor:
         """Token embeddings (B, L, C), those of the image tokens replaced by the visual tokens, in order."""
         embeds = self.get_input_embeddings()(input_ids)
-        if visual_features is None and pixel_values is not None:
+        if visual_features is None and pixel_values is not None and len(pixel_values):
             visual_features = self.extract_feature(pixel_values)
         if visual_features is None:
-            return embeds
+            return embeds + 0 * self.extract_feature(self._smallest_picture()).sum() if self._see_anyway() else embeds
         if image_flags is not None:
             visual_features = visual_features[image_flags.flatten() == 1]
         if self.img_context_token_id is None:
@@ -219,6 +227,18 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
                 f"{found} image tokens in input_ids, but {len(visual_tokens)} visual tokens from the tiles"
             )
         return embeds.masked_scatter(is_image[..., None], visual_tokens)
+
+    def _see_anyway(self) -> bool:
+        """Whether the vision encoder must run although there is no picture: its weights lie on all ranks (ZeRO-3), or
+        each of them gets a gradient in every step."""
+        weights = chain(self.vision_model.parameters(), self.mlp1.parameters())
+        return any((self.training and weight.requires_grad) or hasattr(weight, "ds_id") for weight in weights)
+
+    def _smallest_picture(self) -> torch.Tensor:
+        """Black, of one visual token."""
+        side = self.config.vision_config.patch_size * round(1 / self.downsample_ratio)
+        weight = plain(self.vision_model).embeddings.patch_embedding.weight
+        return torch.zeros(1, 3, side, side, dtype=weight.dtype, device=weight.device)
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Tiles (T, 3, H, W) -> visual tokens (T, num_image_token, language model's hidden size)."""
