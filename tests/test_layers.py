@@ -25,12 +25,13 @@ LAYERS = [
         "internvl.train.record",
     ],
     ["internvl.train.image", "internvl.train.video", "internvl.train.upstream_names"],
-    ["internvl.train.collator", "internvl.train.plan", "internvl.train.metrics"],
     [
         "internvl.model.internvl_chat.chat",
         "internvl.model.lora",
         "internvl.model.token_loss",
     ],
+    ["internvl.train.collator", "internvl.train.packing", "internvl.train.plan", "internvl.train.metrics"],
+    ["internvl.train.flops", "internvl.train.schedule", "internvl.train.summary", "internvl.model.varlen"],
     ["internvl.model.internvl_chat.checkpoint_keys"],
     [f"internvl.model.internvl_chat.{name}" for name in ("adapting", "resize", "merging", "trained")],
     ["internvl.model.saved_tokenizer"],
@@ -55,17 +56,18 @@ LAYERS = [
     [
         "internvl.train.trainable",
         "internvl.train.checkpointing",
+        "internvl.train.scheduled",
         "internvl.train.trainer",
         "internvl.train.trainer_dpo",
     ],
-    ["internvl.train.build", "internvl.train.build_mpo", "internvl.train.run"],
+    ["internvl.train.build_data", "internvl.train.build", "internvl.train.build_mpo", "internvl.train.run"],
     ["internvl.train.internvl_chat_finetune", "internvl.train.internvl_chat_pretrain"],
     ["internvl.train.internvl_chat_mpo", "tools"],
     ["internvl.patch.pad_data_collator", "internvl.patch.train_sampler_patch", "internvl.patch"],
 ]
 HEIGHT = {module: (level, place) for level, layer in enumerate(LAYERS) for place, module in enumerate(layer)}
 DATA_PATH = ["files", "jsonl", "record", "image", "video", "upstream_names", "segments", "preprocess", "dataset"]
-DATA_PATH += ["lengths", "plan", "dataset_packed", "collator", "preference"]
+DATA_PATH += ["lengths", "packing", "plan", "schedule", "summary", "flops", "dataset_packed", "collator", "preference"]
 FILES = sorted(PACKAGE.glob("internvl/**/*.py")) + sorted(PACKAGE.glob("tools/**/*.py"))
 
 

@@ -55,7 +55,14 @@ DATA_DEFAULTS = {
     "loss_reduction_all_gather": False,
     "split_annotations": False,
 }
-OUR_OWN = {"max_bad_samples", "merge_before_training", "use_mlp_lora", "quantize_backbone", "quantize_llm"}
+OUR_OWN = {
+    "accept_changed_data",
+    "max_bad_samples",
+    "merge_before_training",
+    "use_mlp_lora",
+    "quantize_backbone",
+    "quantize_llm",
+}
 OUR_OWN |= {field.name for field in fields(LoraArguments)}
 
 

@@ -91,7 +91,6 @@ SAMPLE = {
     "max_dynamic_patch": (PICTURE, {"max_dynamic_patch": 2}, lambda s: len(s["pixel_values"]), (7, 3)),
     "min_num_frame": (FILM, {"min_num_frame": 20}, lambda s: len(s["pixel_values"]), None),
     "max_num_frame": (FILM, {"min_num_frame": 3, "max_num_frame": 3}, lambda s: len(s["pixel_values"]), None),
-    "normalize_type": (PICTURE, {"normalize_type": "siglip"}, lambda s: s["pixel_values"].sum().item(), None),
 }
 
 
@@ -104,10 +103,18 @@ def test_sample_flags(make, name):
     assert expected is None or tuple(found) == expected
 
 
+def test_normalize_type(make):
+    clip, siglip = (make(PICTURE, normalize_type=kind)[0]["pixel_values"] for kind in ("clip", "siglip"))
+    assert clip.dtype == siglip.dtype == torch.float32 and not torch.equal(clip, siglip)
+    assert siglip.min() >= -1 and siglip.max() <= 1
+
+
 def test_pad2square(make):
     """Tiles are squares already; an image that is not cut into tiles is padded rather than stretched."""
     settings = {"meta": {"data_augment": False}, "dynamic_image_size": False}
-    stretched, padded = (make(PICTURE, pad2square=pad, **settings).get(0, 0)["pixel_values"] for pad in (False, True))
+    stretched, padded = (
+        make(PICTURE, pad2square=pad, **settings).get(0, 0)["pixel_values"].float() for pad in (False, True)
+    )
     assert padded.shape == stretched.shape
     assert padded[0, :, 0].std(-1).max() < 1e-5 < stretched[0, :, 0].std(-1).min(), "the first line is padding"
 
@@ -149,33 +156,66 @@ def test_use_data_resampling(tiny, tmp_path, monkeypatch):
     flags = [*flags_of(tiny, tmp_path / "out"), "--meta_path", str(tmp_path / "meta.json")]
 
     def draws(*more: str) -> list[int]:
-        plan = prepare([*flags, *more]).plan(0)
-        return [int(((plan >= 0) & (plan < len(lines))).sum()), int((plan == len(lines)).sum())]
+        samples = prepare([*flags, *more]).schedule.plan(0).samples
+        return [int((samples < len(lines)).sum()), int((samples == len(lines)).sum())]
 
     assert draws() == [13, 1]
     assert draws("--use_data_resampling", "True") == [11, 3]
     assert draws("--use_data_resampling", "True", "--group_by_length", "True") == [11, 3]
 
 
-PACKING = [f.name for f in fields(DataTrainingArguments) if f.metadata["help"].startswith("packing: ")]
-PACKING += ["num_images_expected", "max_packed_tokens"]
+def prepared(tiny, tmp_path, *flags: str):
+    return prepare([*flags_of(tiny, tmp_path / "out"), *flags])
 
 
-def test_packing_is_refused_and_with_it_all_that_belongs_to_it(build):
-    with pytest.raises(ValueError, match="--use_packed_ds True: not supported yet"):
-        build("--use_packed_ds", "True")
+# flag -> flags, what it does to a packed run
+PACKED = {
+    "use_packed_ds": ([], lambda t: len(t.schedule.plan(0).starts) - 1 < 13),
+    "max_packed_tokens": (["--max_packed_tokens", "300"], lambda t: most(t, "tokens") <= 300 and padded(t) == 300),
+    "num_images_expected": (["--num_images_expected", "7"], lambda t: most(t, "tiles") == 7),
+    "strict_mode": (["--strict_mode", "False"], lambda t: padded(t) == most(t, "tokens")),
+    "loss_reduction": (["--loss_reduction", "square"], lambda t: t.model.loss_reduction == "square"),
+    "loss_reduction_all_gather": (["--loss_reduction_all_gather", "True"], lambda t: t.all_gather),
+    "accept_changed_data": (["--accept_changed_data", "True"], lambda t: t.accept_changed_data),
+}
+
+
+def most(trainer, what: str) -> int:
+    return trainer.schedule.plan(0).totals(getattr(trainer.schedule.lengths, what)).max()
+
+
+def padded(trainer) -> int:
+    """Length of the batch of the longest row."""
+    plan = trainer.schedule.plan(0)
+    row = int(plan.totals(trainer.schedule.lengths.tokens).argmax())
+    return trainer.data_collator([trainer.train_dataset[(0, *plan.row(row))]])["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packing_flags(tiny, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
+    flags, acts = PACKED[name]
+    packed = [] if name == "accept_changed_data" else ["--use_packed_ds", "True"]
+    assert not acts(prepared(tiny, tmp_path, *(packed if flags else []))), "it is so without the flag, too"
+    assert acts(prepared(tiny, tmp_path, *packed, *flags))
+
+
+def test_allow_overflow(build):
+    with pytest.raises(ValueError, match="--allow_overflow True cannot act"):
+        build("--allow_overflow", "True")
 
 
 # -- accepted, because there is nothing to choose here; --help says so -------------------------------------------------
 
-ACCEPTED = ["use_fast_tokenizer", "use_custom_flash_attn", "split_annotations"]
+ACCEPTED = ["use_fast_tokenizer", "use_custom_flash_attn", "split_annotations", "max_buffer_size", "log_freq"]
+ACCEPTED += ["replacement"]
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_what_is_only_accepted_says_so(name, parse):
     (help,) = (f.metadata["help"] for kind in CHECKED for f in fields(kind) if f.name == name)
     assert help.startswith("accepted for ")
-    model_args, data_args, _ = parse(f"--{name}", "True")
+    model_args, data_args, _ = parse(f"--{name}", "1")
     assert build_tokenizer(model_args, data_args).is_fast
 
 
@@ -227,8 +267,8 @@ LORA_FLAGS = [field.name for field in fields(LoraArguments)] + ["use_mlp_lora", 
 CHECKED = {
     # The flags of LoRA are checked in test_part_settings.py, merging in test_life.py.
     ModelArguments: [*PATHS, *MODEL, "use_liger", "merge_before_training", *LORA_FLAGS],
-    DataTrainingArguments: [*SAMPLE, *PACKING, "down_sample_ratio", "max_seq_length", "max_bad_samples", "meta_path"]
-    + ["use_data_resampling", "use_packed_ds", "pad2square"],
+    DataTrainingArguments: [*SAMPLE, *PACKED, "down_sample_ratio", "max_seq_length", "max_bad_samples", "meta_path"]
+    + ["use_data_resampling", "pad2square", "normalize_type", "allow_overflow"],
 }
 
 

@@ -1,13 +1,14 @@
 """Measured before training = produced in training, for every sample; and the files that keep it."""
 
-import json
 import os
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from samples import BAD, recorded_configs, recorded_dataset, turns
 
 from internvl.model.tokenizer import load_tokenizer
@@ -24,14 +25,15 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def same(one: lengths.Lengths, other: lengths.Lengths) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(one[:3], other[:3], strict=True)) and one.bad == other.bad
+def same(one: lengths.Measured, other: lengths.Measured) -> bool:
+    arrays = zip((*one.lengths, one.digests), (*other.lengths, other.digests), strict=True)
+    return all(np.array_equal(a, b) for a, b in arrays) and one.bad == other.bad
 
 
 def assert_true(dataset):
     """Each measured number is that of the sample itself, each reason the one that `get` gives."""
-    measured = measure(dataset, progress=False)
-    reasons = dict(measured.bad)
+    measured, _, bad = measure(dataset, progress=False)
+    reasons = dict(bad)
     assert len(measured.tokens) == len(measured.trained) == len(measured.tiles) == len(dataset)
     for index in range(len(dataset)):
         found = measured.tokens[index], measured.trained[index], measured.tiles[index]
@@ -61,10 +63,10 @@ def test_bad_samples_are_found_before_training_with_their_reason(make):
     names = [name for name in BAD if name not in DECODING_ONLY]
     dataset = make(good, *(BAD[name][0] for name in names), good)
     # The record that is broken JSON names its line.
-    measured = measure(dataset, progress=False)
-    assert [index for index, _ in measured.bad] == list(range(1, len(names) + 1))
-    assert all(measured.tokens[[0, -1]]) and not measured.tokens[1:-1].any()
-    for index, reason in measured.bad:
+    (tokens, _, _), _, bad = measure(dataset, progress=False)
+    assert [index for index, _ in bad] == list(range(1, len(names) + 1))
+    assert all(tokens[[0, -1]]) and not tokens[1:-1].any()
+    for index, reason in bad:
         with pytest.raises(BadSample) as caught:
             dataset.get(index, 0)
         assert str(caught.value) == reason
@@ -77,7 +79,7 @@ def test_repeats_are_measured_once_and_counted_as_often_as_they_come(make, monke
     seen = []
     monkeypatch.setattr(type(dataset), "measure", lambda self, index: seen.append(index) or (5, 2, 1))
     measured = measure(dataset, progress=False)
-    assert seen == [0, 1, 2] and measured.tokens.tolist() == [5] * 7
+    assert seen == [0, 1, 2] and measured.lengths.tokens.tolist() == [5] * 7
     monkeypatch.undo()
 
 
@@ -106,7 +108,7 @@ def test_only_the_part_is_measured(make, monkeypatch):
     dataset = make(*[{"conversations": turns("What?", "A.")}] * 10, meta={"repeat_time": 0.3})
     seen = []
     monkeypatch.setattr(type(dataset), "measure", lambda self, index: seen.append(self.order[index]) or (5, 2, 1))
-    assert measure(dataset, progress=False).tokens.tolist() == [5] * 3 and seen == dataset.order.tolist()
+    assert measure(dataset, progress=False).lengths.tokens.tolist() == [5] * 3 and seen == dataset.order.tolist()
 
 
 def test_processes_measure_the_same(make, monkeypatch):
@@ -117,7 +119,7 @@ def test_processes_measure_the_same(make, monkeypatch):
     alone = measure(dataset, progress=False, cache_dir=dataset.root + "/one")
     monkeypatch.setattr(lengths, "WORTH_A_PROCESS", 10)
     monkeypatch.setattr(lengths, "CHUNK", 4)
-    assert same(alone, measure(dataset, num_workers=2, progress=False, cache_dir=dataset.root + "/two"))
+    assert same(alone, measure(dataset, processes=2, progress=False, cache_dir=dataset.root + "/two"))
     assert [index for index, _ in alone.bad] == [11]
 
 
@@ -144,43 +146,71 @@ def test_kept_results_are_used_and_only_bad_samples_looked_at_again(counted):
     assert same(first, measure(dataset, progress=False)) and looked_at == [2]
     shutil.copy(os.path.join(dataset.root, "a.png"), os.path.join(dataset.root, "late.png"))
     mended = measure(dataset, progress=False)
-    assert mended.bad == [] and mended.tokens[2] == mended.tokens[0]
+    assert mended.bad == [] and mended.lengths.tokens[2] == mended.lengths.tokens[0]
     looked_at.clear()
     assert same(mended, measure(dataset, progress=False)) and looked_at == []
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".json"])
 @pytest.mark.parametrize("damage", ["absent", "empty", "half", "text", "of another data set"])
-def test_damaged_files_are_made_anew(counted, cache, suffix, damage):
+def test_damaged_files_are_made_anew(counted, cache, damage):
     dataset, looked_at = counted
     first = measure(dataset, progress=False)
     looked_at.clear()
-    (file,) = cache.glob(f"*{suffix}")
+    (file,) = cache.glob("lengths-*")
     content = file.read_bytes()
     if damage == "absent":
         file.unlink()
-    elif damage == "of another data set" and suffix == ".npy":
-        np.save(file, np.ones((3, 5), np.int32))
+    elif damage == "of another data set":
+        np.save(file, np.ones((4, 5), np.int32))
     else:
-        new = {"empty": b"", "half": content[: len(content) // 2], "text": b"hm", "of another data set": b'{"4": "x"}'}
+        new = {"empty": b"", "half": content[: len(content) // 2], "text": b"hm"}
         file.write_bytes(new[damage])
     assert same(first, measure(dataset, progress=False)) and looked_at == list(range(6))
 
 
-def test_an_interrupted_measurement_leaves_nothing_behind(counted, cache, monkeypatch):
+def test_an_interrupted_measurement_goes_on(counted, cache, monkeypatch):
     dataset, looked_at = counted
+    whole = measure(dataset, progress=False, cache_dir=str(cache / "whole"))
+    looked_at.clear()
+    counting = lengths._measure_one
 
     def stop(dataset, record):
         if record == 4:
             raise KeyboardInterrupt
-        return 5, 2, 1, None
+        return counting(dataset, record)
 
+    monkeypatch.setattr(lengths, "ROUND", 2)
     with monkeypatch.context() as patch:
         patch.setattr(lengths, "_measure_one", stop)
         with pytest.raises(KeyboardInterrupt):
             measure(dataset, progress=False)
-    assert not cache.exists() or not list(cache.iterdir())
-    assert measure(dataset, progress=False).tokens[0] != 5 and looked_at == list(range(6))
+    assert looked_at == [0, 1, 2, 3] and len(list(cache.glob("lengths-*.part.npy"))) == 1
+    looked_at.clear()
+    assert same(whole, measure(dataset, progress=False)) and looked_at == [2, 4, 5], "2 is bad: looked at again"
+    assert not list(cache.glob("*.part.npy"))
+
+
+def test_ranks_measure_together(counted, cache):
+    """Each its share; all know all; rank 0 keeps it."""
+    dataset, looked_at = counted
+    alone = measure(dataset, progress=False, cache_dir=str(cache / "alone"))
+    ranks, meeting, values = 3, threading.Barrier(3), [None] * 3
+
+    def gathered(rank: int, value):
+        values[rank] = value
+        meeting.wait()
+        found = list(values)
+        meeting.wait()
+        return found
+
+    def on(rank: int):
+        together = lengths.Ranks(rank, ranks, partial(gathered, rank))
+        return measure(dataset, progress=False, cache_dir=str(cache / str(rank)), ranks=together)
+
+    looked_at.clear()
+    with ThreadPoolExecutor(ranks) as pool:
+        assert all(same(alone, found) for found in pool.map(on, range(ranks)))
+    assert sorted(looked_at) == list(range(6)) and (cache / "0").exists() and not (cache / "1").exists()
 
 
 def test_everything_that_decides_lengths_names_the_file(make, goldens):
@@ -230,13 +260,3 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(make, tmp_path):
         measure(
             make({"conversations": turns("What?", "A.")}), cache_dir=str(tmp_path / "file" / "cache"), progress=False
         )
-
-
-def test_results_are_memory_mapped(make, cache):
-    dataset = make({"conversations": turns("What?", "A.")})
-    measure(dataset, progress=False)
-    again = measure(dataset, progress=False)
-    assert isinstance(again.tokens, np.memmap) and again.tokens.dtype == np.int32
-    (table,) = cache.glob("*.npy")
-    assert json.loads(table.with_suffix(".json").read_text()) == {}
-    assert torch.from_numpy(np.array(again.tokens)).tolist() == [len(dataset.get(0, 0)["input_ids"])]

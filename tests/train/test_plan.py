@@ -4,8 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from internvl.train.plan import plan_epoch
+from internvl.train.plan import Cost, Layout, Lengths, Plan, plan_epoch
+from internvl.train.summary import fill, idle
 
 CASES = [
     (n, world, micro, accumulation, grouped)
@@ -14,21 +17,22 @@ CASES = [
 ]
 
 
-def lengths(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).lognormal(6, 0.8, n).astype(np.int32) + 1
+def lengths(n: int, seed: int = 0, usable: np.ndarray | bool = True) -> Lengths:
+    """Of image samples of 260 tokens a tile and text of any length, half and half; 0 where a sample is not usable."""
+    rng = np.random.default_rng(seed)
+    tiles = rng.integers(1, 6, n) * (rng.random(n) < 0.5)
+    tokens = tiles * 260 + np.minimum(rng.lognormal(5, 0.8, n), 1500).astype(int) + 2
+    return Lengths(*(np.where(usable, values, 0).astype(np.int32) for values in (tokens, tokens // 2, tiles)))
 
 
-def plan(n, world, micro, accumulation, grouped, seed=0, epoch=0, usable=None) -> np.ndarray:
-    return plan_epoch(
-        lengths(n),
-        seed=seed,
-        epoch=epoch,
-        world_size=world,
-        micro_batch=micro,
-        accumulation=accumulation,
-        group_by_length=grouped,
-        usable=usable,
-    )
+def ids(plan: Plan) -> np.ndarray:
+    """The samples of a plan whose rows hold one each, in the shape of its steps; -1 in empty slots."""
+    return np.append(plan.samples, -1)[plan.steps]
+
+
+def plan(n, world, micro, accumulation, grouped, seed=0, epoch=0, usable=True) -> np.ndarray:
+    layout = Layout(seed, world, micro, accumulation, group_by_length=grouped)
+    return ids(plan_epoch(lengths(n, usable=usable), layout, epoch))
 
 
 @pytest.mark.parametrize("usable_share", [1.0, 0.7])
@@ -37,7 +41,7 @@ def test_every_usable_sample_once_in_as_few_steps_as_possible(usable_share):
         n, world, micro, accumulation, _ = case
         usable = np.random.default_rng(seed).random(n) < usable_share
         usable[0] = True
-        steps = plan(*case, seed=seed, usable=usable if usable_share < 1 else None)
+        steps = plan(*case, seed=seed, usable=usable if usable_share < 1 else True)
         expected = np.flatnonzero(usable) if usable_share < 1 else np.arange(n)
         assert sorted(steps[steps >= 0]) == expected.tolist(), case
         assert steps.dtype == np.int64
@@ -75,7 +79,7 @@ def padding(steps: np.ndarray, tokens: np.ndarray) -> float:
     return 1 - table.sum() / (table.max(axis=-1) * table.shape[-1]).sum()
 
 
-def idle(steps: np.ndarray, tokens: np.ndarray) -> float:
+def waiting(steps: np.ndarray, tokens: np.ndarray) -> float:
     """Mean share of a whole step that ranks wait for the one with most tokens."""
     load = np.where(steps >= 0, tokens[steps], 0).sum(axis=(1, 3))[:-1]
     return 1 - (load.mean(axis=1) / load.max(axis=1)).mean()
@@ -83,21 +87,18 @@ def idle(steps: np.ndarray, tokens: np.ndarray) -> float:
 
 @pytest.mark.parametrize("world, micro, accumulation", [(8, 4, 2), (2, 8, 1), (4, 2, 8)])
 def test_grouping_saves_padding_and_waiting(world, micro, accumulation):
-    tokens = lengths(5000)
-    kwargs = {"seed": 0, "epoch": 0, "world_size": world, "micro_batch": micro, "accumulation": accumulation}
-    random, grouped = (plan_epoch(tokens, group_by_length=flag, **kwargs) for flag in (False, True))
+    tokens = lengths(5000).tokens
+    random, grouped = (plan(5000, world, micro, accumulation, flag) for flag in (False, True))
     assert padding(grouped, tokens) < padding(random, tokens) / 5
-    assert idle(grouped, tokens) < 0.0025 < idle(random, tokens) / 20
+    assert waiting(grouped, tokens) < 0.004 < waiting(random, tokens) / 10
 
 
 def test_grouped_steps_come_in_random_order_with_changing_members():
-    tokens = lengths(5000)
+    tokens = lengths(5000).tokens
     means = {}
     members = {}
     for epoch in range(2):
-        steps = plan_epoch(
-            tokens, seed=0, epoch=epoch, world_size=2, micro_batch=4, accumulation=2, group_by_length=True
-        )[:-1]
+        steps = plan(5000, 2, 4, 2, True, epoch=epoch)[:-1]
         means[epoch] = tokens[steps].mean(axis=(1, 2, 3))
         members[epoch] = {frozenset(step.ravel().tolist()) for step in steps}
     ranks = means[0].argsort().argsort()
@@ -106,54 +107,36 @@ def test_grouped_steps_come_in_random_order_with_changing_members():
 
 
 def test_the_incomplete_step_is_not_always_the_longest_or_shortest():
-    tokens = lengths(1001)
+    tokens = lengths(1001).tokens
     last = [
-        tokens[step[step >= 0]].mean()
-        for epoch in range(40)
-        for step in plan_epoch(
-            tokens, seed=0, epoch=epoch, world_size=2, micro_batch=2, accumulation=2, group_by_length=True
-        )[-1:]
+        tokens[step[step >= 0]].mean() for epoch in range(40) for step in plan(1001, 2, 2, 2, True, epoch=epoch)[-1:]
     ]
     assert np.quantile(tokens, 0.2) < np.median(last) < np.quantile(tokens, 0.8) and np.std(last) > 50
-
-
-def test_a_million_samples_take_seconds():
-    tokens = lengths(1_000_000)
-    steps = plan_epoch(tokens, seed=0, epoch=0, world_size=64, micro_batch=2, accumulation=2, group_by_length=True)
-    assert steps.shape == (3907, 2, 64, 2)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def resampled(sizes: list[int], shares: list[float], epoch: int = 0, usable=None, grouped: bool = False) -> np.ndarray:
+def resampled(sizes: list[int], shares: list[float], epoch: int = 0, usable=True, **layout) -> np.ndarray:
     """How often each sample is drawn, data sets of these sizes having these shares."""
     weights = np.repeat(np.array(shares) / sizes, sizes)
-    steps = plan_epoch(
-        lengths(len(weights)),
-        seed=0,
-        epoch=epoch,
-        world_size=2,
-        micro_batch=3,
-        accumulation=2,
-        group_by_length=grouped,
-        usable=usable,
-        weights=weights,
-    )
-    return np.bincount(steps[steps >= 0], minlength=len(weights))
+    plan = plan_epoch(lengths(len(weights), usable=usable), Layout(0, 2, 3, 2, **layout), epoch, weights=weights)
+    return plan.seen(len(plan), len(weights))
 
 
 def per_dataset(draws: np.ndarray, sizes: list[int]) -> np.ndarray:
     return np.add.reduceat(draws, np.cumsum([0, *sizes[:-1]]))
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_draws_follow_the_weights_exactly(grouped):
+@pytest.mark.parametrize(
+    "layout", [{}, {"group_by_length": True}, {"packed": True, "max_tokens": 3000, "max_tiles": 9}]
+)
+def test_draws_follow_the_weights_exactly(layout):
     for seed in range(60):
         rng = np.random.default_rng(seed)
         sizes = rng.permutation(np.arange(1, 90))[: rng.integers(1, 7)].tolist()
         shares = np.sqrt(sizes) if seed % 2 else rng.lognormal(0, 2, len(sizes))
-        draws = resampled(sizes, shares, grouped=grouped)
+        draws = resampled(sizes, shares, **layout)
         total = per_dataset(draws, sizes)
         exact = shares / shares.sum() * sum(sizes)
         assert total.sum() == sum(sizes), "as many as there are samples"
@@ -188,3 +171,76 @@ def test_draws_change_with_the_epoch_and_are_fair():
     total = per_dataset(epochs[0], sizes)
     for part, expected in zip(np.split(epochs, [40], axis=1), total / sizes, strict=True):
         assert np.abs(part.mean(axis=0) - expected).max() < 4 * 0.5 / np.sqrt(400), "each sample as often as another"
+
+
+# -- packed rows -------------------------------------------------------------------------------------------------------
+
+SIZES = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 7)), min_size=1, max_size=120)
+
+
+def of(sizes: list[tuple[int, int]]) -> Lengths:
+    tokens, tiles = np.array(sizes, np.int32).T
+    return Lengths(tokens, tokens // 3, np.where(tokens > 0, tiles, 0))
+
+
+@settings(deadline=None, max_examples=300)
+@given(SIZES, st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3))
+def test_packed_rows_hold_every_sample_once_and_no_more_than_they_can(sizes, world, micro, accumulation, seed):
+    lengths = of(sizes)
+    layout = Layout(seed, world, micro, accumulation, packed=True, max_tokens=100, max_tiles=7, cost=Cost(1, 2, 9, 0.1))
+    plan = plan_epoch(lengths, layout, epoch=seed)
+    assert sorted(plan.samples.tolist()) == np.flatnonzero(lengths.tokens).tolist()
+    if len(plan.samples):
+        assert plan.totals(lengths.tokens).max() <= 100 and plan.totals(lengths.tiles).max() <= 7
+    rows = plan.steps[plan.steps >= 0]
+    assert sorted(rows) == list(range(len(plan.starts) - 1)) and not (plan.steps[:-1] < 0).any()
+    assert plan.steps.shape == (-(-len(rows) // (world * micro * accumulation)), accumulation, world, micro)
+    again = plan_epoch(lengths, layout, epoch=seed)
+    assert all(np.array_equal(one, other) for one, other in zip(vars(plan).values(), vars(again).values(), strict=True))
+
+
+@settings(deadline=None, max_examples=100)
+@given(SIZES, st.integers(0, 9), st.booleans())
+def test_the_rest_of_an_epoch_is_what_was_not_seen(sizes, steps, packed):
+    """Whatever the layout that began, and the one that goes on."""
+    lengths, number = of(sizes), len(sizes)
+    began = plan_epoch(lengths, Layout(0, 2, 1, 2, packed=packed, max_tokens=100, max_tiles=7), 3)
+    seen = began.seen(min(steps, len(began)), number)
+    rest = plan_epoch(lengths, Layout(0, 3, 2, 1, packed=not packed, max_tokens=100, max_tiles=7), 3, seen=seen)
+    assert np.array_equal(seen + rest.seen(len(rest), number), lengths.tokens > 0)
+
+
+def test_seen_counts_the_samples_of_the_first_steps():
+    plan = plan_epoch(lengths(500), Layout(0, 2, 2, 2, packed=True, max_tokens=3000, max_tiles=12), 0)
+    for steps in (0, 1, len(plan)):
+        rows = [plan.row(row) for row in plan.steps[:steps].ravel()]
+        expected = np.bincount([sample for row in rows for sample in row], minlength=500)
+        assert np.array_equal(plan.seen(steps, 500), expected)
+    assert plan.row(-1) == []
+
+
+def test_rows_are_full_and_ranks_do_not_wait():
+    sizes, cost = lengths(30_000), Cost(token=1, tile=1000, pair=1e-4)
+    for world, waiting in ((8, 0.01), (64, 0.03)):
+        layout = Layout(0, world, 1, 1, packed=True, max_tokens=8192, max_tiles=40, cost=cost)
+        plan = plan_epoch(sizes, layout, 0)
+        assert fill(plan, sizes, layout) > 0.99
+        whole = Plan(plan.samples, plan.starts, plan.steps[:-1])  # the last step has empty slots
+        assert idle(whole, cost.of(sizes)) < waiting
+
+
+def test_tiles_may_be_what_fills_a_row():
+    sizes = lengths(5000)
+    plan = plan_epoch(sizes, Layout(0, 1, 1, 1, packed=True, max_tokens=100_000, max_tiles=12), 0)
+    tiles = plan.totals(sizes.tiles)
+    assert tiles.max() == 12 and np.mean(tiles[tiles > 0] == 12) > 0.95
+
+
+def test_packed_rows_come_in_random_order_with_changing_members():
+    sizes = lengths(5000)
+    layout = Layout(0, 2, 1, 2, packed=True, max_tokens=3000, max_tiles=12, cost=Cost(1, 0, 1000))
+    plans = [plan_epoch(sizes, layout, epoch) for epoch in range(2)]
+    cost = [plan.totals(layout.cost.of(sizes))[plan.steps[:-1]].mean(axis=(1, 2, 3)) for plan in plans]
+    assert abs(np.corrcoef(cost[0].argsort().argsort(), np.arange(len(cost[0])))[0, 1]) < 0.2
+    rows = [{frozenset(plan.row(row)) for row in range(len(plan.starts) - 1)} for plan in plans]
+    assert len(rows[0] & rows[1]) < 0.1 * len(rows[0])

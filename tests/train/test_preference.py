@@ -53,7 +53,7 @@ def test_a_pair_is_two_samples_over_the_same_tiles(make, pairs, record):
 
 def test_a_pair_is_measured_as_it_is_made_and_made_again_the_same(pairs, tmp_path):
     dataset = pairs(*KINDS.values(), meta={"data_augment": True})
-    lengths = measure(dataset, cache_dir=str(tmp_path / "cache"), progress=False)
+    lengths = measure(dataset, cache_dir=str(tmp_path / "cache"), progress=False).lengths
     for index in range(len(dataset)):
         pair = dataset.get(index, epoch=2)
         labels = torch.cat([pair["chosen_labels"], pair["rejected_labels"]])

@@ -8,10 +8,10 @@ import torch
 from samples import recorded_configs, recorded_dataset, samples_equal, turns
 from torch.utils.data import DataLoader
 
-from internvl.train.collator import concat_pad_data_collator
+from internvl.train.collator import row_collator
 from internvl.train.dataset_packed import PackedDataset
 from internvl.train.lengths import measure
-from internvl.train.plan import plan_epoch
+from internvl.train.plan import Layout, Lengths, plan_epoch
 
 TENSORS = ("input_ids", "labels", "position_ids", "pixel_values", "image_flags")
 
@@ -19,7 +19,9 @@ TENSORS = ("input_ids", "labels", "position_ids", "pixel_values", "image_flags")
 @pytest.fixture
 def rows(goldens) -> PackedDataset:
     configs = recorded_configs(goldens)
-    return PackedDataset([recorded_dataset(goldens, configs[name]) for name in ("dyn_thumb_group", "text_group", "bad")])
+    return PackedDataset(
+        [recorded_dataset(goldens, configs[name]) for name in ("dyn_thumb_group", "text_group", "bad")]
+    )
 
 
 def test_samples_are_numbered_over_all_data_sets(rows):
@@ -63,8 +65,8 @@ def test_nothing_left_is_a_row_that_trains_nothing(rows, key):
     assert len(row.pop("bad_samples")) == sum(sample in (21, 23) for sample in key[1:])
     pad = rows.datasets[0].tokenizer.pad_token_id
     assert row["input_ids"].tolist() == [pad, pad] and row["labels"].tolist() == [-100, -100]
-    assert row["position_ids"].tolist() == [0, 1] and row["image_flags"].tolist() == [0]
-    assert row["pixel_values"].shape == (1, 3, 56, 56) and not row["pixel_values"].any()
+    assert row["position_ids"].tolist() == [0, 1] and row["image_flags"].tolist() == []
+    assert row["pixel_values"].shape == (0, 3, 56, 56)
     assert {name: value.dtype for name, value in row.items()} == {name: rows[0, 0][name].dtype for name in row}
 
 
@@ -79,30 +81,24 @@ def test_pickles_whole(rows):
     assert samples_equal({key: copy[0, 5][key] for key in TENSORS}, {key: rows[0, 5][key] for key in TENSORS})
 
 
-@pytest.mark.parametrize("group_by_length", [False, True])
-def test_an_epoch_from_lengths_to_batches(rows, tmp_path, group_by_length):
+LAYOUTS = [{}, {"group_by_length": True}, {"packed": True, "max_tokens": 420, "max_tiles": 14}]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_epoch_from_lengths_to_batches(rows, tmp_path, layout):
     """Every usable sample is in the batches once, the same ones for any number of workers."""
-    measured = [measure(dataset, cache_dir=str(tmp_path), progress=False) for dataset in rows.datasets]
-    tokens = np.concatenate([lengths.tokens for lengths in measured])
-    trained = np.concatenate([lengths.trained for lengths in measured])
-    plan = plan_epoch(
-        tokens,
-        seed=0,
-        epoch=1,
-        world_size=2,
-        micro_batch=2,
-        accumulation=2,
-        group_by_length=group_by_length,
-        usable=tokens > 0,
-    )
-    keys = [[(1, sample) for sample in batch] for batch in plan.reshape(-1, 2).tolist()]
+    measured = [measure(dataset, cache_dir=str(tmp_path), progress=False).lengths for dataset in rows.datasets]
+    lengths = Lengths(*(np.concatenate(parts) for parts in zip(*measured, strict=True)))
+    plan = plan_epoch(lengths, Layout(0, world_size=2, micro_batch=2, accumulation=2, **layout), 1)
+    keys = [[(1, *plan.row(row)) for row in batch] for batch in plan.steps.reshape(-1, 2).tolist()]
 
     def batches(workers: int) -> list[dict]:
-        loader = DataLoader(rows, batch_sampler=keys, collate_fn=concat_pad_data_collator, num_workers=workers)
-        return list(loader)
+        return list(DataLoader(rows, batch_sampler=keys, collate_fn=row_collator, num_workers=workers))
 
     alone, shared = batches(0), batches(2)
-    assert len(alone) == plan.shape[0] * 4
+    assert len(alone) == len(plan) * 4
     for one, other in zip(alone, shared, strict=True):
-        assert one.pop("bad_samples") == other.pop("bad_samples") == [] and samples_equal(one, other)
-    assert sum(int((batch["labels"] != -100).sum()) for batch in alone) == trained.sum() > 0
+        assert one.pop("bad_samples") == other.pop("bad_samples") == []
+        assert one.pop("cu_seqlens") == other.pop("cu_seqlens") and samples_equal(one, other)
+    assert sum(int((batch["labels"] != -100).sum()) for batch in alone) == lengths.trained.sum() > 0
+    assert sum(len(batch["pixel_values"]) for batch in alone) == lengths.tiles.sum()

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from runs import (
@@ -109,7 +110,8 @@ WRONG = {
     "nothing to train": (["--freeze_backbone", "--freeze_llm", "--freeze_mlp"], "nothing is left to train"),
     "unknown template": (["--conv_style", "vicuna"], "--conv_style vicuna: known templates are"),
     "another pixel shuffle": (["--down_sample_ratio", "0.25"], "--down_sample_ratio 0.25 differs"),
-    "not supported": (["--use_packed_ds", "True"], "--use_packed_ds True: not supported yet"),
+    "rows that overflow": (["--allow_overflow", "True"], "--allow_overflow True cannot act"),
+    "rows that hold nothing": (["--use_packed_ds", "True", "--max_packed_tokens", "9"], "do not fit into a row"),
     "a negative rank": (["--use_llm_lora", "-3"], "--use_llm_lora -3"),
     "tokens too few for one tile": (["--max_seq_length", "40"], "samples cannot be used"),
     "no such checkpoint": (["--resume_from_checkpoint", "/nowhere/checkpoint-3"], "no checkpoint"),
@@ -143,9 +145,9 @@ def test_missing_image_tokens_and_another_tile_size_are_fitted(tiny, tmp_path, m
     ids = [trainer.processing_class.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
     assert ids == load_tokenizer(tiny / "model").convert_tokens_to_ids(list(SPECIAL_TOKENS))
     assert trainer.model.num_image_token == 16
-    batch = trainer.data_collator([trainer.train_dataset[(0, 0)]])
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[(0, 0)]]))
     assert (batch["input_ids"] == trainer.model.img_context_token_id).sum() % 16 == 0
-    assert torch.isfinite(trainer.model(**{k: v for k, v in batch.items() if k != "bad_samples"}).loss)
+    assert torch.isfinite(trainer.model(**batch).loss)
 
 
 def test_a_finished_model_is_not_overwritten(tiny, tmp_path):
@@ -158,10 +160,11 @@ def test_the_last_step_of_an_epoch_counts_its_samples_in_full(tiny, tmp_path, mo
     """13 samples in steps of 4: the fourth step holds one, whose loss the mean over 4 micro-batches must not shrink."""
     monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
     trainer = prepare([*flags_of(tiny, tmp_path / "out"), *FULL])
-    last = trainer.plan(0)[3]
+    plan = trainer.schedule.plan(0)
+    last = np.append(plan.samples, -1)[plan.steps[3]]
     assert last.tolist() == [[[last.max()]], [[-1]], [[-1]], [[-1]]]
     batch = trainer.data_collator([trainer.train_dataset[(0, last.max())]])
-    del batch["bad_samples"]
+    batch = trainer._prepare_inputs(batch)
     trainer.model.train()
     for step, scale in ((2, 1), (3, 4)):
         trainer.state.global_step = step

@@ -7,6 +7,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -39,13 +40,22 @@ def planned_steps(trainer) -> int:
 
 
 def plan_of(trainer) -> list:
-    return trainer.plan(0).tolist()
+    plan = trainer.schedule.plan(0)
+    return np.append(plan.samples, -1)[plan.steps].tolist()
 
 
 # flag -> flags, what to look at, what it is then
 RUN = {
-    "per_device_train_batch_size": (["--per_device_train_batch_size", "2"], lambda t: t.plan(0).shape, (2, 4, 1, 2)),
-    "gradient_accumulation_steps": (["--gradient_accumulation_steps", "2"], lambda t: t.plan(0).shape, (7, 2, 1, 1)),
+    "per_device_train_batch_size": (
+        ["--per_device_train_batch_size", "2"],
+        lambda t: t.schedule.plan(0).steps.shape,
+        (2, 4, 1, 2),
+    ),
+    "gradient_accumulation_steps": (
+        ["--gradient_accumulation_steps", "2"],
+        lambda t: t.schedule.plan(0).steps.shape,
+        (7, 2, 1, 1),
+    ),
     "max_steps": (["--max_steps", "5"], planned_steps, 5),
     "num_train_epochs": (["--max_steps", "-1", "--num_train_epochs", "1.5"], planned_steps, 6),
     "learning_rate": (

@@ -3,7 +3,8 @@
 A row has room for so many tokens and so many tiles. Samples of equal size are exchangeable, so rows are composed of
 sizes (a histogram) and only then filled with samples: the time taken grows with the number of different sizes, not of
 samples. Composing is first fit decreasing, a row at a time, with two refinements: text and pictures alternate so that
-every row gets its share of tiles, and the last two samples of a row are chosen together, to fill it to the brim.
+every row gets its share of tiles, and the last two samples of a row are chosen together, to fill it to the brim. In
+between chance has a say, so that a sample meets others in every epoch.
 After "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027), with a second dimension.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+SPREAD = 0.5  # among what share of the sizes that fit chance chooses
 PAIRS = 24  # candidates for the last but one sample of a row
 
 
@@ -28,6 +30,7 @@ def pack(
         order: (N,) the samples of the first row, then those of the second, ...
         starts: (R + 1,) where in `order` each row starts; the last is N.
     """
+    assert (tokens <= max_tokens).all() and (tiles <= max_tiles).all(), "a sample is larger than a row"
     wide = max_tiles + 1
     sizes = tokens.astype(np.int64) * wide + tiles
     counts = np.bincount(sizes, minlength=1)
@@ -41,7 +44,7 @@ def pack(
     number = dict(zip(kinds.tolist(), range(len(kinds)), strict=True))
     rows, lengths = [], []
     sizes_left = _Sizes(kinds // wide, kinds % wide, counts[kinds])
-    for row, times in _compose(sizes_left, max_tokens, max_tiles):
+    for row, times in _compose(sizes_left, max_tokens, max_tiles, rng):
         block = np.empty((times, len(row)), by_kind.dtype)
         for column, (length, pictures) in zip(rng.permutation(len(row)), row, strict=True):
             kind = number[length * wide + pictures]
@@ -75,6 +78,12 @@ class _Sizes:
                     best = lengths[place - 1], pictures
         return best
 
+    def random(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
+        """One of as many tiles, not longer, more often the nearer."""
+        lengths = self.lengths[size[1]]
+        place = bisect_right(lengths, size[0])
+        return lengths[place - 1 - int(place * SPREAD * rng.random() ** 2)], size[1]
+
     def below(self, size: tuple[int, int]) -> list[int]:
         """Some lengths of as many tiles, descending from the given one."""
         lengths = self.lengths[size[1]]
@@ -91,12 +100,14 @@ class _Sizes:
                     self.tiles.remove(size[1])
 
 
-def _compose(left: _Sizes, max_tokens: int, max_tiles: int) -> Iterator[tuple[list[tuple[int, int]], int]]:
+def _compose(
+    left: _Sizes, max_tokens: int, max_tiles: int, rng: np.random.Generator
+) -> Iterator[tuple[list[tuple[int, int]], int]]:
     """Rows as lists of sizes, each with the number of times that it can be had, until nothing is left."""
     total_tokens = sum(length * n for (length, _), n in left.counts.items())
     total_tiles = sum(pictures * n for (_, pictures), n in left.counts.items())
     while left.tiles:
-        row = _fill(left, max_tokens, max_tiles, total_tiles / total_tokens)
+        row = _fill(left, max_tokens, max_tiles, total_tiles / total_tokens, rng)
         uses = Counter(row)
         times = min(left.counts[size] // n for size, n in uses.items())
         total_tokens -= times * sum(length for length, _ in row)
@@ -105,7 +116,7 @@ def _compose(left: _Sizes, max_tokens: int, max_tiles: int) -> Iterator[tuple[li
         yield row, times
 
 
-def _fill(left: _Sizes, tokens: int, tiles: int, density: float) -> list[tuple[int, int]]:
+def _fill(left: _Sizes, tokens: int, tiles: int, density: float, rng: np.random.Generator) -> list[tuple[int, int]]:
     """One row, begun with the longest size there is; `density`: tiles a token that it should have."""
     row, used = [], Counter()
     ahead = 0.0  # tiles that the row has beyond its share
@@ -129,7 +140,10 @@ def _fill(left: _Sizes, tokens: int, tiles: int, density: float) -> list[tuple[i
         if longest is None:
             break
         size = (largest(tokens, tiles, 1) if ahead <= 0 else largest(tokens, 0)) or longest
-        if tokens - size[0] < size[0]:  # two more at most of this kind: the pair that leaves least room
+        if tokens - size[0] >= size[0]:
+            drawn = left.random(size, rng)
+            size = drawn if used[drawn] < left.counts[drawn] else size
+        else:  # two more at most of this kind: the pair that leaves least room
             pairs = []
             for length in left.below(size):
                 first = (length, size[1])

@@ -46,7 +46,7 @@ class Schedule:
         self.lengths, self.digests, self.layout, self.weights = lengths, digests, layout, weights
         self.begun = Begun()
         self.plan = lru_cache(maxsize=2)(self._plan)
-        self._usual_steps: int | None = None
+        self._steps: dict[int | None, int] = {}
 
     def _plan(self, epoch: int) -> Plan:
         """The epoch as this run reads it; steps that were read before it stand in it as empty ones."""
@@ -66,12 +66,11 @@ class Schedule:
 
     def steps(self, epoch: int) -> int:
         """Number of steps of an epoch, those already read included."""
-        varies = self.layout.packed and self.weights is not None
-        if varies or epoch == self.begun.epoch:
-            return len(self.plan(epoch))
-        if self._usual_steps is None:
-            self._usual_steps = len(self.plan(epoch))
-        return self._usual_steps
+        # Without packing, whole epochs are equally long.
+        name = epoch if self.layout.packed or epoch == self.begun.epoch else None
+        if name not in self._steps:
+            self._steps[name] = len(self.plan(epoch))
+        return self._steps[name]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -113,12 +112,16 @@ class Schedule:
         steps = begun.steps + sum(stretch.steps for stretch in begun.stretches)
         if begun.stretches and begun.stretches[-1].layout == self.layout:
             begun = begun._replace(stretches=begun.stretches[:-1])
-        self.begun = begun
-        self.plan.cache_clear()
+        self._begin(begun)
         if steps >= self.steps(begun.epoch):
-            self.begun, steps = Begun(begun.epoch + 1), 0
-            self.plan.cache_clear()
+            self._begin(Begun(begun.epoch + 1))
+            steps = 0
         return self.begun.epoch, steps
+
+    def _begin(self, begun: Begun) -> None:
+        self.begun = begun
+        self._steps.clear()
+        self.plan.cache_clear()
 
     def _recognised(self, digests: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """(N,) how often each of these samples was seen as one of the same content of other data."""
