@@ -1,4 +1,4 @@
-"""Attention document by document equals attention under a mask, in every family, and what it cannot keep apart it refuses."""
+"""Attention document by document equals attention under a mask, in every family; what cannot do it is refused."""
 
 import pytest
 import torch

@@ -67,7 +67,7 @@ def test_lengths_of_pairs_and_of_samples_are_not_mixed_up(make, pairs, tmp_path)
     """One file may hold both, and lengths are kept on disk."""
     both = TEXTS | {"conversations": turns_of(TEXTS, "chosen")}
     cache = {"cache_dir": str(tmp_path / "cache"), "progress": False}
-    assert measure(make(both), **cache).tokens < measure(pairs(both), **cache).tokens
+    assert measure(make(both), **cache).lengths.tokens < measure(pairs(both), **cache).lengths.tokens
 
 
 BAD = {

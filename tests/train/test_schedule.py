@@ -1,4 +1,4 @@
-"""Laws of a schedule: wherever a run is interrupted and however it goes on, every sample is seen as often as it is to be."""
+"""Laws of a schedule: wherever a run is interrupted, however it goes on, samples are seen as often as they should."""
 
 import json
 
@@ -43,16 +43,16 @@ def read(schedule: Schedule, epoch: int, start: int, stop: int) -> np.ndarray:
 def test_every_sample_once_an_epoch_however_often_the_layout_changes(number, runs, weighted):
     lengths, digests = data(number)
     weights = np.repeat([1.0, 3.0], [number // 2, number - number // 2]) if weighted else None
-    seen, state, steps_before = {}, None, 0
+    seen, state = {}, None
     for layout, steps in [*runs, (runs[0][0], 10**6)]:
         schedule = Schedule(lengths, digests, layout, weights)
         epoch, step = schedule.go_on(json.loads(json.dumps(state))) if state else (0, 0)
         for _ in range(steps):
+            if epoch == 2:
+                break
             seen[epoch] = seen.get(epoch, 0) + read(schedule, epoch, step, step + 1)
             step += 1
             if step == schedule.steps(epoch):
-                if epoch == 2:
-                    break
                 epoch, step = epoch + 1, 0
         state = schedule.state(epoch, step)
     # Which samples are drawn in an epoch is decided by the seed that it began with.

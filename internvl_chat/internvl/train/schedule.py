@@ -7,7 +7,7 @@ what has not is planned anew. Pure: nothing here knows of files, ranks or torch.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -51,9 +51,14 @@ class Schedule:
     def _plan(self, epoch: int) -> Plan:
         """The epoch as this run reads it; steps that were read before it stand in it as empty ones."""
         seen, before = self._seen(self.begun) if epoch == self.begun.epoch else (None, 0)
-        plan = plan_epoch(self.lengths, self.layout, epoch, weights=self.weights, seen=seen)
+        plan = plan_epoch(self.lengths, self._layout_of(epoch), epoch, weights=self.weights, seen=seen)
         read = np.full((before, *plan.steps.shape[1:]), -1)
         return Plan(plan.samples, plan.starts, np.concatenate([read, plan.steps]))
+
+    def _layout_of(self, epoch: int) -> Layout:
+        """This run's layout, with the seed that the epoch began with: it decided which samples are drawn."""
+        began = self.begun.stretches if epoch == self.begun.epoch else ()
+        return replace(self.layout, seed=began[0].layout.seed) if began else self.layout
 
     def _seen(self, begun: Begun) -> tuple[np.ndarray | None, int]:
         """(N,) how often each sample was seen in an epoch, None for never, and in how many steps."""
@@ -86,7 +91,7 @@ class Schedule:
         """What a checkpoint after so many steps of an epoch keeps, for `json`."""
         begun = self.begun if epoch == self.begun.epoch else Begun(epoch)
         read = step - begun.steps - sum(stretch.steps for stretch in begun.stretches)
-        stretches = [asdict(stretch) for stretch in (*begun.stretches, Stretch(self.layout, read))]
+        stretches = [asdict(stretch) for stretch in (*begun.stretches, Stretch(self._layout_of(epoch), read))]
         return {"data": self.fingerprint, "epoch": epoch, "stretches": stretches, "earlier": begun.earlier}
 
     def go_on(self, state: dict, data_of: Callable[[str], "Schedule"] | None = None) -> tuple[int, int]:
@@ -110,9 +115,11 @@ class Schedule:
                 seen = self._recognised(before.digests, before._seen(began)[0])
                 begun = begun._replace(earlier=earlier, seen=seen, steps=steps)
         steps = begun.steps + sum(stretch.steps for stretch in begun.stretches)
-        if begun.stretches and begun.stretches[-1].layout == self.layout:
-            begun = begun._replace(stretches=begun.stretches[:-1])
         self._begin(begun)
+        if begun.stretches and begun.stretches[-1].layout == self._layout_of(begun.epoch):
+            self._begin(begun._replace(stretches=begun.stretches[:-1]))
+            if self._layout_of(begun.epoch) != begun.stretches[-1].layout:  # the seed is told by this stretch alone
+                self._begin(begun)
         if steps >= self.steps(begun.epoch):
             self._begin(Begun(begun.epoch + 1))
             steps = 0
