@@ -210,7 +210,7 @@ def build_trainer(
         data_collator=collator,
         processing_class=tokenizer,
         schedule=schedule,
-        bad_samples=data.bad_samples,
+        bad_samples=list(map(str, data.bad_samples)),
         max_bad_samples=allowed_bad_samples(data_args, len(data.lengths.tokens)),
         preprocessor=preprocessor_config(data_args),
         accept_changed_data=data_args.accept_changed_data,

@@ -10,6 +10,7 @@ for the data path can be imported from here.
 
 import random
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 
 from internvl.train.arguments import DataTrainingArguments
+from internvl.train.arrow import Table, is_table
 from internvl.train.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, BadSample
 from internvl.train.files import join
 from internvl.train.image import (
@@ -130,7 +132,8 @@ class LazySupervisedDataset(Dataset):
         self.root = meta["root"]
         self.data_augment = meta.get("data_augment", False)
         self.max_dynamic_patch = meta.get("max_dynamic_patch", data_args.max_dynamic_patch)
-        self.records = Jsonl(meta["annotation"])
+        path = meta["annotation"]
+        self.records = Table(path) if is_table(path) else Jsonl(path)
         self.order = _order(len(self.records), meta.get("repeat_time", 1), (seed, *ds_name.encode()))
         if len(self) == 0:
             raise ValueError(
@@ -190,7 +193,11 @@ class LazySupervisedDataset(Dataset):
 
     def describe(self, index: int) -> str:
         """Where a sample comes from, for messages."""
-        return f"{self.ds_name} line {self.records.line(self.order[index])} ({self.records.path})"
+        return f"{self.ds_name} line {self.line(index)} ({self.records.path})"
+
+    def line(self, index: int) -> int:
+        """Where a sample's record stands in the annotation, counted from 1."""
+        return self.records.line(self.order[index])
 
     def _record(self, index: int) -> dict:
         if not 0 <= index < len(self):
@@ -273,8 +280,10 @@ class LazySupervisedDataset(Dataset):
         return input_ids, labels
 
 
-def _order(records: int, repeat_time: float, seed: tuple[int, ...]) -> np.ndarray:
+def _order(records: int, repeat_time: float, seed: tuple[int, ...]) -> Sequence[int]:
     """Number of the record that each sample is: whole copies, then, in the order of the file, a random part."""
     copies, part = divmod(int(records * repeat_time), max(1, records))
+    if (copies, part) == (1, 0):
+        return range(records)  # which costs workers no memory
     drawn = np.random.default_rng(seed).permutation(records)[:part]
     return np.concatenate([np.tile(np.arange(records), copies), np.sort(drawn)])

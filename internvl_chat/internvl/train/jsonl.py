@@ -1,50 +1,72 @@
-"""Records of an annotation file by number: the file stays on disk, only the table of its lines is in memory.
+"""Records of an annotation file by number: the file stays on disk, and so does the table of its lines.
 
 First station of the data path: `dataset.py` asks for record i and gets a dict. A remote file is copied to the cache
-once, since records are read one by one and in random order.
+once, since records are read one by one and in random order. Tables are `arrow.py`'s.
 """
 
+import hashlib
 import json
 import os
+from contextlib import suppress
 
 import numpy as np
 
 from internvl.train.constants import BadSample
-from internvl.train.files import is_remote, local_copy
+from internvl.train.files import cache_folder, is_remote, local_copy, write_whole
 
 CHUNK = 1 << 24
+COMPRESSED = {".gz": "gunzip", ".zst": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz"}
 
 
 class Jsonl:
     """A file with one JSON object per line, read by byte offset. Blank lines hold no record.
 
-    Costs 24 bytes of memory per record. Safe to share between forked workers and to pickle.
+    The offsets are found once and kept in the cache, memory-mapped: neither they nor the file are copied into workers.
+    Safe to share between forked workers and to pickle.
 
     Attributes:
         path: the file as named by the user.
         file: the file that is read: the same, or the copy of a remote one.
+        version: what tells this content of the file from another.
 
     Raises:
         ValueError: when the file does not exist, cannot be fetched or is not named `*.jsonl`.
     """
 
     def __init__(self, path: str):
+        ending = os.path.splitext(path)[1]
+        if ending in COMPRESSED:
+            raise ValueError(
+                f"annotation {path} is compressed; its records are read in random order: unpack it first "
+                f"({COMPRESSED[ending]} {path})."
+            )
         if not path.endswith("jsonl"):
-            raise ValueError(f"annotation {path} must be a .jsonl file: one JSON object per line.")
+            raise ValueError(
+                f"annotation {path} must be a .jsonl file: one JSON object per line; or a .parquet or .arrow file or a "
+                "folder that the datasets library saved."
+            )
         if not is_remote(path) and not os.path.isfile(path):
             raise ValueError(f"annotation {path} does not exist (relative paths start at {os.getcwd()}).")
         self.path, self.file = path, local_copy(path)
-        starts, ends = _line_table(self.file)
-        lengths = ends - starts
-        if len(single := np.flatnonzero(lengths == 1)):  # a lone \r is the rest of a blank line
-            lengths[single] -= np.memmap(self.file, np.uint8, "r")[starts[single]] == ord("\r")
-        records = np.flatnonzero(lengths)
-        self._starts, self._ends = starts[records], ends[records]
-        self._lines = records + 1
+        status = os.stat(self.file)
+        self.version = [os.path.abspath(self.file), status.st_size, status.st_mtime_ns]
+        name = hashlib.sha256(json.dumps(self.version).encode()).hexdigest()[:24]
+        self._table_file = str(cache_folder() / f"lines-{name}.npy")
+        self._table = self._open_table()
         self._open_file = None
 
+    def _open_table(self) -> np.ndarray:
+        """(3, records): first byte, the byte behind the last, and number of each line; memory-mapped."""
+        with suppress(OSError, ValueError, EOFError):
+            table = np.load(self._table_file, mmap_mode="r")
+            if table.ndim == 2 and len(table) == 3:
+                return table
+        table = _line_table(self.file)
+        write_whole(self._table_file, lambda file: np.save(file, table))
+        return np.load(self._table_file, mmap_mode="r")
+
     def __len__(self) -> int:
-        return len(self._lines)
+        return self._table.shape[1]
 
     def __getitem__(self, index: int) -> dict:
         """Record number `index`; BadSample when its line is not a JSON object."""
@@ -61,19 +83,23 @@ class Jsonl:
         if self._open_file is None:
             self._open_file = open(self.file, "rb", buffering=0)  # noqa: SIM115 (stays open)
         # pread, not seek and read: forked workers share one file position.
-        start, end = int(self._starts[index]), int(self._ends[index])
+        start, end = (int(offset) for offset in self._table[:2, index])
         return os.pread(self._open_file.fileno(), end - start, start)
 
     def line(self, index: int) -> int:
         """Number of the line that holds record `index`, counted from 1."""
-        return int(self._lines[index])
+        return int(self._table[2, index])
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open_file": None}
+        return self.__dict__ | {"_open_file": None, "_table": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self._table = self._open_table()
 
 
-def _line_table(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Byte offsets of the first byte of every line and of the byte behind its last."""
+def _line_table(path: str) -> np.ndarray:
+    """(3, records) as `Jsonl` keeps it; lines without a record are left out."""
     newlines, size = [], 0
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
@@ -81,4 +107,8 @@ def _line_table(path: str) -> tuple[np.ndarray, np.ndarray]:
             size += len(chunk)
     ends = np.concatenate([*newlines, [size]]).astype(np.int64)
     starts = np.concatenate([[0], ends[:-1] + 1])
-    return starts, ends
+    lengths = ends - starts
+    if len(single := np.flatnonzero(lengths == 1)):  # a lone \r is the rest of a blank line
+        lengths[single] -= np.memmap(path, np.uint8, "r")[starts[single]] == ord("\r")
+    records = np.flatnonzero(lengths)
+    return np.stack([starts[records], ends[records], records + 1])

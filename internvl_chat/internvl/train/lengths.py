@@ -106,13 +106,10 @@ def measure(
 
 def fingerprint(dataset: LazySupervisedDataset) -> str:
     """Name of everything that decides the lengths of a data set, the pictures themselves excepted."""
-    path = os.path.abspath(dataset.records.file)
     facts = [
         VERSION,
         type(dataset).__name__,
-        path,
-        os.stat(path).st_size,
-        os.stat(path).st_mtime_ns,
+        dataset.records.version,
         dataset.root if is_remote(dataset.root) else os.path.abspath(dataset.root),
         hashlib.sha256(np.unique(dataset.order).tobytes()).hexdigest(),
         dataset.num_image_token,
