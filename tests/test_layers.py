@@ -22,6 +22,7 @@ LAYERS = [
         "internvl.train.arguments",
         "internvl.train.files",
         "internvl.train.jsonl",
+        "internvl.train.arrow",
         "internvl.train.record",
     ],
     ["internvl.train.image", "internvl.train.video", "internvl.train.upstream_names"],
@@ -66,7 +67,18 @@ LAYERS = [
     ["internvl.patch.pad_data_collator", "internvl.patch.train_sampler_patch", "internvl.patch"],
 ]
 HEIGHT = {module: (level, place) for level, layer in enumerate(LAYERS) for place, module in enumerate(layer)}
-DATA_PATH = ["files", "jsonl", "record", "image", "video", "upstream_names", "segments", "preprocess", "dataset"]
+DATA_PATH = [
+    "files",
+    "jsonl",
+    "arrow",
+    "record",
+    "image",
+    "video",
+    "upstream_names",
+    "segments",
+    "preprocess",
+    "dataset",
+]
 DATA_PATH += ["lengths", "packing", "plan", "schedule", "summary", "flops", "dataset_packed", "collator", "preference"]
 FILES = sorted(PACKAGE.glob("internvl/**/*.py")) + sorted(PACKAGE.glob("tools/**/*.py"))
 

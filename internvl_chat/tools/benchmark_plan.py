@@ -3,7 +3,7 @@ planning takes. `python tools/benchmark_plan.py` prints one table and draws one 
 
 The mixture is the joint histogram of tiles and tokens of four public sets (OmniBal, arXiv 2407.20761), alone and half
 and half with text. `ours` is `internvl/train/plan.py`. Beside it: upstream's packing (first fit into a buffer of
-20 open rows), the best fit by tokens alone in falling order, cut where it breaks the limit of tiles, and padding samples
+20 rows), the best fit by tokens alone in falling order, cut where it breaks the limit of tiles, and padding samples
 that come in random order. Those deal their rows to ranks as they come.
 """
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import pickle
 
+import numpy as np
 import pytest
 
 from internvl.train import jsonl
@@ -59,6 +60,31 @@ def test_a_line_that_is_no_object_is_a_bad_sample_and_the_others_stay_good(tmp_p
 def test_wrong_path_is_one_sentence(tmp_path, name, reason):
     with pytest.raises(ValueError, match=f"{name}.*{reason}"):
         Jsonl(str(tmp_path / name))
+
+
+def test_offsets_of_a_large_file_are_found_once_and_not_handed_to_workers(tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(jsonl, "LARGE", 1000)
+    path = write(tmp_path / "a.jsonl", "".join(f'{{"id": {i}}}\n\n' for i in range(500)))
+    first = Jsonl(path)
+    (table,) = (tmp_path / "cache").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(jsonl, "_line_table", None)  # it would fail
+        again = Jsonl(path)
+        copy = pickle.loads(pickle.dumps(again))
+    assert len(pickle.dumps(again)) < 1000 and isinstance(again._table, np.memmap)
+    for file in (first, again, copy):
+        assert len(file) == 500 and file[499] == {"id": 499} and file.line(499) == 999
+    table.write_bytes(table.read_bytes()[:300])
+    assert Jsonl(path)[499] == {"id": 499}, "a damaged table is made anew"
+    write(tmp_path / "a.jsonl", '{"id": 7, "other": true}\n' * 100)
+    assert len(Jsonl(path)) == 100 and Jsonl(path)[99]["id"] == 7
+
+
+@pytest.mark.parametrize("ending, tool", [(".gz", "gunzip"), (".zst", "zstd -d")])
+def test_compressed_files_are_refused_with_the_way_out(tmp_path, ending, tool):
+    with pytest.raises(ValueError, match=rf"a.jsonl{ending} is compressed.*unpack it first \({tool} "):
+        Jsonl(write(tmp_path / f"a.jsonl{ending}", ""))
 
 
 def read_all(file: Jsonl, order: list[int]):

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from internvl.model import internvl_chat
 from internvl.train.arguments import MPO, DPOConfig, PreferenceDataArguments, parse_args
-from internvl.train.build import build_data, build_model, build_tokenizer, build_trainer
+from internvl.train.build import build_model, build_tokenizer, build_trainer
+from internvl.train.build_data import build_data
 from internvl.train.build_mpo import build_reference, check_preference
 from internvl.train.preference import PreferenceDataset, pair_collator
 from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss

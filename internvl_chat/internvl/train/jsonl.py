@@ -15,19 +15,19 @@ from internvl.train.constants import BadSample
 from internvl.train.files import cache_folder, is_remote, local_copy, write_whole
 
 CHUNK = 1 << 24
+LARGE = 1 << 26  # bytes from which on it pays to keep the table of lines on disk
 COMPRESSED = {".gz": "gunzip", ".zst": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz"}
 
 
 class Jsonl:
     """A file with one JSON object per line, read by byte offset. Blank lines hold no record.
 
-    The offsets are found once and kept in the cache, memory-mapped: neither they nor the file are copied into workers.
-    Safe to share between forked workers and to pickle.
+    The offsets in a large file are found once and kept in the cache, memory-mapped: neither they nor the file are
+    copied into workers. Safe to share between forked workers and to pickle.
 
     Attributes:
         path: the file as named by the user.
         file: the file that is read: the same, or the copy of a remote one.
-        version: what tells this content of the file from another.
 
     Raises:
         ValueError: when the file does not exist, cannot be fetched or is not named `*.jsonl`.
@@ -48,15 +48,21 @@ class Jsonl:
         if not is_remote(path) and not os.path.isfile(path):
             raise ValueError(f"annotation {path} does not exist (relative paths start at {os.getcwd()}).")
         self.path, self.file = path, local_copy(path)
-        status = os.stat(self.file)
-        self.version = [os.path.abspath(self.file), status.st_size, status.st_mtime_ns]
         name = hashlib.sha256(json.dumps(self.version).encode()).hexdigest()[:24]
-        self._table_file = str(cache_folder() / f"lines-{name}.npy")
+        self._table_file = str(cache_folder() / f"lines-{name}.npy") if self.version[1] >= LARGE else None
         self._table = self._open_table()
         self._open_file = None
 
+    @property
+    def version(self) -> list:
+        """What tells this content of the file from another."""
+        status = os.stat(self.file)
+        return [os.path.abspath(self.file), status.st_size, status.st_mtime_ns]
+
     def _open_table(self) -> np.ndarray:
-        """(3, records): first byte, the byte behind the last, and number of each line; memory-mapped."""
+        """(3, records): first byte, the byte behind the last, and number of each line; memory-mapped if large."""
+        if not self._table_file:
+            return _line_table(self.file)
         with suppress(OSError, ValueError, EOFError):
             table = np.load(self._table_file, mmap_mode="r")
             if table.ndim == 2 and len(table) == 3:
@@ -91,11 +97,12 @@ class Jsonl:
         return int(self._table[2, index])
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open_file": None, "_table": None}
+        return self.__dict__ | {"_open_file": None} | ({"_table": None} if self._table_file else {})
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
-        self._table = self._open_table()
+        if self._table is None:
+            self._table = self._open_table()
 
 
 def _line_table(path: str) -> np.ndarray:
