@@ -136,7 +136,7 @@ def test_repeat_time_is_whole_copies_and_a_random_part(make, repeat_time):
 
     def ids(**changes) -> list[int]:
         dataset = make(*records, meta={"repeat_time": repeat_time}, **changes)
-        assert [int(dataset.describe(i).split()[2]) - 1 for i in range(len(dataset))] == dataset.order.tolist()
+        assert [int(dataset.describe(i).split()[2]) - 1 for i in range(len(dataset))] == list(dataset.order)
         return [dataset._record(i)["id"] for i in range(len(dataset))]
 
     copies, part = divmod(int(60 * repeat_time), 60)

@@ -190,7 +190,13 @@ def test_ranks_and_zero_change_no_number(tiny, one_process, stage, tmp_path):
     keys = [key for key in expected[0] if "/" in key] + ["loss", "nll_loss", "grad_norm"]
     assert len(keys) == 9
     for key in keys:
-        torch.testing.assert_close([e[key] for e in found], [e[key] for e in expected], atol=1e-4, rtol=1e-4, msg=key)
+        torch.testing.assert_close(
+            [e[key] for e in found],
+            [e[key] for e in expected],
+            atol=1e-4,
+            rtol=3e-4,
+            msg=lambda text, key=key: f"{key}: {text}",
+        )
 
 
 def test_resume_equals_unbroken(tiny, one_process, tmp_path):

@@ -5,7 +5,7 @@ where the template was trained so, and the tokenizer's offsets carry the cuts ov
 templates; `dataset.py` calls `tokenize_turns`, upstream's functions are the same with truncation and padding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -44,7 +44,7 @@ def tokenize_turns(
     image_tokens = () if text_only else image_tokens
     messages = cut(template_name, turns, len(image_tokens), rules)
     bos = tokenizer("").input_ids
-    pieces = [(bos, [IGNORE_INDEX] * len(bos)), *(_tokenize(tokenizer, message) for message in messages)]
+    pieces = [(bos, [IGNORE_INDEX] * len(bos)), *_tokenize(tokenizer, messages)]
     input_ids, labels = (np.concatenate(column).astype(np.int64) for column in zip(*pieces, strict=True))
     if rules is PRETRAIN:
         labels[np.isin(input_ids, tokenizer.convert_tokens_to_ids(IMAGE_MARKS))] = IGNORE_INDEX
@@ -64,20 +64,26 @@ def _image_repeats(tokenizer, input_ids: np.ndarray, image_tokens: Sequence[int]
     return repeats
 
 
-def _tokenize(tokenizer, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels of segments tokenised as one string; a token that reaches over a cut is not trained."""
+def _tokenize(tokenizer, messages: list[list[Segment]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ids and labels of each message, whose segments are tokenised as one string."""
     encoded = tokenizer(
-        "".join(segment.text for segment in segments),
+        ["".join(segment.text for segment in segments) for segments in messages],
         add_special_tokens=False,
         return_offsets_mapping=True,
         return_attention_mask=False,
         verbose=False,
     )
-    input_ids = np.array(encoded.input_ids, dtype=np.int64)
-    labels = np.full_like(input_ids, IGNORE_INDEX)
+    for ids, offsets, segments in zip(encoded.input_ids, encoded.offset_mapping, messages, strict=True):
+        ids = np.array(ids, dtype=np.int64)
+        yield ids, _labels(ids, offsets, segments)
+
+
+def _labels(ids: np.ndarray, offsets: list[tuple[int, int]], segments: list[Segment]) -> np.ndarray:
+    """Labels of a message; a token that reaches over a cut is not trained."""
+    labels = np.full_like(ids, IGNORE_INDEX)
     if not any(segment.trained for segment in segments):
-        return input_ids, labels
-    starts, ends = np.array(encoded.offset_mapping, dtype=np.int64).reshape(-1, 2).T
+        return labels
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     # The space that some tokenizers put in front of a word claims the word's first character; it ends where it starts.
     inner_ends = np.minimum(ends, np.append(starts[1:], ends[-1:]))
     begin = 0
@@ -86,9 +92,9 @@ def _tokenize(tokenizer, segments: list[Segment]) -> tuple[np.ndarray, np.ndarra
         if trained:
             # `ends > begin`: where offsets are trimmed of white space, a line break before the cut lies empty on it.
             inside = (starts >= begin) & (ends > begin) & (inner_ends <= end)
-            labels[inside] = input_ids[inside]
+            labels[inside] = ids[inside]
         begin = end
-    return input_ids, labels
+    return labels
 
 
 def preprocess(
