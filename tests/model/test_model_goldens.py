@@ -6,6 +6,8 @@ import torch.nn.functional as F
 import transformers
 from model_cases import check_norms, close, gradient_norms
 
+from internvl.model.token_loss import REDUCTIONS, document_weights
+
 # Ids generated from embeddings alone begin, in transformers 4, with a placeholder; so do the recorded ones.
 PLACEHOLDER = 0 if transformers.__version__.startswith("4.") else 1
 
@@ -82,6 +84,19 @@ def test_packed_row(packed_case):
     weights = packed_case.read("packed_inputs.safetensors")
     for kind in ("token", "sample", "square"):
         close(model(**batch, loss_weight=weights[f"loss_weight_{kind}"]).loss, expected[f"loss_{kind}"][0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_weights(packed_case):
+    """Weights of documents from labels and positions are the recorded ones, and so is the loss without giving them."""
+    batch, recorded = packed_case.packed_batch, packed_case.read("packed_inputs.safetensors")
+    expected = packed_case.read("packed_expected.safetensors")
+    for reduction in REDUCTIONS:
+        weights = document_weights(batch["labels"], batch["position_ids"], reduction)
+        torch.testing.assert_close(weights, recorded[f"loss_weight_{reduction}"].float(), atol=1e-7, rtol=1e-6)
+        model = packed_case.model()
+        model.loss_reduction = reduction
+        close(model(**batch).loss[None], expected[f"loss_{reduction}"], atol=1e-5)
 
 
 def test_packed_gradients(packed_case):
