@@ -99,6 +99,15 @@ def test_packed_weights(packed_case):
         close(model(**batch).loss[None], expected[f"loss_{reduction}"], atol=1e-5)
 
 
+@torch.no_grad()
+def test_bounds_in_place_of_a_mask(packed_case):
+    """Upstream's packed batches carry where documents begin as `attention_mask`."""
+    model, batch = packed_case.model(), packed_case.packed_batch
+    bounds = packed_case.read("packed_inputs.safetensors")["attention_mask"]
+    assert bounds.dtype == torch.int32 and bounds.shape[1] < batch["input_ids"].shape[1]
+    assert torch.equal(model(**batch, attention_mask=bounds).logits, model(**batch).logits)
+
+
 def test_packed_gradients(packed_case):
     model, golden = packed_case.model().train(), packed_case.read("packed.json")
     weight = packed_case.read("packed_inputs.safetensors")["loss_weight_square"]

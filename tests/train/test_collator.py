@@ -5,11 +5,14 @@ another one, and pads positions with `pad_id`.
 """
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from internvl.train.collator import concat_pad_data_collator, dpo_concat_pad_data_collator, pad_data_collator
+from internvl.train.dataset_packed import packed_collate_fn
+from internvl.train.internvl_chat_finetune import len2weight
 
 
 def tensors(rows: dict) -> dict:
@@ -128,3 +131,47 @@ def test_preference_pairs_are_padded_side_by_side():
     assert batch["chosen_input_ids"][0].tolist() == [1] * 4 + [5] * 2
     assert batch["rejected_labels"][1].tolist() == [1] * 2 + [-100] * 7
     assert batch["pixel_values"].shape == (4, 3, 2, 2)
+
+
+def test_recorded_packed_batches(goldens):
+    """Upstream's batches of packed rows: bounds, weights and counts as recorded; two rows of as many documents, too."""
+    seen = 0
+    for file in sorted((goldens / "dataset/packed").glob("*.json")):
+        golden = json.loads(file.read_text())
+        for case in golden["collated"]:
+            rows = [
+                tensors(
+                    {key: golden["items"][i][key] for key in ("input_ids", "labels", "position_ids", "image_flags")}
+                )
+                | {"pixel_values": torch.zeros(len(golden["items"][i]["image_flags"]), 3, 2, 2)}
+                for i in case["items"]
+            ]
+            arguments = {
+                "data_collator": concat_pad_data_collator,
+                "len2weight": partial(len2weight, loss_reduction=case["loss_reduction"]),
+                "max_item_length": case["max_item_length"],
+                "micro_num": case["micro_num"],
+            }
+            if "error" in case:
+                with pytest.raises(ValueError, match="documents do not fit into one tensor"):
+                    packed_collate_fn(rows, **arguments)
+                continue
+            batch, expected, seen = packed_collate_fn(rows, **arguments), case["batch"], seen + 1
+            assert batch.keys() == expected.keys()
+            for key in ("input_ids", "labels", "attention_mask", "image_flags", "statistics"):
+                assert batch[key].tolist() == expected[key]["values"], (file.name, key)
+                assert str(batch[key].dtype) == f"torch.{expected[key]['dtype']}"
+            for ours, theirs in zip(batch["loss_weight"], expected["loss_weight"], strict=True):
+                assert ours == pytest.approx(theirs)
+            filled = packed_collate_fn(rows, **arguments | {"micro_num": 2})
+            assert filled["labels"].shape[0] == 2 and (filled["labels"][1] == -100).all()
+            with pytest.raises(NotImplementedError, match="3 rows for a micro-batch of"):
+                packed_collate_fn(rows[:1] * 3, **arguments)
+    assert seen >= 8
+
+
+def test_weights_by_length_as_recorded(goldens):
+    for reduction, pairs in json.loads((goldens / "dataset/len2weight.json").read_text()).items():
+        assert [len2weight(n, reduction) for n, _ in pairs] == pytest.approx([weight for _, weight in pairs])
+    with pytest.raises(NotImplementedError, match="'mean' is not one of token, sample, square"):
+        len2weight(3, "mean")

@@ -14,6 +14,7 @@ from internvl.train.build_data import build_data
 from internvl.train.check import check, resume_point
 from internvl.train.constants import IGNORE_INDEX  # noqa: F401
 from internvl.train.dataset import LazySupervisedDataset  # noqa: F401
+from internvl.train.dataset_packed import len2weight  # noqa: F401
 from internvl.train.run import give_up, leave, set_up_logging, train_and_save
 
 

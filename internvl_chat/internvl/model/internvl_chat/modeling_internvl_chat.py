@@ -176,7 +176,8 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
             ValueError: image tokens in `input_ids` and visual tokens of the flagged tiles differ in number.
         """
         llm = plain(self.language_model)
-        attention_mask = attention_mask if cu_seqlens is None else None
+        bounds = attention_mask is not None and attention_mask.dtype == torch.int32  # upstream's packed batches
+        attention_mask = None if bounds or cu_seqlens is not None else attention_mask
         outputs = decode(
             llm,
             self._embed(input_ids, pixel_values, image_flags),
