@@ -139,7 +139,9 @@ class ScheduledTrainer(CheckpointingTrainer):
         if not file.exists():
             arrays = {**self.schedule.lengths._asdict(), "digests": self.schedule.digests}
             arrays |= {} if self.schedule.weights is None else {"weights": self.schedule.weights}
-            np.savez_compressed(file, **arrays)
+            unfinished = file.with_name(f"unfinished-{file.name}")
+            np.savez_compressed(unfinished, **arrays)
+            os.replace(unfinished, file)
 
     def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
         start = super()._init_training_state(*args, **kwargs)
