@@ -101,6 +101,8 @@ def test_changed_data_goes_on_with_what_was_not_seen_of_it(packed):
     ours = Lengths(*(np.insert(a[kept], place, b) for a, b in zip(lengths, fresh[0], strict=True)))
     new = Schedule(ours, np.insert(digests[kept], place, fresh[1]), Layout(0, 3, 1, 1, packed=packed, **ROOM))
     assert new.differences(old) == "20 of its 210 samples are new, 10 of the 200 before are gone"
+    other_size = Schedule(lengths._replace(tokens=lengths.tokens + 1), digests, layout)
+    assert other_size.differences(old).startswith("its samples are the same in another order, size")
     epoch, step = new.go_on(state, lambda name: Schedule(lengths, digests, layout))
     assert (epoch, step) == (1, 8)
     read_before = np.insert(seen_before[kept], place, 0)

@@ -148,6 +148,8 @@ class Schedule:
         content, index = np.unique(np.concatenate([self.digests, other.digests]), return_inverse=True)
         ours, theirs = (np.bincount(part, minlength=len(content)) for part in np.split(index, [len(self.digests)]))
         new, gone = int(np.maximum(ours - theirs, 0).sum()), int(np.maximum(theirs - ours, 0).sum())
+        if not new and not gone:
+            return "its samples are the same in another order, size (flags, tokenizer) or weight"
         return f"{new} of its {len(self.digests)} samples are new, {gone} of the {len(other.digests)} before are gone"
 
 
