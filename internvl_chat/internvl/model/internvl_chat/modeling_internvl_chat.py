@@ -163,11 +163,10 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
             position_ids: (B, L); where they restart at 0 without `attention_mask`, another document begins, and no
                 token sees another document.
             loss_weight: (B, L) tensor or nested list, weight of each label, default: by `self.loss_reduction`;
-                `loss_reduction_all_gather` then divides by
-                the mean over ranks of the summed weights. `statistics` is accepted for upstream's callers.
+                `loss_reduction_all_gather` then divides by the mean over ranks of the summed weights.
+            statistics: accepted for upstream's callers.
             cu_seqlens: a list of where documents begin in the rows laid end to end, and B L, so that `position_ids`
-                need not be searched. InternVL 3.5's callers give a tensor beside a mask: all that says is not to mind
-                the mask.
+                need not be searched. InternVL 3.5's callers give a tensor: all that says is not to mind the mask.
 
         Returns:
             CausalLMOutputWithPast. In training mode with labels `logits` is None: they never exist as a whole.
@@ -176,7 +175,7 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
             ValueError: image tokens in `input_ids` and visual tokens of the flagged tiles differ in number.
         """
         llm = plain(self.language_model)
-        bounds = attention_mask is not None and attention_mask.dtype == torch.int32  # upstream's packed batches
+        bounds = getattr(attention_mask, "dtype", None) == torch.int32  # upstream's packed batches
         attention_mask = None if bounds or cu_seqlens is not None else attention_mask
         outputs = decode(
             llm,
@@ -212,26 +211,27 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
 
     def _embed(self, input_ids, pixel_values=None, image_flags=None, visual_features=None) -> torch.Tensor:
         """Token embeddings (B, L, C), those of the image tokens replaced by the visual tokens, in order."""
-        embeds = self.get_input_embeddings()(input_ids)
-        if visual_features is None and pixel_values is not None and len(pixel_values):
+        # The vision encoder first, whatever it is shown: under ZeRO-3 all ranks must use weights in the same order.
+        shown, unused = pixel_values is not None and len(pixel_values) > 0, 0
+        if visual_features is None and shown:
             visual_features = self.extract_feature(pixel_values)
+        elif visual_features is None and self._see_anyway():
+            unused = 0 * self.extract_feature(self._smallest_picture()).sum()
+        embeds = self.get_input_embeddings()(input_ids)
         if visual_features is None:
-            return embeds + 0 * self.extract_feature(self._smallest_picture()).sum() if self._see_anyway() else embeds
+            return embeds + unused
         if image_flags is not None:
             visual_features = visual_features[image_flags.flatten() == 1]
         if self.img_context_token_id is None:
             raise ValueError("img_context_token_id is not set: give the model the id of the tokenizer's <IMG_CONTEXT>")
         is_image = input_ids == self.img_context_token_id
         visual_tokens = visual_features.flatten(0, 1).to(embeds.dtype)
-        if (found := int(is_image.sum())) != len(visual_tokens):
-            raise ValueError(
-                f"{found} image tokens in input_ids, but {len(visual_tokens)} visual tokens from the tiles"
-            )
+        if (found := int(is_image.sum())) != (seen := len(visual_tokens)):
+            raise ValueError(f"{found} image tokens in input_ids, but {seen} visual tokens from the tiles")
         return embeds.masked_scatter(is_image[..., None], visual_tokens)
 
     def _see_anyway(self) -> bool:
-        """Whether the vision encoder must run although there is no picture: its weights lie on all ranks (ZeRO-3), or
-        each of them gets a gradient in every step."""
+        """Whether the vision encoder must run without a picture: its weights train, or lie on all ranks (ZeRO-3)."""
         weights = chain(self.vision_model.parameters(), self.mlp1.parameters())
         return any((self.training and weight.requires_grad) or hasattr(weight, "ds_id") for weight in weights)
 
