@@ -76,12 +76,12 @@ def main(argv=None):
 def data_sets(data: Data) -> str:
     """A line a data set."""
     lines = [f"{'data set':24}{'samples':>10}{'bad':>8}{'tokens':>14}{'trained':>9}{'tiles':>10}{'no tile':>9}"]
-    ends = data.rows.ends
-    for dataset, start, end in zip(data.rows.datasets, [0, *ends], ends, strict=False):
-        tokens, trained, tiles = (values[start:end] for values in data.lengths)
-        usable = tokens > 0
+    position = np.searchsorted(data.rows.ends, data.rows.origin(), side="right")
+    for number, dataset in enumerate(data.rows.datasets):
+        tokens, trained, tiles = (values[position == number] for values in data.lengths)
+        usable, bad = tokens > 0, sum(bad.data_set == dataset.ds_name for bad in data.bad_samples)
         lines.append(
-            f"{dataset.ds_name:24}{end - start:10,}{(~usable).sum():8,}{tokens.sum():14,}"
+            f"{dataset.ds_name:24}{len(dataset):10,}{bad:8,}{tokens.sum():14,}"
             f"{trained.sum() / max(1, tokens.sum()):9.1%}{tiles.sum():10,}"
             f"{(usable & (tiles == 0)).sum() / max(1, usable.sum()):9.1%}"
         )

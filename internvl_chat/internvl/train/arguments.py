@@ -84,7 +84,7 @@ class DataTrainingArguments:
     )
     replacement: bool = option(False, "accepted for upstream's recipes; epochs follow each other until --max_steps")
     allow_overflow: bool = option(
-        False, "accepted for upstream's recipes, as False: no row exceeds --max_packed_tokens"
+        False, "packing: split a sample that is larger than a row, instead of leaving it out as a bad one"
     )
     loss_reduction: Literal["token", "sample", "square"] = option(
         "token", "weight of a token by the number n of its sample's trained tokens: 1, 1 / n or 1 / sqrt(n)"

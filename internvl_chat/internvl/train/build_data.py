@@ -9,10 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl.dist_utils import gathered, rank, world_size
 from internvl.train.arguments import DataTrainingArguments, TrainingArguments
+from internvl.train.constants import BadSample
 from internvl.train.dataset import LazySupervisedDataset, load_meta
 from internvl.train.dataset_packed import PackedDataset
 from internvl.train.lengths import Ranks, measure
 from internvl.train.plan import Lengths
+from internvl.train.splitting import Part, images_in, split
 from internvl.train.trainer import too_many_bad_samples
 
 logger = logging.getLogger(__name__)
@@ -88,32 +90,69 @@ def measure_data(
     ]
     rows = PackedDataset(datasets)
     lengths = Lengths(*(np.concatenate(parts) for parts in zip(*(found.lengths for found in measured), strict=True)))
-    if data_args.use_packed_ds:
-        bad += leave_out_what_fits_no_row(rows, lengths, data_args)
+    data = Data(rows, lengths, np.concatenate([found.digests for found in measured]), bad, weights=None)
+    if data_args.use_data_resampling:
+        data = data._replace(weights=square_root_weights(rows, lengths))
+    return fit_into_rows(data, data_args, ranks) if data_args.use_packed_ds else data
+
+
+def fit_into_rows(data: Data, data_args: DataTrainingArguments, ranks: Ranks) -> Data:
+    """The same, where what is larger than a row is split (--allow_overflow) or a bad sample."""
+    row = data_args.max_packed_tokens, data_args.num_images_expected
+    larger = np.flatnonzero((data.lengths.tokens > row[0]) | (data.lengths.tiles > row[1])).tolist()
+    parts, bad = [], list(data.bad_samples)
+    for sample, outcome in zip(larger, split_all(data, larger, *row, data_args.allow_overflow, ranks), strict=True):
+        if isinstance(outcome, str):
+            dataset, index = data.rows.locate(sample)
+            bad.append(Bad(dataset.ds_name, dataset.records.path, dataset.line(index), outcome))
+        else:
+            parts += [(sample, part) for part in outcome]
+    sizes = np.array([part.size for _, part in parts], np.int32).reshape(-1, 3).T
+    if parts:
+        whole = sorted({sample for sample, _ in parts})
+        lost = data.lengths.tokens[whole].sum() - sizes[0].sum()
+        said = len(whole), len(parts), lost
+        logger.warning("%d samples larger than a row are split into %d parts, which leave out %d of their tokens", *said)
+    for values in data.lengths:
+        values[larger] = 0
+    data.rows.parts = parts
+    origin = data.rows.origin()
+    digests = data.digests[origin]
+    digests[data.rows.ends[-1] :] ^= np.array([1 + part.start for _, part in parts], np.int32)  # a part is not its twin
     return Data(
-        rows=rows,
-        lengths=lengths,
-        digests=np.concatenate([found.digests for found in measured]),
+        rows=data.rows,
+        lengths=Lengths(*map(np.concatenate, zip(data.lengths, sizes, strict=True))),
+        digests=digests,
         bad_samples=bad,
-        weights=square_root_weights(rows, lengths) if data_args.use_data_resampling else None,
+        weights=None if data.weights is None else data.weights[origin],
     )
 
 
-def leave_out_what_fits_no_row(rows: PackedDataset, lengths: Lengths, data_args: DataTrainingArguments) -> list[Bad]:
-    """The samples that are larger than a row; their lengths become 0."""
-    larger = (lengths.tokens > data_args.max_packed_tokens) | (lengths.tiles > data_args.num_images_expected)
-    found = []
-    for sample in np.flatnonzero(larger):
-        dataset, index = rows.locate(int(sample))
-        reason = (
-            f"its {lengths.tokens[sample]} tokens and {lengths.tiles[sample]} tiles do not fit into a row of "
-            f"--max_packed_tokens {data_args.max_packed_tokens} and --num_images_expected "
-            f"{data_args.num_images_expected}"
-        )
-        found.append(Bad(dataset.ds_name, dataset.records.path, dataset.line(index), reason))
-    for sizes in lengths:
-        sizes[larger] = 0
-    return found
+def split_all(data: Data, samples: list[int], max_tokens: int, max_tiles: int, allowed: bool, ranks: Ranks) -> list:
+    """The parts of each of these samples, or a sentence on why there are none; all ranks together."""
+    if not allowed:
+        return [
+            f"its {data.lengths.tokens[sample]} tokens and {data.lengths.tiles[sample]} tiles do not fit into a row of "
+            f"--max_packed_tokens {max_tokens} and --num_images_expected {max_tiles}; --allow_overflow True splits "
+            "such samples"
+            for sample in samples
+        ]
+    outcomes: list[list[Part] | str] = [""] * len(samples)
+    mine = [parts_of(data.rows, sample, max_tokens, max_tiles) for sample in samples[ranks.rank :: ranks.world_size]]
+    for rank, theirs in enumerate(ranks.gathered(mine)):
+        outcomes[rank :: ranks.world_size] = theirs
+    return outcomes
+
+
+def parts_of(rows: PackedDataset, sample: int, max_tokens: int, max_tiles: int) -> list[Part] | str:
+    """The parts of a sample, or why there are none."""
+    dataset, index = rows.locate(sample)
+    try:
+        texts, _ = dataset.texts(index)
+        images = images_in(texts["input_ids"], dataset.img_context_id, dataset.num_image_token)
+        return split(texts["labels"], images, max_tokens, max_tiles)
+    except BadSample as reason:
+        return str(reason)
 
 
 def square_root_weights(rows: PackedDataset, lengths: Lengths) -> np.ndarray:

@@ -23,8 +23,6 @@ def check(model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
     check_source(model_args)
     if not data_args.meta_path:
         raise ValueError("--meta_path is missing: which JSON file lists the data sets?")
-    if data_args.allow_overflow:
-        raise ValueError("--allow_overflow True cannot act: rows are planned so that none exceeds --max_packed_tokens.")
     if min(data_args.num_images_expected, data_args.max_packed_tokens) < 1:
         raise ValueError(
             f"--num_images_expected {data_args.num_images_expected} --max_packed_tokens {data_args.max_packed_tokens}: "

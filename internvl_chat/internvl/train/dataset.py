@@ -181,11 +181,15 @@ class LazySupervisedDataset(Dataset):
         Raises:
             BadSample: as `get`, but for pictures that only decoding shows to be broken.
         """
+        texts, tiles = self.texts(index)
+        labels = torch.cat([values for name, values in texts.items() if name.endswith("labels")])  # a pair has two
+        return len(labels), int((labels != IGNORE_INDEX).sum()), tiles
+
+    def texts(self, index: int) -> tuple[dict[str, torch.Tensor], int]:
+        """What `get` gives but for the tiles, and how many those are; raises as `measure`."""
         record = self._record(index)
         tiles = self._tile_counts(record)
-        texts = self._texts(record, tiles)
-        labels = torch.cat([values for name, values in texts.items() if name.endswith("labels")])  # a pair has two
-        return len(labels), int((labels != IGNORE_INDEX).sum()), sum(tiles)
+        return self._texts(record, tiles), sum(tiles)
 
     def digest(self, index: int) -> int:
         """A checksum of the record of a sample, from -2^31 to 2^31 - 1."""

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -16,22 +17,34 @@ from internvl.model.token_loss import REDUCTIONS, document_begins, document_boun
 from internvl.train.collator import concat_pad_data_collator
 from internvl.train.constants import IGNORE_INDEX, BadSample
 from internvl.train.dataset import LazySupervisedDataset
+from internvl.train.splitting import Part
 
 
 class PackedDataset(Dataset):
-    """Rows over several data sets, whose samples are numbered on: those of the first, then those of the second, ..."""
+    """Rows over several data sets, whose samples are numbered on: those of the first, then those of the second, ...
+
+    Attributes:
+        parts: (sample, Part) of samples that are split, numbered on behind the whole samples.
+    """
 
     def __init__(self, datasets: Sequence[LazySupervisedDataset]):
         self.datasets = list(datasets)
         self.ends = list(accumulate(len(dataset) for dataset in self.datasets))
+        self.parts: list[tuple[int, Part]] = []
 
     def __len__(self) -> int:
-        """Number of samples."""
-        return self.ends[-1]
+        """Number of samples and parts."""
+        return self.ends[-1] + len(self.parts)
+
+    def origin(self) -> np.ndarray:
+        """(len,) the sample that each sample or part is of."""
+        return np.append(np.arange(self.ends[-1]), np.array([sample for sample, _ in self.parts], np.int64))
 
     def locate(self, sample: int) -> tuple[LazySupervisedDataset, int]:
-        """The data set of a sample and its index there."""
+        """The data set of a sample, or of a part's, and its index there."""
         assert 0 <= sample < len(self), f"sample {sample} of {len(self)}"
+        if sample >= self.ends[-1]:
+            sample, _ = self.parts[sample - self.ends[-1]]
         position = bisect_right(self.ends, sample)
         dataset = self.datasets[position]
         return dataset, sample - self.ends[position] + len(dataset)
@@ -44,9 +57,11 @@ class PackedDataset(Dataset):
         """
         epoch, *ids = key
         samples, bad_samples = [], []
-        for dataset, index in (self.locate(sample) for sample in ids if sample >= 0):
+        for number in (number for number in ids if number >= 0):
+            dataset, index = self.locate(number)
             try:
-                samples.append(dataset.get(index, epoch))
+                sample = dataset.get(index, epoch)
+                samples.append(sample if number < self.ends[-1] else self.parts[number - self.ends[-1]][1].of(sample))
             except BadSample as reason:
                 bad_samples.append(f"{dataset.describe(index)}: {reason}")
         row = (
