@@ -173,6 +173,10 @@ PACKED = {
     "use_packed_ds": ([], lambda t: len(t.schedule.plan(0).starts) - 1 < 13),
     "max_packed_tokens": (["--max_packed_tokens", "300"], lambda t: most(t, "tokens") <= 300 and padded(t) == 300),
     "num_images_expected": (["--num_images_expected", "7"], lambda t: most(t, "tiles") == 7),
+    "allow_overflow": (
+        "--allow_overflow True --max_packed_tokens 110 --max_bad_samples 13".split(),
+        lambda t: len(t.train_dataset.parts) > 0 and most(t, "tokens") <= 110,
+    ),
     "strict_mode": (["--strict_mode", "False"], lambda t: padded(t) == most(t, "tokens")),
     "loss_reduction": (["--loss_reduction", "square"], lambda t: t.model.loss_reduction == "square"),
     "loss_reduction_all_gather": (["--loss_reduction_all_gather", "True"], lambda t: t.all_gather),
@@ -198,11 +202,6 @@ def test_packing_flags(tiny, tmp_path, monkeypatch, name):
     packed = [] if name == "accept_changed_data" else ["--use_packed_ds", "True"]
     assert not acts(prepared(tiny, tmp_path, *(packed if flags else []))), "it is so without the flag, too"
     assert acts(prepared(tiny, tmp_path, *packed, *flags))
-
-
-def test_allow_overflow(build):
-    with pytest.raises(ValueError, match="--allow_overflow True cannot act"):
-        build("--allow_overflow", "True")
 
 
 # -- accepted, because there is nothing to choose here; --help says so -------------------------------------------------
@@ -268,7 +267,7 @@ CHECKED = {
     # The flags of LoRA are checked in test_part_settings.py, merging in test_life.py.
     ModelArguments: [*PATHS, *MODEL, "use_liger", "merge_before_training", *LORA_FLAGS],
     DataTrainingArguments: [*SAMPLE, *PACKED, "down_sample_ratio", "max_seq_length", "max_bad_samples", "meta_path"]
-    + ["use_data_resampling", "pad2square", "normalize_type", "allow_overflow"],
+    + ["use_data_resampling", "pad2square", "normalize_type"],
 }
 
 

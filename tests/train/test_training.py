@@ -110,7 +110,6 @@ WRONG = {
     "nothing to train": (["--freeze_backbone", "--freeze_llm", "--freeze_mlp"], "nothing is left to train"),
     "unknown template": (["--conv_style", "vicuna"], "--conv_style vicuna: known templates are"),
     "another pixel shuffle": (["--down_sample_ratio", "0.25"], "--down_sample_ratio 0.25 differs"),
-    "rows that overflow": (["--allow_overflow", "True"], "--allow_overflow True cannot act"),
     "rows that hold nothing": (["--use_packed_ds", "True", "--max_packed_tokens", "9"], "do not fit into a row"),
     "a negative rank": (["--use_llm_lora", "-3"], "--use_llm_lora -3"),
     "tokens too few for one tile": (["--max_seq_length", "40"], "samples cannot be used"),

@@ -112,7 +112,9 @@ def fit_into_rows(data: Data, data_args: DataTrainingArguments, ranks: Ranks) ->
         whole = sorted({sample for sample, _ in parts})
         lost = data.lengths.tokens[whole].sum() - sizes[0].sum()
         said = len(whole), len(parts), lost
-        logger.warning("%d samples larger than a row are split into %d parts, which leave out %d of their tokens", *said)
+        logger.warning(
+            "%d samples larger than a row are split into %d parts, which leave out %d of their tokens", *said
+        )
     for values in data.lengths:
         values[larger] = 0
     data.rows.parts = parts
@@ -139,8 +141,8 @@ def split_all(data: Data, samples: list[int], max_tokens: int, max_tiles: int, a
         ]
     outcomes: list[list[Part] | str] = [""] * len(samples)
     mine = [parts_of(data.rows, sample, max_tokens, max_tiles) for sample in samples[ranks.rank :: ranks.world_size]]
-    for rank, theirs in enumerate(ranks.gathered(mine)):
-        outcomes[rank :: ranks.world_size] = theirs
+    for first, theirs in enumerate(ranks.gathered(mine)):
+        outcomes[first :: ranks.world_size] = theirs
     return outcomes
 
 

@@ -2,8 +2,8 @@
 
 Upstream's rule: a part ends where the row is full, or before an image that would not fit whole; the next one begins
 with the next image, and text in between, or behind the last image, is lost. A part that hardly trains anything, or
-shows none of its sample's images, is dropped. Unlike upstream's, parts are documents of their own, positions begin at 0;
-and text without any image, on which upstream fails, is cut without a loss.
+shows none of its sample's images, is dropped. Unlike upstream's, parts are documents of their own (positions begin at
+0), and text without any image, on which upstream fails, is cut without a loss.
 """
 
 from collections.abc import Iterable, Sequence
