@@ -31,7 +31,13 @@ LAYERS = [
         "internvl.model.lora",
         "internvl.model.token_loss",
     ],
-    ["internvl.train.collator", "internvl.train.packing", "internvl.train.plan", "internvl.train.metrics"],
+    [
+        "internvl.train.collator",
+        "internvl.train.splitting",
+        "internvl.train.packing",
+        "internvl.train.plan",
+        "internvl.train.metrics",
+    ],
     ["internvl.train.flops", "internvl.train.schedule", "internvl.train.summary", "internvl.model.varlen"],
     ["internvl.model.internvl_chat.checkpoint_keys"],
     [f"internvl.model.internvl_chat.{name}" for name in ("adapting", "resize", "merging", "trained")],
@@ -79,7 +85,18 @@ DATA_PATH = [
     "preprocess",
     "dataset",
 ]
-DATA_PATH += ["lengths", "packing", "plan", "schedule", "summary", "flops", "dataset_packed", "collator", "preference"]
+DATA_PATH += [
+    "lengths",
+    "splitting",
+    "packing",
+    "plan",
+    "schedule",
+    "summary",
+    "flops",
+    "dataset_packed",
+    "collator",
+    "preference",
+]
 FILES = sorted(PACKAGE.glob("internvl/**/*.py")) + sorted(PACKAGE.glob("tools/**/*.py"))
 
 
