@@ -1,6 +1,7 @@
 """Arguments -> tokenizer, model, data, trainer: the only file that knows both the command line and the objects."""
 
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 def build_tokenizer(model_args: ModelArguments, data_args: DataTrainingArguments) -> PreTrainedTokenizerBase:
     """The tokenizer of the chat checkpoint, else of the language model; `model_max_length` carries --max_seq_length."""
+    # Samples are tokenised one by one, by several processes: threads within a sample would only cost.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = load_tokenizer(model_args.model_name_or_path or model_args.llm_path)
     tokenizer.model_max_length = data_args.max_seq_length
     return tokenizer

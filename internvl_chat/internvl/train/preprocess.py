@@ -43,7 +43,7 @@ def tokenize_turns(
     rules = rules or rules_of(template_name, turns)
     image_tokens = () if text_only else image_tokens
     messages = cut(template_name, turns, len(image_tokens), rules)
-    bos = tokenizer("").input_ids
+    bos = tokenizer("").input_ids if tokenizer.num_special_tokens_to_add() else []
     pieces = [(bos, [IGNORE_INDEX] * len(bos)), *_tokenize(tokenizer, messages)]
     input_ids, labels = (np.concatenate(column).astype(np.int64) for column in zip(*pieces, strict=True))
     if rules is PRETRAIN:
