@@ -62,6 +62,7 @@ LAYERS = [
     ["internvl.train.preference", "internvl.train.preference_loss"],
     [
         "internvl.train.trainable",
+        "internvl.train.optimizer_state",
         "internvl.train.checkpointing",
         "internvl.train.scheduled",
         "internvl.train.trainer",

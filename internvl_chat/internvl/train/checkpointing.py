@@ -26,6 +26,7 @@ from internvl.model.internvl_chat.trained import (
     trained_state,
 )
 from internvl.model.lora import is_wrapped
+from internvl.train.optimizer_state import STATES, fits, load_states, load_states_of_other_ranks, save_states
 
 logger = logging.getLogger(__name__)
 UNFINISHED = "unfinished"  # folder in the output folder in which a checkpoint is written before it gets its name
@@ -64,7 +65,10 @@ class CheckpointingTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled and self.partial:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if self.model_wrapped.zero_optimization():
+                save_states(self.model_wrapped, self.trained_parameters(), Path(output_dir), self.args.should_save)
+            else:
+                self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
             if self.args.should_save:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
         else:
@@ -120,22 +124,41 @@ class CheckpointingTrainer(Trainer):
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if Path(resume_from_checkpoint, STATES).is_file():
+            raise ValueError(f"{resume_from_checkpoint} was written under DeepSpeed: go on with --deepspeed.")
         if is_trained_folder(resume_from_checkpoint):
             load_trained(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """As transformers', whose way of resuming under DeepSpeed insists on frozen weights."""
-        partial = resume_from_checkpoint and self.is_deepspeed_enabled and is_trained_folder(resume_from_checkpoint)
-        asked = None if partial else resume_from_checkpoint
+        """As transformers', whose way of resuming under DeepSpeed insists on frozen weights and as many ranks."""
+        own = resume_from_checkpoint and self.is_deepspeed_enabled
+        asked = None if own else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, asked)
-        if partial:
-            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if own:
+            self.resume_deepspeed(Path(resume_from_checkpoint))
         elif not resume_from_checkpoint and not self.args.no_smoke_save:
             self.smoke_save()
         return prepared
+
+    def resume_deepspeed(self, checkpoint: Path) -> None:
+        engine, trained_alone = self.model_wrapped, is_trained_folder(checkpoint)
+        if trained_alone:
+            load_trained(self.model, checkpoint)
+        if (checkpoint / STATES).is_file():
+            load_states(engine, self.trained_parameters(), checkpoint)
+        elif fits(engine, checkpoint):
+            deepspeed_load_checkpoint(engine, str(checkpoint), load_module_strict=not trained_alone)
+        else:
+            logger.info("%s was written by other ranks or at another ZeRO stage: its states are converted", checkpoint)
+            load_states_of_other_ranks(engine, self.trained_parameters(), checkpoint, self.args.process_index == 0)
+        self._load_optimizer_and_scheduler(str(checkpoint))
+        for group, rate in zip(engine.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
 
 def barrier() -> None:

@@ -13,7 +13,6 @@ import transformers
 from internvl.dist_utils import rank
 from internvl.train.arguments import TrainingArguments
 from internvl.train.build_data import Data
-from internvl.train.constants import BadSample
 from internvl.train.trainer import InternVLTrainer
 
 
@@ -24,7 +23,7 @@ def train_and_save(trainer: InternVLTrainer, data: Data, checkpoint: str | None)
         return
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    except (BadSample, OSError) as error:  # an OSError: a checkpoint cannot be written
+    except (ValueError, OSError) as error:  # an OSError: a checkpoint cannot be written
         give_up(error)
 
     trainer.save_model()
