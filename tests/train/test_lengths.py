@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from PIL import Image
 from samples import BAD, recorded_configs, recorded_dataset, turns
 
 from internvl.model.tokenizer import load_tokenizer
@@ -149,6 +150,19 @@ def test_kept_results_are_used_and_only_bad_samples_looked_at_again(counted):
     assert mended.bad == [] and mended.lengths.tokens[2] == mended.lengths.tokens[0]
     looked_at.clear()
     assert same(mended, measure(dataset, progress=False)) and looked_at == []
+
+
+def test_samples_whose_pictures_changed_are_measured_again(make):
+    """Under the same name, in an annotation that is the same."""
+    two = {"image": ["a.png", "b.jpg"], "conversations": turns("<image><image>What?", "A.")}
+    text = {"conversations": turns("What?", "A.")}
+    dataset = make({"image": "b.jpg", "conversations": turns("What?", "A.")}, two, text, max_dynamic_patch=8)
+    before = measure(dataset, progress=False)
+    Image.new("RGB", (200, 100)).save(os.path.join(dataset.root, "a.png"))
+    after = measure(dataset, progress=False)
+    assert after.lengths.tiles.tolist() == [dataset.measure(index)[2] for index in range(3)]
+    assert (after.lengths.tiles != before.lengths.tiles).tolist() == [False, True, False]
+    assert (after.digests == before.digests).all(), "its record is what it was"
 
 
 @pytest.mark.parametrize("damage", ["absent", "empty", "half", "text", "of another data set"])

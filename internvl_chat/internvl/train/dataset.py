@@ -195,6 +195,10 @@ class LazySupervisedDataset(Dataset):
         """A checksum of the record of a sample, from -2^31 to 2^31 - 1."""
         return zlib.crc32(self.records.content(self.order[index])) - (1 << 31)
 
+    def paths(self, index: int) -> list[str]:
+        """The files that a sample shows; BadSample when its record cannot be read."""
+        return [self._path(path) for path in sources(self._record(index))[1]]
+
     def describe(self, index: int) -> str:
         """Where a sample comes from, for messages."""
         return f"{self.ds_name} line {self.line(index)} ({self.records.path})"

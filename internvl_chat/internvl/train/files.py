@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,6 +38,14 @@ def open_file(path: str | os.PathLike, header: bool = False) -> BinaryIO:
     if header:
         return _ask(path, lambda system, inner: system.open(inner, "rb", block_size=HEADER))
     return io.BytesIO(_ask(path, lambda system, inner: system.cat_file(inner)))
+
+
+def stamp(path: str) -> tuple[int, int]:
+    """Size and time of a file, which tell that it has changed; zeros if it is remote or absent."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    return 0, 0
 
 
 def exists(path: str) -> bool:

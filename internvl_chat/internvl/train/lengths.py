@@ -8,6 +8,7 @@ there when a run is interrupted.
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,10 +21,10 @@ from tqdm import tqdm
 
 from internvl.train.constants import BadSample
 from internvl.train.dataset import LazySupervisedDataset
-from internvl.train.files import cache_folder, is_remote, write_whole
+from internvl.train.files import cache_folder, is_remote, stamp, write_whole
 from internvl.train.plan import Lengths
 
-VERSION = 2  # of the files; to be raised whenever samples of the same data change
+VERSION = 3  # of the files; to be raised whenever samples of the same data change
 CHUNK = 256  # samples a process measures at a time
 ROUND = 16384  # samples of a rank after which what is measured is written down
 WORTH_A_PROCESS = 4000  # samples for which it pays to start one, which takes seconds
@@ -73,8 +74,8 @@ def measure(
 ) -> Measured:
     """Lengths of all samples, as `dataset.get` produces them in any epoch.
 
-    What is kept on disk is trusted except for unusable samples: those are looked at again, since files may have been
-    mended.
+    What is kept on disk is trusted except for unusable samples, whose files may have been mended, and for those whose
+    pictures have another size or time than then: these are measured again.
 
     Args:
         processes: to use at most on this rank; below 2 this process measures.
@@ -88,6 +89,7 @@ def measure(
     # Repeats of a record are as long as its first appearance: only that is measured.
     _, first, column = np.unique(dataset.order, return_index=True, return_inverse=True)
     table = ranks.gathered(_load(stem, len(first)) if ranks.rank == 0 else None)[0]
+    _forget_changed(table, dataset, first, progress, ranks)
     todo, reasons = np.flatnonzero(table[0] <= 0), {}
     if len(todo):
         file = _unfinished(stem, table) if ranks.rank == 0 else table
@@ -100,7 +102,7 @@ def measure(
         if ranks.rank == 0:
             _finish(stem, table)
     bad = [(i, reasons[int(column[i])]) for i in np.flatnonzero(table[0, column] == 0).tolist()]
-    tokens, trained, tiles, digests = table if len(dataset) == len(first) else table[:, column]
+    tokens, trained, tiles, digests, _ = table if len(dataset) == len(first) else table[:, column]
     return Measured(Lengths(tokens, trained, tiles), digests, bad)
 
 
@@ -136,7 +138,7 @@ def _tokenizer_facts(tokenizer) -> list:
 def _measured(
     dataset, first: np.ndarray, todo: np.ndarray, processes: int, progress: bool, ranks: Ranks
 ) -> Iterator[tuple[np.ndarray, list[tuple]]]:
-    """(records, [(tokens, trained, tiles, digest, reason or None)]) of all ranks, round after round."""
+    """(records, [(tokens, trained, tiles, digest, stamp, reason or None)]) of all ranks, round after round."""
     processes = min(processes, len(todo) // ranks.world_size // WORTH_A_PROCESS)
     bar = tqdm(total=len(todo), desc=f"measuring {dataset.ds_name}", unit="sample", disable=not progress)
     with bar, _pool(dataset, processes) as measure_all:
@@ -180,24 +182,49 @@ class _Worker:
 
 
 def _measure_one(dataset: LazySupervisedDataset, sample: int) -> tuple:
-    digest = dataset.digest(sample)
+    content = dataset.digest(sample), _stamp(dataset, sample)
     try:
-        return *dataset.measure(sample), digest, None
+        return *dataset.measure(sample), *content, None
     except BadSample as reason:
-        return 0, 0, 0, digest, str(reason)
+        return 0, 0, 0, *content, str(reason)
+
+
+def _stamp(dataset: LazySupervisedDataset, sample: int) -> int:
+    """A checksum of sizes and times of a sample's pictures, 0 without any; their path is in its record."""
+    with suppress(BadSample):
+        if paths := dataset.paths(sample):
+            return zlib.crc32(repr([stamp(path) for path in paths]).encode()) - (1 << 31)
+    return 0
+
+
+def _forget_changed(
+    table: np.ndarray, dataset: LazySupervisedDataset, first: np.ndarray, progress: bool, ranks: Ranks
+) -> None:
+    """Mark the records of the table whose pictures have changed as unknown."""
+    known = np.flatnonzero(table[0] > 0)
+    mine = tqdm(
+        first[known[ranks.rank :: ranks.world_size]].tolist(),
+        desc=f"looking for changed pictures of {dataset.ds_name}",
+        unit="sample",
+        delay=5,
+        disable=not progress,
+    )
+    for rank, stamps in enumerate(ranks.gathered(np.array([_stamp(dataset, sample) for sample in mine], np.int32))):
+        records = known[rank :: ranks.world_size]
+        table[0, records[stamps != table[4, records]]] = UNKNOWN
 
 
 # -- on disk -----------------------------------------------------------------------------------------------------------
 
 
 def _load(stem: Path, records: int) -> np.ndarray:
-    """(4, records) int32: tokens, trained tokens, tiles, digests, as far as they are known."""
+    """(5, records) int32: tokens, trained tokens, tiles, digests, stamps, as far as they are known."""
     for name in (f"{stem}.npy", f"{stem}.part.npy"):
         with suppress(OSError, ValueError, EOFError):
             table = np.load(name)
-            if table.shape == (4, records) and table.dtype == np.int32:
+            if table.shape == (5, records) and table.dtype == np.int32:
                 return table
-    return np.full((4, records), UNKNOWN, np.int32)
+    return np.full((5, records), UNKNOWN, np.int32)
 
 
 def _unfinished(stem: Path, table: np.ndarray) -> np.ndarray:
