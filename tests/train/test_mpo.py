@@ -104,7 +104,7 @@ def prepare(*argv: str) -> MultimodalDPOTrainer:
 
 def batch_of(trainer: MultimodalDPOTrainer, *ids: int) -> dict:
     batch = trainer.data_collator([trainer.train_dataset[(0, index)] for index in ids])
-    del batch["bad_samples"]
+    del batch["bad_samples"], batch["documents"]
     return batch
 
 
