@@ -16,6 +16,8 @@ from internvl.train.arguments import MPO, DPOConfig, PreferenceDataArguments, pa
 from internvl.train.build import build_model, build_tokenizer, build_trainer
 from internvl.train.build_data import build_data
 from internvl.train.build_mpo import build_reference, check_preference
+from internvl.train.metered import METRICS
+from internvl.train.model_flops import model_flops
 from internvl.train.preference import PreferenceDataset, pair_collator
 from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
@@ -104,12 +106,33 @@ def prepare(*argv: str) -> MultimodalDPOTrainer:
 
 def batch_of(trainer: MultimodalDPOTrainer, *ids: int) -> dict:
     batch = trainer.data_collator([trainer.train_dataset[(0, index)] for index in ids])
-    del batch["bad_samples"]
+    del batch["bad_samples"], batch["documents"]
     return batch
 
 
 def run(tiny: Path, output: Path, *flags: str, ranks: int = 1) -> None:
     runs.run(tiny, output, *FEW_STEPS, *flags, ranks=ranks, entry=ENTRY)
+
+
+@pytest.mark.parametrize("flags", [LORA, FULL, [*FULL, "--reference_free", "True"]])
+def test_speed_is_that_of_both_answers_and_of_the_reference(tiny, tmp_path, monkeypatch, flags):
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
+    trainer = prepare(*flags_of(tiny, tmp_path), *flags, "--max_steps", "1", "--save_strategy", "no")
+    trainer.train()
+    (entry,) = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
+    (row,) = trainer.schedule.plan(0).steps[0].flatten().tolist()
+    (sample,) = trainer.schedule.plan(0).row(row)
+    pair = trainer.train_dataset[(0, sample)]
+    documents = [len(pair[f"{side}_input_ids"]) for side in ("chosen", "rejected")]
+    trained = sum(int((pair[f"{side}_labels"] != -100).sum()) for side in ("chosen", "rejected"))
+    assert entry["tokens_per_second"] * entry["step_seconds"] == pytest.approx(sum(documents))
+    assert entry["padding_percent"] == pytest.approx(100 * (1 - sum(documents) / (2 * max(documents))))
+    work = documents, trained, len(pair["pixel_values"])
+    expected = model_flops(trainer.model).of(*work)
+    if "--reference_free" not in flags:
+        expected += model_flops(trainer.model, backward=False, adapters=False).of(*work)
+    assert entry["tflops"] * 1e12 * entry["step_seconds"] == pytest.approx(expected)
+    assert "rewards/margins" in entry
 
 
 def test_training_starts_at_log_2_and_learns_to_prefer(tiny, tmp_path, monkeypatch):

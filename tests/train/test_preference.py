@@ -101,6 +101,8 @@ def test_a_batch_has_all_chosen_then_all_rejected_answers_and_tiles_once(pairs):
     assert (batch["labels"][[2, 5]] == -100).all(), "an empty pair"
     assert len(batch["pixel_values"]) == sum(len(item["pixel_values"]) for item in items)
     assert len(batch["bad_samples"]) == 1
+    sides = [(item, side) for item in items[:2] for side in ("chosen", "rejected")]
+    assert batch["documents"] == [len(item[f"{side}_input_ids"]) for item, side in sides]
 
 
 # -- scores and losses -------------------------------------------------------------------------------------------------
@@ -119,7 +121,7 @@ def test_scores_of_a_pair_are_those_of_its_answers_alone(pairs, goldens, model):
     rows = PackedDataset([dataset])
     items = [rows[(0, index)] for index in range(3)]
     batch = pair_collator(items)
-    del batch["bad_samples"]
+    del batch["bad_samples"], batch["documents"]
     model.train()  # frozen dropout or not, the numbers of this model do not depend on it
     scores = model(**batch)
     expected = []

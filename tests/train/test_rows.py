@@ -36,7 +36,8 @@ def test_a_row_of_one_is_the_sample(rows):
     for sample in range(len(rows) - 4):
         dataset, index = rows.locate(sample)
         row = rows[3, sample]
-        assert row.pop("bad_samples") == [] and samples_equal(row, dataset.get(index, 3))
+        assert row.pop("bad_samples") == [] and row.pop("documents") == [len(row["input_ids"])]
+        assert samples_equal(row, dataset.get(index, 3))
 
 
 def test_a_row_is_its_samples_end_to_end(rows):
@@ -48,6 +49,7 @@ def test_a_row_is_its_samples_end_to_end(rows):
     starts = (row["position_ids"] == 0).nonzero().flatten().tolist()
     lengths = [len(sample["input_ids"]) for sample in samples]
     assert starts == [sum(lengths[:k]) for k in range(len(lengths))]
+    assert row["documents"] == lengths
 
 
 def test_bad_samples_leave_a_sentence_and_no_token(rows):
@@ -56,13 +58,15 @@ def test_bad_samples_leave_a_sentence_and_no_token(rows):
     (sentence,) = row.pop("bad_samples")
     assert sentence.startswith("ds_bad line 1 (") and sentence.endswith("does_not_exist.png does not exist")
     without = rows[0, 2, 3]
-    assert without.pop("bad_samples") == [] and samples_equal(row, without)
+    assert without.pop("bad_samples") == [] and row.pop("documents") == without.pop("documents")
+    assert samples_equal(row, without)
 
 
 @pytest.mark.parametrize("key", [(0, -1), (0,), (0, 21), (0, 21, -1, 23)])
 def test_nothing_left_is_a_row_that_trains_nothing(rows, key):
     row = rows[key]
     assert len(row.pop("bad_samples")) == sum(sample in (21, 23) for sample in key[1:])
+    assert row.pop("documents") == []
     pad = rows.datasets[0].tokenizer.pad_token_id
     assert row["input_ids"].tolist() == [pad, pad] and row["labels"].tolist() == [-100, -100]
     assert row["position_ids"].tolist() == [0, 1] and row["image_flags"].tolist() == []
@@ -99,6 +103,7 @@ def test_an_epoch_from_lengths_to_batches(rows, tmp_path, layout):
     assert len(alone) == len(plan) * 4
     for one, other in zip(alone, shared, strict=True):
         assert one.pop("bad_samples") == other.pop("bad_samples") == []
+        assert one.pop("documents") == other.pop("documents")
         assert one.pop("cu_seqlens") == other.pop("cu_seqlens") and samples_equal(one, other)
     assert sum(int((batch["labels"] != -100).sum()) for batch in alone) == lengths.trained.sum() > 0
     assert sum(len(batch["pixel_values"]) for batch in alone) == lengths.tiles.sum()

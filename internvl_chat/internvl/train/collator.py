@@ -21,6 +21,7 @@ TOKENS = {
     "loss_weight": (torch.float32, 0.0),
 }
 TILES = ("pixel_values", "image_flags")
+LISTS = ("documents", "bad_samples")  # for the trainer, not for the model
 
 
 def concat_pad_data_collator(features: Sequence[dict], max_item_length: int | None = None, pad_id: int = 0) -> dict:
@@ -28,13 +29,13 @@ def concat_pad_data_collator(features: Sequence[dict], max_item_length: int | No
 
     Args:
         features: rows with `input_ids`, `labels`, `position_ids` (L_b,), `pixel_values` (T_b, 3, S, S), `image_flags`
-            (T_b,); optionally `attention_mask`, `loss_weight` (L_b,) and `bad_samples`, a list of sentences. The first
-            row's keys count.
+            (T_b,); optionally `attention_mask`, `loss_weight` (L_b,) and the lists `documents` and `bad_samples` of a
+            `PackedDataset`. The first row's keys count.
         max_item_length: L, if not that of the longest row.
 
     Returns:
-        Token tensors (B, L), tile tensors (sum T_b, ...), one list of `bad_samples`, anything else stacked; strings are
-        dropped.
+        Token tensors (B, L), tile tensors (sum T_b, ...), one list each of `documents` and `bad_samples`, anything else
+        stacked; strings are dropped.
 
     Raises:
         ValueError: a row is longer than `max_item_length`.
@@ -68,8 +69,8 @@ def _collate(features: Sequence[dict], pad_id: int, padded, joined, length: int 
             batch[key] = _pad(key, rows, pad_id, length or max(map(len, rows)))
         elif key in joined:
             batch[key] = torch.cat([torch.as_tensor(row) for row in rows])
-        elif key == "bad_samples":
-            batch[key] = [sentence for row in rows for sentence in row]
+        elif key in LISTS:
+            batch[key] = [entry for row in rows for entry in row]
         elif not isinstance(first, str | None):
             batch[key] = torch.stack([torch.as_tensor(row) for row in rows])
     return batch

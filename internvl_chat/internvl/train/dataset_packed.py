@@ -53,7 +53,8 @@ class PackedDataset(Dataset):
         """The row of samples `key[1:]` as epoch `key[0]` sees them; -1 is an empty slot.
 
         Returns:
-            A Sample, and `bad_samples`: a sentence on each sample that had to be left out. Nothing left: `empty_row`.
+            A Sample; `documents`, the number of tokens of each conversation in it; and `bad_samples`, a sentence on
+            each sample that had to be left out. Nothing left: `empty_row`.
         """
         epoch, *ids = key
         samples, bad_samples = [], []
@@ -69,7 +70,8 @@ class PackedDataset(Dataset):
             if samples
             else self.empty_row()
         )
-        return {**row, "bad_samples": bad_samples}
+        documents = [len(sample[key]) for sample in samples for key in sample if key.endswith("input_ids")]
+        return {**row, "documents": documents, "bad_samples": bad_samples}
 
     def empty_row(self) -> dict[str, torch.Tensor]:
         """A row that trains nothing and yet runs through the whole model, so that ranks stay in step."""

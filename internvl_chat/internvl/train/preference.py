@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from internvl.train.collator import concat_pad_data_collator, row_collator
+from internvl.train.collator import LISTS, TILES, concat_pad_data_collator, row_collator
 from internvl.train.constants import BadSample
 from internvl.train.dataset import LazySupervisedDataset
 
@@ -56,8 +56,8 @@ def pair_collator(pairs: Sequence[dict], pad_id: int = 0) -> dict:
 
     Returns:
         `input_ids`, `labels`, `position_ids` (2B, L), `pixel_values`, `image_flags` of the B pairs, `cu_seqlens`,
-        `bad_samples`.
+        `documents`, `bad_samples`.
     """
     rows = [{key: pair.get(f"{side}_{key}", pair.get(key)) for key in TOKENS} for side in SIDES for pair in pairs]
-    rest = [{key: pair[key] for key in ("pixel_values", "image_flags", "bad_samples")} for pair in pairs]
+    rest = [{key: pair[key] for key in (*TILES, *LISTS)} for pair in pairs]
     return row_collator(rows, pad_id) | concat_pad_data_collator(rest)

@@ -1,7 +1,7 @@
-"""HF Trainer with one optimizer group a part, and reports of speed and bad samples.
+"""HF Trainer with one optimizer group a part, and reports of bad samples.
 
-Made by `build.py`; checkpoints are `checkpointing.py`'s, steps `scheduled.py`'s, everything else of a run (loop,
-DeepSpeed, learning rates, TensorBoard) is transformers' own.
+Made by `build.py`; checkpoints are `checkpointing.py`'s, steps `scheduled.py`'s, reports of speed `metered.py`'s,
+everything else of a run (loop, DeepSpeed, learning rates, TensorBoard) is transformers' own.
 """
 
 import logging
@@ -13,8 +13,7 @@ from internvl.dist_utils import gathered
 from internvl.model.token_loss import document_weights, trained_positions
 from internvl.train.constants import BadSample
 from internvl.train.image import normalize
-from internvl.train.metrics import Throughput, rates
-from internvl.train.scheduled import ScheduledTrainer
+from internvl.train.metered import MeteredTrainer
 from internvl.train.trainable import parameter_groups, watch_gradients
 
 logger = logging.getLogger(__name__)
@@ -26,10 +25,10 @@ def label_weights(batch: dict, reduction: str) -> torch.Tensor:
     return weights[:, 1:][trained_positions(batch["labels"], batch["position_ids"])]
 
 
-class InternVLTrainer(ScheduledTrainer):
+class InternVLTrainer(MeteredTrainer):
     """Trains a chat model.
 
-    Args (beyond ScheduledTrainer's):
+    Args (beyond MeteredTrainer's):
         bad_samples: sentences on the samples that measuring already found unusable.
         max_bad_samples: how many unusable samples may be left out before the run stops.
         all_gather: a step's loss is the weighted mean over all its trained tokens, whatever rank and micro-batch they
@@ -50,7 +49,6 @@ class InternVLTrainer(ScheduledTrainer):
         self.bad_samples = list(bad_samples)
         self.max_bad_samples = max_bad_samples
         self.found_bad: list[str] = []  # by this rank, since the last report
-        self.throughput = Throughput()
         self.check_gradients: Callable[[], None] | None = None
 
     # -- data --------------------------------------------------------------------------------------------------------
@@ -64,8 +62,6 @@ class InternVLTrainer(ScheduledTrainer):
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         self.found_bad += inputs.pop("bad_samples", [])
-        tokens = (inputs["input_ids"] != self.processing_class.pad_token_id).sum().item()
-        self.throughput.count(tokens, int(inputs["image_flags"].sum()))
         inputs = super()._prepare_inputs(inputs)
         means = self.preprocessor["image_mean"], self.preprocessor["image_std"]
         return inputs | {"pixel_values": normalize(inputs["pixel_values"], *means)}
@@ -112,12 +108,9 @@ class InternVLTrainer(ScheduledTrainer):
     # -- reports -----------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the speed of all ranks to a line of the log; report the bad samples that any of them met."""
-        reports = gathered((self.throughput.take(), self.found_bad))
-        self.found_bad = []
-        if "loss" in logs:
-            logs.update(rates([speed for speed, _ in reports]))
-        self.report_bad_samples([sentence for _, found in reports for sentence in found])
+        """Report the bad samples that any rank met."""
+        reports, self.found_bad = gathered(self.found_bad), []
+        self.report_bad_samples([sentence for found in reports for sentence in found])
         super().log(logs, start_time)
 
     def report_bad_samples(self, found: list[str]) -> None:

@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from internvl.dist_utils import gathered
 from internvl.model.lora import is_wrapped
 from internvl.model.token_loss import trained_positions
+from internvl.train.model_flops import ModelFlops, model_flops
 from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss
 from internvl.train.trainer import InternVLTrainer
 
@@ -38,6 +39,13 @@ class MultimodalDPOTrainer(InternVLTrainer):
         self.metrics: list[dict[str, torch.Tensor]] = []  # of this rank's micro-batches since the last report
 
     # -- step --------------------------------------------------------------------------------------------------------
+
+    def flops_needed(self) -> ModelFlops:
+        trained = super().flops_needed()
+        if self.args.reference_free:
+            return trained
+        apart = self.reference is not None
+        return trained + model_flops(self.reference if apart else self.model, backward=False, adapters=apart)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, metrics = self.get_batch_loss_metrics(model, inputs)
