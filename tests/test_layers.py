@@ -32,7 +32,12 @@ LAYERS = [
         "internvl.model.token_loss",
     ],
     ["internvl.train.collator", "internvl.train.splitting", "internvl.train.packing", "internvl.train.plan"],
-    ["internvl.train.metrics", "internvl.train.model_flops", "internvl.train.device_peak", "internvl.train.collectives"],
+    [
+        "internvl.train.metrics",
+        "internvl.train.model_flops",
+        "internvl.train.device_peak",
+        "internvl.train.collectives",
+    ],
     ["internvl.train.flops", "internvl.train.schedule", "internvl.train.summary", "internvl.model.varlen"],
     ["internvl.model.internvl_chat.checkpoint_keys"],
     [f"internvl.model.internvl_chat.{name}" for name in ("adapting", "resize", "merging", "trained")],
