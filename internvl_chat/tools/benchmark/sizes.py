@@ -80,7 +80,7 @@ def _small(width: int, layers: int, vocabulary: int, side: int) -> tuple[dict, d
 
 SIZES = {
     "test": Size(*_small(64, 2, 1024, 56), torch.float32, 2, 24),
-    "tiny": Size(*_small(256, 16, 32768, 168), torch.float32, 8, 48),
+    "tiny": Size(*_small(256, 12, 32768, 168), torch.float32, 8, 48),
     "1b": Size(VIT_300M, QWEN_05B, torch.bfloat16, 16, 512),
     "2b": Size(VIT_300M, INTERNLM_1_8B, torch.bfloat16, 16, 512),
     "8b": Size(VIT_300M, INTERNLM_7B, torch.bfloat16, 16, 256),
