@@ -2,10 +2,10 @@
 
 import ctypes
 import gc
+import json
 import resource
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,53 +21,72 @@ RATE = 2e-4
 Steps = list[list[dict]]
 
 
-def measure(name: str, size_name: str, samples: int, checkpointing: bool, dropout: float, first_loss: bool) -> dict:
-    """Seconds, tokens, peak memory beyond the weights (bytes) and losses per trained token of one pass.
+def measure(
+    name: str,
+    size: str,
+    samples: int,
+    checkpointing: bool,
+    dropout: float = 0.0,
+    what: str = "time",
+    first_loss: bool = False,
+) -> dict:
+    """Train a contender on all samples once.
 
     Args:
+        what: `time`: of the whole pass; `memory`: the most beyond weights and data, on the largest batches alone.
         first_loss: compute the loss of all samples before the first update, too.
+
+    Returns:
+        `peak_bytes`; or `seconds`, `loss` and `first_loss` (means over trained tokens), and the sizes of the pass.
     """
-    contender, size = CONTENDERS[name], SIZES[size_name]
+    contender, size = CONTENDERS[name], SIZES[size]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
         model = contender.build(size, checkpointing, dropout)
     config = config_of(size)
     lengths = sizes_of_samples(config, samples)
-    steps = batches_of(
-        plan_of(config, lengths, contender.packed, contender.by_length), make_samples(config, lengths, size.dtype)
-    )
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE, fused=device.type == "cuda")
-    run = Run(contender, model, device, size.dtype)
-
-    smallest = min((batch for step in steps for batch in step), key=lambda batch: batch["input_ids"].numel())
-    run.loss(smallest).backward()
-    optimizer.zero_grad()
+    plan = plan_of(config, lengths, contender.packed, contender.by_length)
+    steps = batches_of(plan, make_samples(config, lengths, size.dtype))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    run = Run(contender, model, torch.optim.AdamW(trained, RATE, fused=device.type == "cuda"), size.dtype)
+    run.warm_up(steps)
+    if what == "memory":
+        before = start_counting_memory(device)
+        run.train(largest(steps))
+        return {"peak_bytes": peak_memory(device) - before}
     found = {"first_loss": run.mean_loss(steps)} if first_loss else {}
-    with peak_memory(device) as peak:
-        start = time.perf_counter()
-        loss = run.train(steps, optimizer)
-        seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    loss = run.train(steps)
+    seconds = time.perf_counter() - start
     tokens = int(lengths.tokens.sum())
     places = sum(batch["input_ids"].numel() for step in steps for batch in step)
+    cost = step_cost(config, Passes(2 + checkpointing, 2 + checkpointing))
     return found | {
         "seconds": seconds,
         "loss": loss,
-        "peak_bytes": peak[0],
-        "weights_bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+        "samples": samples,
         "tokens": tokens,
         "trained_tokens": int(lengths.trained.sum()),
         "tiles": int(lengths.tiles.sum()),
         "padding": 1 - tokens / places,
         "steps": len(steps),
-        "flops": float(step_cost(config, Passes(2 + checkpointing, 2 + checkpointing)).of(lengths).sum()),
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "flops": float(cost.of(lengths).sum()),  # without padding, as our plan counts them
     }
 
 
-class Run:
-    """A contender's model on a device; what is not fp32 computes under autocast, its adapters stay fp32."""
+def largest(steps: Steps) -> Steps:
+    """A step of two batches: that of most tokens, padding included, and that of most tiles."""
+    batches = [batch for step in steps for batch in step]
+    return [[max(batches, key=lambda batch: batch[of].numel()) for of in ("input_ids", "pixel_values")]]
 
-    def __init__(self, contender: Contender, model: nn.Module, device: torch.device, dtype: torch.dtype):
-        self.contender, self.model, self.device, self.dtype = contender, model, device, dtype
+
+class Run:
+    """A contender's model and its optimizer; what is not fp32 computes under autocast, and its adapters stay fp32."""
+
+    def __init__(self, contender: Contender, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
+        self.contender, self.model, self.optimizer, self.dtype = contender, model, optimizer, dtype
+        self.device = next(model.parameters()).device
 
     def loss(self, batch: dict) -> torch.Tensor:
         """Mean over the trained tokens of a batch."""
@@ -75,46 +94,50 @@ class Run:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.contender.loss(self.model, there)
 
+    def warm_up(self, steps: Steps) -> None:
+        """Forward and backward of the smallest batch, without an update."""
+        self.loss(min((batch for step in steps for batch in step), key=lambda b: b["input_ids"].numel())).backward()
+        self.optimizer.zero_grad()
+
     @torch.no_grad()
     def mean_loss(self, steps: Steps) -> float:
-        """Mean over the trained tokens of all samples."""
+        """Mean over the trained tokens of all samples, as the weights are."""
         batches = [batch for step in steps for batch in step]
         counts = [trained_tokens(batch) for batch in batches]
         total = sum(self.loss(batch).double() * n for batch, n in zip(batches, counts, strict=True))
         return float(total) / sum(counts)
 
-    def train(self, steps: Steps, optimizer: torch.optim.Optimizer) -> float:
+    def train(self, steps: Steps) -> float:
         """One update a step; the mean of the losses, by trained tokens, when the device is done."""
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        total, count = torch.zeros((), device=self.device, dtype=torch.float64), 0
         for step in steps:
             for batch in step:
                 loss = self.loss(batch)
                 (loss / len(step)).backward()
                 total += loss.detach() * trained_tokens(batch)
-            optimizer.step()
-            optimizer.zero_grad()
-        return float(total) / sum(trained_tokens(batch) for step in steps for batch in step)
+                count += trained_tokens(batch)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return float(total) / count
 
 
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """The list's one entry is, at the end, the most memory beyond that at the start: allocated on a GPU, resident
-    (Linux counts the peak anew) else."""
+def start_counting_memory(device: torch.device) -> int:
+    """Bytes in use; from now on the peak is counted anew."""
     gc.collect()
-    peak = []
     if device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield peak
-        peak.append(torch.cuda.max_memory_allocated() - before)
-        return
+        return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = most_resident()
-    yield peak
-    peak.append(most_resident() - before)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
+    return peak_memory(device)
 
 
-def most_resident() -> int:
+def peak_memory(device: torch.device) -> int:
+    """Most bytes allocated on a GPU, resident elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(**json.loads(sys.argv[1]))))

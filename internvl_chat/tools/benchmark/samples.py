@@ -1,5 +1,5 @@
-"""The samples of `tools/benchmark_step.py`: sizes from a published mixture, contents random, and the batches that a plan
-makes of them. All contenders get these very tensors, so that none pays for tokenizing and decoding."""
+"""The samples of `tools/benchmark_step.py`: sizes from a published mixture, contents random, and the batches that a
+plan makes of them. All contenders get these very tensors, so that none pays for tokenizing and decoding."""
 
 import json
 from collections.abc import Sequence
