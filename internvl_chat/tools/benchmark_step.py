@@ -56,6 +56,7 @@ def main(argv=None):
     elif args.scaling:
         results = [rank for stage in (1, 2, 3) for rank in scale(args, stage)]
         show(results[:: args.ranks], SCALING)  # of rank 0
+        print(f"{args.ranks} ranks; without it: the same steps, all ranks at once, without DeepSpeed and an optimizer")
     else:
         results = [result for mode in MODES[args.checkpointing] for result in measure_all(args, mode)]
         beside_the_baseline(results)
@@ -106,7 +107,8 @@ def measure_all(args: argparse.Namespace, checkpointing: bool) -> list[dict]:
 
 def scale(args: argparse.Namespace, stage: int) -> list[dict]:
     """What each rank finds under a ZeRO stage."""
-    task = {"stage": stage, "size": args.size, "samples": args.samples, "checkpointing": args.checkpointing != "off"}
+    task = {"stage": stage, "size": args.size, "samples": args.samples * args.ranks}
+    task["checkpointing"] = args.checkpointing != "off"
     launcher = [TORCHRUN, f"--nproc_per_node={args.ranks}", f"--master_port={free_port()}"]
     return run(task, {"OMP_NUM_THREADS": "1"}, launcher, "tools.benchmark.scaling")
 

@@ -144,7 +144,7 @@ def test_the_command_line_prints_a_table_and_says_what_is_predicted(tmp_path, ca
 @pytest.mark.slow
 def test_zero_moves_what_is_counted(tmp_path, capsys):
     stem = str(tmp_path / "scaling")
-    main([*"--scaling --size test --samples 96 --output".split(), stem])
+    main([*"--scaling --size test --samples 48 --output".split(), stem])
     results = json.loads(Path(f"{stem}.json").read_text())["results"]
     assert [result["stage"] for result in results] == [1, 1, 2, 2, 3, 3]
     for result in results:

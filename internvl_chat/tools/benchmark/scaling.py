@@ -4,12 +4,14 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.comm import comms_logger, timers
 from torch import nn
 
@@ -32,19 +34,22 @@ SIZES_OF_STAGE_3 = (
 
 
 def measure_stage(stage: int, size: Size, samples: int, checkpointing: bool) -> dict:
-    """Seconds of a step, those in collectives, and bytes that it moves: as DeepSpeed logs them, as `traffic` counts.
-
-    A tensor that ends up, or is added up, on all ranks counts with all its bytes, once.
+    """Per step: `seconds`; `alone`, the same without DeepSpeed; `collectives`, the seconds in which this rank waited in
+    one, for others, too (gathers that run beside ZeRO-3's computation count only where it waits on the call); bytes
+    that it moves, as DeepSpeed logs them and as `traffic` counts them: a tensor that ends up, or is added up, on all
+    ranks counts with all its bytes, once.
     """
-    steps = steps_of_this_rank(size, samples)
-    model = ours(size, checkpointing, dropout=0.05)
-    alone = train(model, steps, lambda batch: model(**batch).loss.backward(), model.zero_grad)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = steps_of_this_rank(size, samples, device)
+    with device:
+        model = ours(size, checkpointing, dropout=0.05).to(size.dtype)  # adapters, too, as DeepSpeed has them
+    alone = train(steps, lambda batch: model(**batch).loss.backward(), model.zero_grad)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = {"trained": sum(map(bytes_of, trained)), "weights": sum(map(bytes_of, model.parameters()))}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.AdamW(trained, RATE), config=settings(stage, model, size)
     )
-    seconds = train(model, steps, lambda batch: engine.backward(engine(**batch).loss), engine.step)
+    seconds = train(steps, lambda batch: engine.backward(engine(**batch).loss), engine.step)
     comms_logger.enabled = False
     count = len(steps) - WARM_UP
     return {
@@ -63,28 +68,40 @@ def bytes_of(parameter: nn.Parameter) -> int:
     return numel(parameter) * parameter.element_size()
 
 
-def steps_of_this_rank(size: Size, samples: int) -> list[dict]:
-    """A row for each step, all of which have one on every rank."""
+def steps_of_this_rank(size: Size, samples: int, device: torch.device) -> list[dict]:
+    """A row for each step, all of which have one on every rank.
+
+    Raises:
+        ValueError: too few samples for steps behind the warm-up.
+    """
     config = config_of(size)
     lengths = sizes_of_samples(config, samples)
     plan = plan_of(config, lengths, packed=True, by_length=False, world_size=world_size())
     plan = replace(plan, steps=plan.steps[(plan.steps >= 0).all(axis=(1, 2, 3))])
-    return [batch for (batch,) in batches_of(plan, make_samples(config, lengths, size.dtype), rank())]
+    if len(plan) <= WARM_UP:
+        raise ValueError(f"{samples} samples fill {len(plan)} steps, of which {WARM_UP} are not counted: take more")
+    batches = [batch for (batch,) in batches_of(plan, make_samples(config, lengths, size.dtype), rank())]
+    return [{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()} for batch in batches]
 
 
-def train(model: nn.Module, batches: list[dict], backward, step) -> float:
-    """Seconds for all batches but the first few."""
+def train(batches: list[dict], backward: Callable, step: Callable) -> float:
+    """Seconds for all batches but the first few; what was logged about those is forgotten."""
     for number, batch in enumerate(batches):
         if number == WARM_UP:
             for name in comms_logger.comms_dict:
                 timers(name).reset()
             comms_logger.reset_data()
-            dist.barrier()
-            start = time.perf_counter()
+            start = all_there()
         backward(batch)
         step()
+    return all_there() - start
+
+
+def all_there() -> float:
+    """The time when every rank, and its GPU, is done."""
+    get_accelerator().synchronize()
     dist.barrier()
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
 def whole(name: str, sizes: dict) -> int:

@@ -70,7 +70,7 @@ INTERNLM_7B = INTERNLM_1_8B | {
 
 
 def _small(width: int, layers: int, vocabulary: int, side: int) -> tuple[dict, dict]:
-    """InternVL2.5-1B's shapes, scaled to a width: both towers equally wide, heads of 32 and 64."""
+    """InternVL2.5-1B's shapes, scaled to a width that both towers have; heads of 32 and 64 channels."""
     vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
     vision |= {"num_attention_heads": width // 32, "image_size": side}
     llm = {"hidden_size": width, "intermediate_size": width * 4864 // 896, "num_hidden_layers": layers}
