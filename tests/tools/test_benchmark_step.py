@@ -120,15 +120,7 @@ def test_predictions():
 
 def test_the_command_line_prints_a_table_and_says_what_is_predicted(tmp_path, capsys):
     stem = str(tmp_path / "found")
-    main(
-        [
-            *"--size test --samples 8 --repeats 1 --checkpointing off --output".split(),
-            stem,
-            "--contenders",
-            OURS,
-            NATIVE,
-        ]
-    )
+    main([*"--size test --repeats 1 --checkpointing off --contenders".split(), OURS, NATIVE, "--output", stem])
     results = json.loads(Path(f"{stem}.json").read_text())["results"]
     assert [result["contender"] for result in results] == [OURS, NATIVE]
     assert results[1]["speed"] == results[1]["memory"] == 1
