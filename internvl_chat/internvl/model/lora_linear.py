@@ -1,38 +1,50 @@
 """PEFT's LoRA layer with a cheaper forward: `lora.wrap` asks PEFT for it where PEFT would make its own.
 
 Parameters, their names, files, merging and every variant are PEFT's. What differs is how the plain update is computed:
-scaled and added in one product, without a copy in fp32, and from one dropout mask where several layers (query, key and
-value; gate and up) read the same input. PEFT of upstream's pin has no way to be asked, and keeps its own layer.
+scaled and added in one product, without a copy in fp32; and layers that read the same input (query, key and value; gate
+and up) drop it once, by one mask, and multiply it by their A in one product. PEFT of upstream's pin has no way to be
+asked, and keeps its own layer.
 """
+
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear
 from torch import nn
+from torch.nn import functional
+
+# Names of layers that read the same input where one module has them: attention; MLPs; those of InternLM2.
+READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 class LoraLinear(Linear):
-    """`x W' + (dropout(x) A') B' scaling`, for x of (..., in): (..., out).
+    """`x W' + scaling (dropout(x) A') B'`, for x of (..., in): (..., out).
 
     What is beyond one active, unmerged, plain adapter on a plain linear layer is left to PEFT's forward.
     """
 
-    shared = None  # the `SharedInput` of layers that may read the same input
+    shared = None  # the `SharedInput` of layers that may read the same
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        name = self._plain_adapter(x)
+        name = self.plain_adapter(x)
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        lora_A, lora_B, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
-        flat, dropped = (self.shared or _read)(x, self.lora_dropout[name])
-        result, update = self.base_layer(flat), lora_A(dropped)
-        if _must_be_called(lora_B) or _must_be_called(self.base_layer):
+        lora_B, scaling = self.lora_B[name], self.scaling[name]
+        flat, update = self.shared.read(self, x, name) if self.shared else self.read(x, name)
+        result = self.base_layer(flat)
+        if must_be_called(lora_B) or must_be_called(self.base_layer):
             result = result + lora_B(update * scaling)
         else:  # nobody else holds the result: it need not be copied
             result.addmm_(update, lora_B.weight.t().to(result.dtype), alpha=scaling)
         return result.view(*x.shape[:-1], result.shape[-1])
 
-    def _plain_adapter(self, x: torch.Tensor) -> str | None:
+    def read(self, x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the base layer reads (tokens, in), and what B does (tokens, r)."""
+        flat = flattened(x)
+        return flat, self.lora_A[name](drop(flat, self.lora_dropout[name]))
+
+    def plain_adapter(self, x: torch.Tensor) -> str | None:
         """The name of the one adapter that acts, if it is of the plain kind."""
         base, names = self.base_layer, self.active_adapters
         if self.disable_adapters or self.merged or len(names) != 1 or type(base) is not nn.Linear:
@@ -44,36 +56,68 @@ class LoraLinear(Linear):
         return name if cast or x.dtype == base.weight.dtype == self.lora_A[name].weight.dtype else None
 
 
+class Kept(NamedTuple):
+    """What one of the layers has read for all: input, adapter and rate of dropout tell whether another may use it."""
+
+    x: torch.Tensor
+    adapter: str
+    rate: float
+    flat: torch.Tensor
+    dropped: torch.Tensor
+    updates: dict[str, torch.Tensor]
+
+
 class SharedInput:
-    """What layers of one parent read, kept until the parent's forward ends: the second reader finds it there.
+    """What the layers `names` of one parent read, kept until the parent's forward ends: the second finds it there.
 
     An input is known by identity, and held while it is: no other tensor can take its place.
     """
 
-    def __init__(self):
-        self.kept = None
+    def __init__(self, parent: nn.Module, names: tuple[str, ...]):
+        self.parent, self.names, self.kept = parent, names, None
 
-    def __call__(self, x: torch.Tensor, dropout: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        rate, kept = getattr(dropout, "p", 0.0), self.kept  # once: replicas of the parent may run in other threads
-        if kept is None or kept[0] is not x or kept[1] != rate:
-            kept = self.kept = (x, rate, _read(x, dropout))
-        return kept[2]
+    def layers(self) -> dict[str, LoraLinear]:
+        """By name; asked for anew each time, as adapters may have been taken out."""
+        found = {name: self.parent._modules.get(name) for name in self.names}
+        return {name: layer for name, layer in found.items() if isinstance(layer, LoraLinear)}
+
+    def read(self, layer: LoraLinear, x: torch.Tensor, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `layer.read`."""
+        place = next((name for name, own in self.layers().items() if own is layer), None)
+        if place is None:  # a replica of the layer, on another device
+            return layer.read(x, adapter)
+        dropout, kept = layer.lora_dropout[adapter], self.kept
+        rate = getattr(dropout, "p", 0.0)
+        if kept is None or kept.x is not x or (kept.adapter, kept.rate) != (adapter, rate):
+            flat = flattened(x)
+            dropped = drop(flat, dropout)
+            kept = self.kept = Kept(x, adapter, rate, flat, dropped, self._updates(x, adapter, dropped))
+        if place in kept.updates:
+            return kept.flat, kept.updates[place]
+        return kept.flat, layer.lora_A[adapter](kept.dropped)
+
+    def _updates(self, x: torch.Tensor, adapter: str, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Name of a layer -> `dropped A'` (tokens, r), in one product for all whose A need not be called."""
+        plain = {name: layer for name, layer in self.layers().items() if layer.plain_adapter(x) == adapter}
+        down = {name: layer.lora_A[adapter] for name, layer in plain.items()}
+        weights = {name: lora_A.weight for name, lora_A in down.items() if not must_be_called(lora_A)}
+        if len(weights) < 2:
+            return {}
+        product = functional.linear(dropped, torch.cat(list(weights.values())))
+        return dict(zip(weights, product.split([len(weight) for weight in weights.values()], -1), strict=True))
 
     def release(self, *_):
         """A forward hook of the parent."""
         self.kept = None
 
 
-def _read(x: torch.Tensor, dropout: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of x (..., in), what the base layer and what its adapter reads, (tokens, in) in the dtype they compute in."""
-    kind = x.device.type
-    flat = x.reshape(-1, x.shape[-1])
-    if torch.is_autocast_enabled(kind):
-        flat = flat.to(torch.get_autocast_dtype(kind))
-    return flat, _drop(flat, dropout)
+def flattened(x: torch.Tensor) -> torch.Tensor:
+    """x (..., in) as (tokens, in), in the dtype that linear layers compute in."""
+    kind, flat = x.device.type, x.reshape(-1, x.shape[-1])
+    return flat.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else flat
 
 
-def _drop(x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
+def drop(x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
     """`dropout(x)`; on a CPU, where torch spends nearly all of its time on random numbers, with 16 bits an element.
 
     The rate is a multiple of 2 ** -16 then. The mask that is kept for the gradient has a byte an element.
@@ -87,7 +131,7 @@ def _drop(x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
     return torch.where(zero, 0.0, x * (2**16 / (2**16 - threshold)))
 
 
-def _must_be_called(module: nn.Module) -> bool:
+def must_be_called(module: nn.Module) -> bool:
     """Whether something happens when the module is called, such as ZeRO-3 gathering its weight."""
     hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
     return bool(hooked) or type(module) is not nn.Linear
@@ -107,11 +151,11 @@ def _make(target: nn.Linear, adapter_name: str, parameter_name: str | None = Non
 
 
 def share_inputs(model: PeftModel):
-    """Lets the adapted layers of each module share what they read."""
+    """Lets adapted layers share what they read."""
     for parent in model.modules():
-        layers = [layer for layer in parent.children() if isinstance(layer, LoraLinear)]
-        if len(layers) > 1 and not isinstance(parent, (nn.ModuleList, nn.ModuleDict)):  # these are never called
-            shared = SharedInput()
-            parent.register_forward_hook(shared.release, always_call=True)  # also where recomputation stops early
-            for layer in layers:
-                layer.shared = shared
+        for names in READ_TOGETHER:
+            shared = SharedInput(parent, names)
+            if len(layers := shared.layers()) > 1:
+                parent.register_forward_hook(shared.release, always_call=True)  # also where recomputation stops early
+                for layer in layers.values():
+                    layer.shared = shared
