@@ -189,6 +189,31 @@ def test_layers_that_read_the_same_input_share_one_mask(x):
     assert 0 < (inputs["q_proj"] == 0).sum() < x.numel()
 
 
+class Wrap(torch.autograd.Function):
+    """As DeepSpeed's ZeRO-3 wraps what each module reads, to notice when its gradient is there."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_a_wrap_around_the_input_changes_nothing(x):
+    """The masks are the same, and so are losses under every stage of ZeRO."""
+    found = []
+    for wrapped in (False, True):
+        model = decoder(dropout=0.5).train()
+        for layer in layers(model):
+            if wrapped:
+                layer.register_forward_pre_hook(lambda _, args: Wrap.apply(*args))
+        torch.manual_seed(1)
+        found.append(run(model, x))
+    assert_same(*found)
+
+
 def test_what_was_shared_is_given_back(x):
     """After forward, after recomputation, and after an error; a copy shares its own; nothing is left of it in eval."""
     model = decoder(dropout=0.5).train()

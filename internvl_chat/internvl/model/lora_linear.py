@@ -31,7 +31,8 @@ class LoraLinear(Linear):
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
         lora_B, scaling = self.lora_B[name], self.scaling[name]
-        flat, update = self.shared.read(self, x, name) if self.shared else self.read(x, name)
+        flat = flattened(x)
+        update = self.shared.read(self, x, flat, name) if self.shared else self.read(flat, name)
         result = self.base_layer(flat)
         if must_be_called(lora_B) or must_be_called(self.base_layer):
             result = result + lora_B(update * scaling)
@@ -39,10 +40,9 @@ class LoraLinear(Linear):
             result.addmm_(update, lora_B.weight.t().to(result.dtype), alpha=scaling)
         return result.view(*x.shape[:-1], result.shape[-1])
 
-    def read(self, x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the base layer reads (tokens, in), and what B does (tokens, r)."""
-        flat = flattened(x)
-        return flat, self.lora_A[name](drop(flat, self.lora_dropout[name]))
+    def read(self, flat: torch.Tensor, name: str) -> torch.Tensor:
+        """`dropout(flat) A'`, (tokens, r)."""
+        return self.lora_A[name](drop(flat, self.lora_dropout[name]))
 
     def plain_adapter(self, x: torch.Tensor) -> str | None:
         """The name of the one adapter that acts, if it is of the plain kind."""
@@ -62,15 +62,17 @@ class Kept(NamedTuple):
     x: torch.Tensor
     adapter: str
     rate: float
-    flat: torch.Tensor
     dropped: torch.Tensor
     updates: dict[str, torch.Tensor]
+
+    def is_of(self, x: torch.Tensor, adapter: str, rate: float) -> bool:
+        return (self.adapter, self.rate) == (adapter, rate) and (x is self.x or is_alias(x, self.x))
 
 
 class SharedInput:
     """What the layers `names` of one parent read, kept until the parent's forward ends: the second finds it there.
 
-    An input is known by identity, and held while it is: no other tensor can take its place.
+    An input is known by identity, or by its memory, and held while it is: nothing else can take its place.
     """
 
     def __init__(self, parent: nn.Module, names: tuple[str, ...]):
@@ -81,20 +83,17 @@ class SharedInput:
         found = {name: self.parent._modules.get(name) for name in self.names}
         return {name: layer for name, layer in found.items() if isinstance(layer, LoraLinear)}
 
-    def read(self, layer: LoraLinear, x: torch.Tensor, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `layer.read`."""
+    def read(self, layer: LoraLinear, x: torch.Tensor, flat: torch.Tensor, adapter: str) -> torch.Tensor:
+        """As `layer.read`, of x flattened."""
         place = next((name for name, own in self.layers().items() if own is layer), None)
         if place is None:  # a replica of the layer, on another device
-            return layer.read(x, adapter)
+            return layer.read(flat, adapter)
         dropout, kept = layer.lora_dropout[adapter], self.kept
         rate = getattr(dropout, "p", 0.0)
-        if kept is None or kept.x is not x or (kept.adapter, kept.rate) != (adapter, rate):
-            flat = flattened(x)
+        if kept is None or not kept.is_of(x, adapter, rate):
             dropped = drop(flat, dropout)
-            kept = self.kept = Kept(x, adapter, rate, flat, dropped, self._updates(x, adapter, dropped))
-        if place in kept.updates:
-            return kept.flat, kept.updates[place]
-        return kept.flat, layer.lora_A[adapter](kept.dropped)
+            kept = self.kept = Kept(x, adapter, rate, dropped, self._updates(x, adapter, dropped))
+        return kept.updates[place] if place in kept.updates else layer.lora_A[adapter](kept.dropped)
 
     def _updates(self, x: torch.Tensor, adapter: str, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
         """Name of a layer -> `dropped A'` (tokens, r), in one product for all whose A need not be called."""
@@ -109,6 +108,13 @@ class SharedInput:
     def release(self, *_):
         """A forward hook of the parent."""
         self.kept = None
+
+
+def is_alias(x: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both are one tensor in different wraps: ZeRO-3 gives each module its own of what it reads."""
+    if torch.compiler.is_compiling() or x.requires_grad != other.requires_grad:
+        return False
+    return (x.data_ptr(), x.shape, x.stride(), x.dtype) == (other.data_ptr(), other.shape, other.stride(), other.dtype)
 
 
 def flattened(x: torch.Tensor) -> torch.Tensor:
