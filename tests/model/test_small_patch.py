@@ -1,4 +1,4 @@
-"""The folder of the chat model, `lora.py` and `token_loss.py` copied alone into a checkout with upstream's pins.
+"""The chat model's folder, `lora*.py` and `token_loss.py` copied alone into a checkout with upstream's pins.
 
 Builds such a checkout, and beside the main environment one with those pins, and runs there: the goldens of every model
 whose language model is transformers' own (Qwen2, Llama: forward, loss, gradients, generate, LoRA, merge, trajectories)
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "internvl_chat"
 PINS = "transformers==4.37.2 tokenizers==0.15.1 peft==0.10.0 timm==0.9.12 accelerate<1 numpy==1.26.4".split()
 PINS += ["datasets<3", "pandas<2.3", "pyarrow<20"]  # its Trainer imports datasets: one of then, built for numpy 1
-PATCH = ["model/internvl_chat", "model/lora.py", "model/token_loss.py"]
+PATCH = ["model/internvl_chat", "model/lora.py", "model/lora_linear.py", "model/token_loss.py"]
 TESTS = [HERE / name for name in ("test_model_goldens.py", "test_lora_goldens.py", "upstream_main.py")]
 # Documents in a row are told apart by flash-attn and replaced attention classes there; ours by transformers 5.
 NOT_THERE = "not internlm2 and not phi3 and not packed and not bounds"

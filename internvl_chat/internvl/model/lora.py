@@ -13,6 +13,8 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
+from .lora_linear import ask_for, share_inputs
+
 # A part that can be adapted, and what the flags call it; the field of the chat config that holds its rank.
 FLAGS = {"vision_model": "backbone", "mlp1": "mlp", "language_model": "llm"}
 RANKS = {part: f"use_{name}_lora" for part, name in FLAGS.items()}
@@ -153,7 +155,9 @@ def wrap(
         task_type=task_type,
         **more,
     )
+    ask_for(config)
     wrapped = get_peft_model(module, config)
+    share_inputs(wrapped)
     if targets.parameters and settings.dropout:  # in the layers beside them
         for layer in wrapped.modules():
             if isinstance(layer, Linear):
