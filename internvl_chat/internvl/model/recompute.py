@@ -14,13 +14,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from internvl.model.internvl_chat.modeling_intern_vit import InternVisionEncoderLayer
 from internvl.model.lora import plain
 
-_ATTENTION = r"scaled_dot_product_\w*attention|flash_attn\w*forward"
-# --checkpoint_keep -> the kernels whose outputs are kept in a layer that is computed again, by the names of torch's
-# operators. Products of batches of matrices are not among them: these would be scores of attention, L x L.
+_ATTENTION = r"scaled_dot_product_\w*attention\w*|flash_attn\w*forward"
+# --checkpoint_keep -> the operators of torch whose outputs are kept in a layer that is computed again, by their names.
+# Products of batches of matrices are not among them: these may be scores of attention, L x L. Nor are those of experts,
+# which transformers adds their biases to in place.
 KEPT = {
     "none": None,
     "attention": rf"\b_?({_ATTENTION})\b",
-    "matmul": rf"\b_?({_ATTENTION}|mm|addmm|grouped_mm)\b",
+    "matmul": rf"\b_?({_ATTENTION}|mm|addmm)\b",
 }
 
 
@@ -39,10 +40,11 @@ def recompute(tower: nn.Module, every: int = 1, keep: str = "none") -> None:
         ValueError: attention of this tower drops weights at random, and its outputs are to be kept: what is drawn after
             it would be other numbers the second time.
     """
-    dropout = getattr(plain(tower).config, "attention_dropout", 0)
+    model = plain(tower)
+    dropout = getattr(model.config, "attention_dropout", 0)
     if every and dropout and keep != "none":
         raise ValueError(
-            f"--checkpoint_keep {keep} does not go with an attention_dropout of {dropout} in {type(plain(tower)).__name__}: "
+            f"--checkpoint_keep {keep} does not go with the attention_dropout of {dropout} in {type(model).__name__}: "
             "random numbers would differ when activations are computed again."
         )
     policy = partial(_policy, KEPT[keep])

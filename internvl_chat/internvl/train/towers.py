@@ -52,5 +52,10 @@ def refuse_what_excludes_another(args: ModelArguments, training_args: TrainingAr
             f"--compile True and --checkpoint_keep {args.checkpoint_keep}: the kernels of compiled layers cannot be "
             "told apart from outside; --checkpoint_every goes with both."
         )
+    if args.compile and args.drop_path_rate:
+        raise ValueError(
+            f"--compile True and --drop_path_rate {args.drop_path_rate}: every vision layer drops at a rate of its own "
+            "and would be compiled anew."
+        )
     if args.compile and is_deepspeed_zero3_enabled():
         raise ValueError("--compile True does not run under ZeRO-3, which gathers weights between the layers' kernels.")

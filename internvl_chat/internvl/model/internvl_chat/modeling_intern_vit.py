@@ -56,7 +56,9 @@ class PatchEmbedding(nn.Conv2d):
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         down, right = self.kernel_size
         height, width = tiles.shape[2] // down, tiles.shape[3] // right
-        patches = tiles[:, :, : height * down, : width * right].unflatten(3, (width, right)).unflatten(2, (height, down))
+        patches = (
+            tiles[:, :, : height * down, : width * right].unflatten(3, (width, right)).unflatten(2, (height, down))
+        )
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (T, h, w, 3 * down * right)
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
