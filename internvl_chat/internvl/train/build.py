@@ -28,7 +28,7 @@ from internvl.train.plan import Layout
 from internvl.train.quantize import quantization
 from internvl.train.schedule import Schedule
 from internvl.train.summary import summary
-from internvl.train.towers import set_up_towers
+from internvl.train.towers import check_towers, set_up_towers
 from internvl.train.trainable import goes_on, rates, set_trainable, trainable_table, trained_parts
 from internvl.train.trainer import InternVLTrainer
 
@@ -50,12 +50,13 @@ def build_model(
     model_class: type[InternVLChatModel] = InternVLChatModel,
 ) -> InternVLChatModel:
     """Load the checkpoint, fit it to the flags, freeze and wrap it."""
+    check_towers(model_args, training_args)
     model = load_model(model_args, data_args, training_args, tokenizer, model_class)
     set_seed(training_args.seed)  # the same adapters to begin with, whatever loading drew
     set_trainable(model, model_args)
     if not training_args.deepspeed or training_args.lora_fp32:  # else DeepSpeed keeps fp32 master weights by itself
         cast_trainable(model, torch.float32)
-    set_up_towers(model, model_args, training_args)
+    set_up_towers(model, model_args)
     if model_args.quantize_backbone or model_args.quantize_llm:
         model._hf_peft_config_loaded = True  # to transformers: there are adapters (in the parts)
     logger.info("what trains:\n%s", trainable_table(model, training_args))

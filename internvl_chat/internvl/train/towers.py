@@ -5,8 +5,6 @@ Called by `build.py` when it is settled what trains; `model/recompute.py` and `m
 
 import json
 
-from transformers.integrations import is_deepspeed_zero3_enabled
-
 from internvl.model.compiled import compile_layers
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.lora import plain
@@ -14,13 +12,8 @@ from internvl.model.recompute import recompute
 from internvl.train.arguments import ModelArguments, TrainingArguments
 
 
-def set_up_towers(model: InternVLChatModel, args: ModelArguments, training_args: TrainingArguments) -> None:
-    """Checkpoints and compiles the layers of both towers as the flags say.
-
-    Raises:
-        ValueError: flags that exclude each other.
-    """
-    refuse_what_excludes_another(args, training_args)
+def set_up_towers(model: InternVLChatModel, args: ModelArguments) -> None:
+    """Checkpoints and compiles the layers of both towers as the flags say."""
     vision = args.grad_checkpoint if args.vit_grad_checkpoint is None else args.vit_grad_checkpoint
     for tower, on in ((model.vision_model, vision), (model.language_model, args.grad_checkpoint)):
         recompute(tower, args.checkpoint_every if on else 0, args.checkpoint_keep)
@@ -30,7 +23,12 @@ def set_up_towers(model: InternVLChatModel, args: ModelArguments, training_args:
     plain(model.language_model).disable_input_require_grads()
 
 
-def refuse_what_excludes_another(args: ModelArguments, training_args: TrainingArguments) -> None:
+def check_towers(args: ModelArguments, training_args: TrainingArguments) -> None:
+    """Refuses, before anything is loaded, flags of the towers that exclude each other.
+
+    Raises:
+        ValueError: one sentence with the flags and their values.
+    """
     if args.checkpoint_every < 1:
         raise ValueError(f"--checkpoint_every {args.checkpoint_every}: every n-th layer, n at least 1.")
     chosen = {"checkpoint_every": 1, "checkpoint_keep": "none"}
@@ -57,5 +55,8 @@ def refuse_what_excludes_another(args: ModelArguments, training_args: TrainingAr
             f"--compile True and --drop_path_rate {args.drop_path_rate}: every vision layer drops at a rate of its own "
             "and would be compiled anew."
         )
-    if args.compile and is_deepspeed_zero3_enabled():
-        raise ValueError("--compile True does not run under ZeRO-3, which gathers weights between the layers' kernels.")
+    if args.compile and (training_args.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
+        raise ValueError(
+            "--compile True under ZeRO-3: compiled code breaks where DeepSpeed gathers weights, before every linear "
+            "layer, so that there is nothing to gain; use ZeRO-2, or leave it out."
+        )
