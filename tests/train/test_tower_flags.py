@@ -52,7 +52,7 @@ def test_what_does_not_exclude_each_other(parse, flags):
 
 def test_layers_of_the_language_model_below_all_adapters_make_no_graph(build):
     """Although adapters' hook on the embeddings, which reentrant checkpoints need, would make one."""
-    flags = "--freeze_backbone True --freeze_llm True --freeze_mlp True --use_llm_lora 2 --llm_lora_layers -1:".split()
+    flags = "--freeze_backbone True --freeze_llm True --freeze_mlp True --use_llm_lora 2 --llm_lora_layers=-1:".split()
     model, graphs = build(*flags).train(), []
     for layer in layers_of(model.language_model):
         layer.register_forward_hook(lambda module, args, output: graphs.append(output.requires_grad))
