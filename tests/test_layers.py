@@ -59,9 +59,11 @@ LAYERS = [
         "internvl.model.hf_adapter",
         "internvl.model.hf_processor",
     ],
+    ["internvl.model.recompute", "internvl.model.compiled"],
     ["internvl.model.liger", "internvl.train.check", "internvl.train.quantize"],
     ["internvl.train.preference", "internvl.train.preference_loss"],
     [
+        "internvl.train.towers",
         "internvl.train.trainable",
         "internvl.train.optimizer_state",
         "internvl.train.checkpointing",

@@ -62,6 +62,10 @@ OUR_OWN = {
     "use_mlp_lora",
     "quantize_backbone",
     "quantize_llm",
+    "vit_grad_checkpoint",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "compile",
 }
 OUR_OWN |= {field.name for field in fields(LoraArguments)}
 

@@ -14,6 +14,7 @@ from samples import turns
 
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.lora import is_wrapped
+from internvl.model.recompute import layers_of, recomputed_share
 from internvl.train.arguments import DataTrainingArguments, ModelArguments
 from internvl.train.build import allowed_bad_samples, build_tokenizer
 from internvl.train.part_arguments import LoraArguments
@@ -27,6 +28,10 @@ def trained(module: torch.nn.Module) -> set[str]:
 
 def adapter_rank(module: torch.nn.Module) -> int:
     return module.peft_config["default"].r if is_wrapped(module) else 0
+
+
+def shares(model: InternVLChatModel) -> list[float]:
+    return [recomputed_share(tower) for tower in (model.vision_model, model.language_model)]
 
 
 # -- which weights, and which of them train ----------------------------------------------------------------------------
@@ -50,6 +55,16 @@ MODEL = {
         lambda m: trained(m.language_model) == {"lm_head.weight"},
     ),
     "grad_checkpoint": (["--grad_checkpoint", "False"], lambda m: not m.is_gradient_checkpointing),
+    "vit_grad_checkpoint": (["--vit_grad_checkpoint", "False"], lambda m: shares(m) == [0, 1]),
+    "checkpoint_every": (["--checkpoint_every", "2"], lambda m: shares(m) == [0.5, 0.5]),
+    "checkpoint_keep": (
+        ["--checkpoint_keep", "matmul"],
+        lambda m: all("context_fn" in layer._gradient_checkpointing_func.keywords for layer in layers_of(m)),
+    ),
+    "compile": (
+        ["--compile", "True"],
+        lambda m: all(any(part._compiled_call_impl for part in layer.modules()) for layer in layers_of(m)),
+    ),
     "drop_path_rate": (
         ["--drop_path_rate", "0.3"],
         lambda m: getattr(m.vision_model.encoder.layers[-1].drop_path2, "drop_prob", 0) == 0.3,

@@ -34,6 +34,7 @@ def use_varlen_attention(llm: PreTrainedModel, packed: bool) -> None:
         )
 
 
+@torch.compiler.disable  # a loop over numbers that are only known when it runs
 def varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -47,6 +47,12 @@ class ModelArguments(LoraArguments):
     merge_before_training: bool = option(False, "merge the checkpoint's adapters before new ones are added")
     unfreeze_lm_head: bool = option(False, "train the output head of a frozen language model")
     grad_checkpoint: bool = option(True, "recompute activations of both towers in the backward pass")
+    vit_grad_checkpoint: bool | None = option(None, "the same for the vision encoder alone; default --grad_checkpoint")
+    checkpoint_every: int = option(1, "recompute every n-th layer of a tower, beginning with its first; 1: all of them")
+    checkpoint_keep: Literal["none", "attention", "matmul"] = option(
+        "none", "of a recomputed layer, keep what attention gives, or that and what linear layers give"
+    )
+    compile: bool = option(False, "compile the layers of both towers with torch.compile")
     drop_path_rate: float = option(0.0, "stochastic depth of the vision encoder")
     ps_version: Literal["v1", "v2"] = option("v2", "pixel shuffle version")
     use_fast_tokenizer: bool = option(False, "accepted for upstream's recipes; every tokenizer here is a fast one")

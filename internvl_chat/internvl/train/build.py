@@ -16,6 +16,7 @@ from internvl.model.internvl_chat.merging import merge_adapters
 from internvl.model.internvl_chat.trained import note_of_base
 from internvl.model.liger import use_liger_kernels
 from internvl.model.lora import FLAGS, RANKS
+from internvl.model.recompute import recomputed_share
 from internvl.model.tokenizer import load_tokenizer
 from internvl.model.varlen import use_varlen_attention
 from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments
@@ -28,6 +29,7 @@ from internvl.train.plan import Layout
 from internvl.train.quantize import quantization
 from internvl.train.schedule import Schedule
 from internvl.train.summary import summary
+from internvl.train.towers import check_towers, set_up_towers
 from internvl.train.trainable import goes_on, rates, set_trainable, trainable_table, trained_parts
 from internvl.train.trainer import InternVLTrainer
 
@@ -51,14 +53,13 @@ def build_model(
     model_class: type[InternVLChatModel] = InternVLChatModel,
 ) -> InternVLChatModel:
     """Load the checkpoint, fit it to the flags, freeze and wrap it."""
+    check_towers(model_args, training_args)
     model = load_model(model_args, data_args, training_args, tokenizer, model_class)
-    if model_args.grad_checkpoint:
-        # Not reentrant: adapters in a frozen tower get gradients although its input needs none.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     set_seed(training_args.seed)  # the same adapters to begin with, whatever loading drew
     set_trainable(model, model_args)
     if not training_args.deepspeed or training_args.lora_fp32:  # else DeepSpeed keeps fp32 master weights by itself
         cast_trainable(model, torch.float32)
+    set_up_towers(model, model_args)
     if model_args.quantize_backbone or model_args.quantize_llm:
         model._hf_peft_config_loaded = True  # to transformers: there are adapters (in the parts)
     logger.info("what trains:\n%s", trainable_table(model, training_args))
@@ -229,9 +230,8 @@ def build_layout(
 
     def passes(part: nn.Module) -> int:
         trained = [name for name, parameter in part.named_parameters() if parameter.requires_grad]
-        recomputed = any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
         whole = any("lora_" not in name for name in trained)
-        return 1 + recomputed + 1 + whole if trained else 1
+        return 1 + recomputed_share(part) + 1 + whole if trained else 1
 
     llm = max(passes(model.language_model), passes(model.vision_model), 2)  # gradients go through it in any case
     return Layout(

@@ -33,9 +33,9 @@ REFUSED = {
     "load_best_model_at_end": NO_EVALUATION,
     "optim_target_modules": "optimizers that rewrite the model are not supported",
     "parallelism_config": "ranks share data only; weights are sharded by --deepspeed",
-    "torch_compile": "steps differ in shape, each would be compiled anew",
-    "torch_compile_backend": "steps differ in shape, each would be compiled anew",
-    "torch_compile_mode": "steps differ in shape, each would be compiled anew",
+    "torch_compile": "--compile True compiles layer by layer, for rows of any length",
+    "torch_compile_backend": "--compile True compiles layer by layer, for rows of any length",
+    "torch_compile_mode": "--compile True compiles layer by layer, for rows of any length",
     "train_sampling_strategy": "say --group_by_length True",
     "use_cache": "training keeps no cache of keys and values",
     "use_liger_kernel": "say --use_liger True",
@@ -60,7 +60,7 @@ DROPPED = {
     "push_to_hub_model_id": "say --hub_model_id",
     "push_to_hub_token": "say --hub_token",
     "save_safetensors": "weights are always saved as safetensors",
-    "torchdynamo": "steps differ in shape, each would be compiled anew",
+    "torchdynamo": "--compile True compiles layer by layer, for rows of any length",
 }
 
 

@@ -52,8 +52,9 @@ class AdaptingMixin:
         setattr(self.config, RANKS[part], settings.r)
         self.config.lora_settings = {**(self.config.lora_settings or {}), part: asdict(settings)}
         if is_llm:
-            # Under reentrant checkpoints adapters only get gradients if what they read asks for some.
-            plain(module).enable_input_require_grads()
+            # Under reentrant checkpoints adapters only get gradients if what they read asks for some. Once is enough.
+            if not getattr(plain(module), "_require_grads_hook", None):
+                plain(module).enable_input_require_grads()
             if hasattr(self, "all_tied_weights_keys"):  # transformers 5: a tied head has another name now
                 self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
