@@ -163,10 +163,11 @@ def _weighted_sum(
     """Sum of weight times cross entropy over states (n, C) and targets (n,), a float32 scalar."""
     learning = torch.is_grad_enabled()
     trained = [weight for weight in head.parameters() if learning and weight.requires_grad]
+    through_states = learning and states.requires_grad
 
     def sweep(states, count):
         chunks = zip(*(whole.tensor_split(count) for whole in (states, targets, weights)), strict=True)
-        return _sweep(lambda chunk: scale(head.forward(chunk)), chunks, learning and states.requires_grad, trained)
+        return _sweep(lambda chunk: scale(head.forward(chunk)), chunks, through_states, trained)
 
     if trained:
         return in_one_call(head, states, lambda states, count: _Swept.apply(sweep(states, count), states, *trained))
