@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 IGNORE_INDEX = -100
@@ -122,7 +124,25 @@ def token_loss(
     return total / torch.where(normalizer == 0, 1.0, normalizer)
 
 
-def in_one_call(head: nn.Module, states: torch.Tensor, work: Callable[[torch.Tensor, int], torch.Tensor | tuple]):
+def target_log_probs(
+    head: nn.Module, scale: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Log-probability of each of n targets, (n,) float32, for losses that are no sum with weights known beforehand.
+
+    How much a gradient counts is known in the backward pass alone: chunks are computed again there.
+    """
+
+    def of_chunk(states, targets):
+        return -F.cross_entropy(scale(head.forward(states)).float(), targets, reduction="none")
+
+    def of_chunks(states, count):
+        chunks = zip(states.tensor_split(count), targets.tensor_split(count), strict=True)
+        return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+
+    return _in_one_call(head, states, of_chunks)
+
+
+def _in_one_call(head: nn.Module, states: torch.Tensor, work: Callable[[torch.Tensor, int], torch.Tensor | tuple]):
     """What `work(states, number of chunks)` returns, called within one call of `head`; there, call `head.forward`.
 
     So the hooks of the head run once, whatever the number of chunks, which may differ between ranks: under ZeRO-3 they
@@ -148,19 +168,24 @@ def in_one_call(head: nn.Module, states: torch.Tensor, work: Callable[[torch.Ten
 
 def _count_chunks(head: nn.Module, states: torch.Tensor, vocabulary: int) -> int:
     count = max(1, -(-len(states) * vocabulary * 4 // CHUNK_BYTES))
-    sliced = any(hasattr(weight, "ds_id") for weight in head.parameters())
-    if sliced and next(head.children(), None) is not None:
-        # The parts of an adapted head have hooks of their own, which all ranks must come by equally often.
+    if _is_gathered_in_parts(head):  # whose hooks run for each chunk: on all ranks equally often
         highest = torch.tensor(count, device=states.device)
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         count = int(highest)
     return count
 
 
+def _is_gathered_in_parts(head: nn.Module) -> bool:
+    """Whether this is an adapted head under ZeRO-3."""
+    return any(hasattr(weight, "ds_id") for child in head.children() for weight in child.parameters())
+
+
 def _weighted_sum(
     head: nn.Module, scale: Callable, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Sum of weight times cross entropy over states (n, C) and targets (n,), a float32 scalar."""
+    if _is_gathered_in_parts(head):  # and only the parts' hooks in the backward pass let their weights have gradients
+        return -(target_log_probs(head, scale, states, targets) * weights).sum()
     learning = torch.is_grad_enabled()
     trained = [weight for weight in head.parameters() if learning and weight.requires_grad]
     through_states = learning and states.requires_grad
@@ -170,9 +195,9 @@ def _weighted_sum(
         return _sweep(lambda chunk: scale(head.forward(chunk)), chunks, through_states, trained)
 
     if trained:
-        return in_one_call(head, states, lambda states, count: _Swept.apply(sweep(states, count), states, *trained))
+        return _in_one_call(head, states, lambda states, count: _Swept.apply(sweep(states, count), states, *trained))
     with torch.no_grad():  # the backward pass needs no frozen head: let no hook gather it there
-        swept = in_one_call(head, states, sweep)
+        swept = _in_one_call(head, states, sweep)
     return _Swept.apply(swept, states)
 
 

@@ -13,15 +13,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import logsigmoid
-from torch.utils.checkpoint import checkpoint
 
 from internvl.model import internvl_chat
 from internvl.model.internvl_chat.decoder import decode
 from internvl.model.lora import plain
-from internvl.model.token_loss import in_one_call, scaled, trained_positions, unscaled
+from internvl.model.token_loss import scaled, target_log_probs, trained_positions, unscaled
 from internvl.train.arguments import DPOConfig, PreferenceDataArguments
 
 # -- from a batch to log-probabilities ---------------------------------------------------------------------------------
@@ -58,21 +56,9 @@ def label_log_probs(
     position_ids: torch.Tensor | None = None,
     scale: Callable[[torch.Tensor], torch.Tensor] = unscaled,
 ) -> torch.Tensor:
-    """Sum over each row of the log-probabilities of its labels, (B,) float32. Arguments as in `token_loss`.
-
-    How much each row's gradient counts is known in the backward pass alone: chunks are computed again there.
-    """
+    """Sum over each row of the log-probabilities of its labels, (B,) float32. Arguments as in `token_loss`."""
     trained = trained_positions(labels, position_ids)
-    states, targets = hidden_states[:, :-1][trained], labels[:, 1:][trained]
-
-    def of_chunk(states, targets):
-        return -F.cross_entropy(scale(head.forward(states)).float(), targets, reduction="none")
-
-    def of_chunks(states, count):
-        chunks = zip(states.tensor_split(count), targets.tensor_split(count), strict=True)
-        return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
-
-    log_probs = in_one_call(head, states, of_chunks)
+    log_probs = target_log_probs(head, scale, hidden_states[:, :-1][trained], labels[:, 1:][trained])
     return log_probs.new_zeros(len(labels)).index_add(0, trained.nonzero()[:, 0], log_probs)
 
 
