@@ -1,21 +1,23 @@
 """Cross entropy over trained tokens only: decoder states -> language model head -> loss.
 
 A vocabulary is large and most tokens of a batch are not trained on (prompts, image tokens, padding). Only the states of
-trained tokens go through the head, in chunks whose logits are computed again in the backward pass, so that the full
-logits never exist.
+trained tokens go through the head, in chunks, and each chunk leaves its loss and its gradients behind: the full logits
+never exist, and nothing is computed again in the backward pass (Wijmans et al. 2024, arXiv 2411.09009; Hsu et al. 2024,
+arXiv 2410.10989).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 IGNORE_INDEX = -100
-# Not a size: under ZeRO-3 each call of the head gathers its weight from all ranks, so all must call it equally often.
-CHUNKS = 8
+# The float32 logits of a chunk are at most this large; about twice as much is in use at a time.
+CHUNK_BYTES = 2**28
 
 
 # What some families do to their logits after the head: (start of the model type, field of the config, function).
@@ -28,13 +30,21 @@ LOGIT_SCALES = [
 ]
 
 
-def logits_of(llm: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
-    """Decoder states (..., C) -> logits (..., V), as the language model computes them itself."""
-    logits = llm.get_output_embeddings()(states)
+def unscaled(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+def scaled(llm: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    """What comes out of the head -> the logits of this language model, of the same shape."""
     for family, field, function in LOGIT_SCALES:
         if llm.config.model_type.startswith(family) and (value := getattr(llm.config, field, None)):
             logits = function(logits, value)
     return logits
+
+
+def logits_of(llm: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """Decoder states (..., C) -> logits (..., V), as the language model computes them itself."""
+    return scaled(llm, llm.get_output_embeddings()(states))
 
 
 def balance_loss(llm: PreTrainedModel, router_logits: tuple, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -81,20 +91,22 @@ def trained_positions(labels: torch.Tensor, position_ids: torch.Tensor | None) -
 
 def token_loss(
     hidden_states: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
+    head: nn.Module,
     labels: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     loss_weight=None,
     average_weight_over_ranks: bool = False,
+    scale: Callable[[torch.Tensor], torch.Tensor] = unscaled,
 ) -> torch.Tensor:
     """Weighted mean cross entropy, a float32 scalar; exactly 0, with a graph, when there is nothing to train on.
 
     Args:
         hidden_states: (B, L, C) of the decoder. The full logits (B, L, V) may stand in, with `nn.Identity()` as head.
-        head: states (n, C) -> logits (n, V), calling the head as a module, so that hooks (ZeRO-3, LoRA) run.
+        head: module, states (n, C) -> (n, V); called as such once, and chunk by chunk through its `forward`.
         labels: (B, L), -100 where nothing is trained. position_ids: (B, L), 0 where a document begins.
         loss_weight: (B, L) tensor or nested list, a weight for each label; default 1 each.
         average_weight_over_ranks: divide by the mean over all ranks of the summed weights instead of this rank's sum.
+        scale: what becomes of the head's output before it is logits (`scaled`).
     """
     trained = trained_positions(labels, position_ids)
     states, targets = hidden_states[:, :-1][trained], labels[:, 1:][trained]
@@ -104,12 +116,7 @@ def token_loss(
         loss_weight = torch.as_tensor(loss_weight, dtype=torch.float32, device=labels.device)
         weights = loss_weight[:, 1:][trained]
 
-    total = states[:0].sum().float()  # a zero with a graph, for when no token is trained
-    for chunk in zip(
-        states.tensor_split(CHUNKS), targets.tensor_split(CHUNKS), weights.tensor_split(CHUNKS), strict=True
-    ):
-        total = total + checkpoint(_weighted_sum, head, *chunk, use_reentrant=False)
-
+    total = _weighted_sum(head, scale, states, targets, weights)
     normalizer = weights.sum()
     if average_weight_over_ranks:
         dist.all_reduce(normalizer)
@@ -117,7 +124,132 @@ def token_loss(
     return total / torch.where(normalizer == 0, 1.0, normalizer)
 
 
-def _weighted_sum(head: Callable, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum of weight times cross entropy over states (n, C) and targets (n,)."""
-    losses = F.cross_entropy(head(states).float(), targets, reduction="none")
-    return (losses * weights).sum()
+def target_log_probs(
+    head: nn.Module, scale: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Log-probability of each of n targets, (n,) float32, for losses that are no sum with weights known beforehand.
+
+    How much a gradient counts is known in the backward pass alone: chunks are computed again there.
+    """
+
+    def of_chunk(states, targets):
+        return -F.cross_entropy(scale(head.forward(states)).float(), targets, reduction="none")
+
+    def of_chunks(states, count):
+        chunks = zip(states.tensor_split(count), targets.tensor_split(count), strict=True)
+        return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+
+    return _in_one_call(head, states, of_chunks)
+
+
+def _in_one_call(head: nn.Module, states: torch.Tensor, work: Callable[[torch.Tensor, int], torch.Tensor | tuple]):
+    """What `work(states, number of chunks)` returns, called within one call of `head`; there, call `head.forward`.
+
+    So the hooks of the head run once, whatever the number of chunks, which may differ between ranks: under ZeRO-3 they
+    gather its weight before the call and before its backward pass, and let go of it afterwards.
+    """
+    inside = []
+
+    def enter(module, args):
+        inside.append(args[0])  # after DeepSpeed's hook, which puts a node of its own into the graph
+        return args[0][:0]
+
+    def leave(module, args, no_logits):
+        states = inside.pop()
+        return work(states, _count_chunks(head, states, no_logits.shape[-1]))
+
+    hooks = head.register_forward_pre_hook(enter), head.register_forward_hook(leave, prepend=True)
+    try:
+        return head(states)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _count_chunks(head: nn.Module, states: torch.Tensor, vocabulary: int) -> int:
+    count = max(1, -(-len(states) * vocabulary * 4 // CHUNK_BYTES))
+    if _is_gathered_in_parts(head):  # whose hooks run for each chunk: on all ranks equally often
+        highest = torch.tensor(count, device=states.device)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        count = int(highest)
+    return count
+
+
+def _is_gathered_in_parts(head: nn.Module) -> bool:
+    """Whether this is an adapted head under ZeRO-3."""
+    return any(hasattr(weight, "ds_id") for child in head.children() for weight in child.parameters())
+
+
+def _weighted_sum(
+    head: nn.Module, scale: Callable, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Sum of weight times cross entropy over states (n, C) and targets (n,), a float32 scalar."""
+    if _is_gathered_in_parts(head):  # and only the parts' hooks in the backward pass let their weights have gradients
+        return -(target_log_probs(head, scale, states, targets) * weights).sum()
+    learning = torch.is_grad_enabled()
+    trained = [weight for weight in head.parameters() if learning and weight.requires_grad]
+    through_states = learning and states.requires_grad
+
+    def sweep(states, count):
+        chunks = zip(*(whole.tensor_split(count) for whole in (states, targets, weights)), strict=True)
+        return _sweep(lambda chunk: scale(head.forward(chunk)), chunks, through_states, trained)
+
+    if trained:
+        return _in_one_call(head, states, lambda states, count: _Swept.apply(sweep(states, count), states, *trained))
+    with torch.no_grad():  # the backward pass needs no frozen head: let no hook gather it there
+        swept = _in_one_call(head, states, sweep)
+    return _Swept.apply(swept, states)
+
+
+class _Swept(torch.autograd.Function):
+    """Puts what `_sweep` found, a scalar and its gradients, into the graph."""
+
+    @staticmethod
+    def forward(ctx, swept: tuple, states: torch.Tensor, *trained: nn.Parameter) -> torch.Tensor:
+        total, *gradients = swept
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx, factor: torch.Tensor) -> tuple:
+        of_states, *of_trained = (gradient * factor for gradient in ctx.saved_tensors)
+        return None, of_states if ctx.needs_input_grad[1] else None, *of_trained
+
+
+@torch.no_grad()
+def _sweep(logits_of: Callable, chunks: Iterable, through_states: bool, trained: list[nn.Parameter]) -> tuple:
+    """Sum of weighted losses, and its gradients in the states (empty unless `through_states`) and in trained weights.
+
+    Gradients of weights are summed over chunks in float32.
+    """
+    total, in_states, in_trained = 0.0, [], []
+    for states, *targets_and_weights in chunks:
+        states = states.detach().requires_grad_(through_states)
+        inputs = [*[states] * through_states, *trained]
+        loss, gradients = _chunk(logits_of, states, *targets_and_weights, inputs)
+        total = total + loss
+        in_states += gradients[: len(inputs) - len(trained)]
+        new = gradients[len(inputs) - len(trained) :]
+        sums = in_trained or [torch.zeros_like(weight, dtype=torch.float32) for weight in trained]
+        in_trained = [sum.add_(gradient) for sum, gradient in zip(sums, new, strict=True)]
+    in_trained = [gradient.to(weight.dtype) for gradient, weight in zip(in_trained, trained, strict=True)]
+    return total, torch.cat(in_states or [states[:0]]), *in_trained
+
+
+def _chunk(
+    logits_of: Callable, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, inputs: list[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Sum of weighted losses of one chunk, and its gradients in `inputs`."""
+    with torch.set_grad_enabled(bool(inputs)):
+        logits = logits_of(states)
+    log_probs = logits.detach().log_softmax(-1, dtype=torch.float32)
+    loss = -(log_probs.gather(1, targets[:, None])[:, 0] * weights).sum()
+    if not inputs:
+        return loss, []
+    # The gradient in the logits, in the memory of the log-probabilities: weight times (probability - 1 at the target).
+    slopes = log_probs.exp_()
+    slopes[torch.arange(len(targets), device=targets.device), targets] -= 1
+    slopes *= weights[:, None]
+    found = torch.autograd.grad(logits, inputs, slopes.to(logits.dtype), allow_unused=True)
+    unused = torch.zeros_like  # an adapter that is switched off
+    return loss, [unused(x) if gradient is None else gradient for x, gradient in zip(inputs, found, strict=True)]

@@ -13,14 +13,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch import nn
 from torch.nn.functional import logsigmoid
-from torch.utils.checkpoint import checkpoint
 
 from internvl.model import internvl_chat
 from internvl.model.internvl_chat.decoder import decode
 from internvl.model.lora import plain
-from internvl.model.token_loss import CHUNKS, logits_of, trained_positions
+from internvl.model.token_loss import scaled, target_log_probs, trained_positions, unscaled
 from internvl.train.arguments import DPOConfig, PreferenceDataArguments
 
 # -- from a batch to log-probabilities ---------------------------------------------------------------------------------
@@ -46,22 +45,21 @@ class InternVLChatModel(internvl_chat.InternVLChatModel):
             cu_seqlens=cu_seqlens,
             use_cache=False,
         )
-        return label_log_probs(outputs.last_hidden_state, partial(logits_of, llm), labels, position_ids)
+        head, scale = llm.get_output_embeddings(), partial(scaled, llm)
+        return label_log_probs(outputs.last_hidden_state, head, labels, position_ids, scale)
 
 
 def label_log_probs(
-    hidden_states: torch.Tensor, head: Callable, labels: torch.Tensor, position_ids: torch.Tensor | None = None
+    hidden_states: torch.Tensor,
+    head: nn.Module,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    scale: Callable[[torch.Tensor], torch.Tensor] = unscaled,
 ) -> torch.Tensor:
     """Sum over each row of the log-probabilities of its labels, (B,) float32. Arguments as in `token_loss`."""
     trained = trained_positions(labels, position_ids)
-    states, targets = hidden_states[:, :-1][trained], labels[:, 1:][trained]
-    chunks = zip(states.tensor_split(CHUNKS), targets.tensor_split(CHUNKS), strict=True)
-    log_probs = torch.cat([checkpoint(_log_probs, head, *chunk, use_reentrant=False) for chunk in chunks])
+    log_probs = target_log_probs(head, scale, hidden_states[:, :-1][trained], labels[:, 1:][trained])
     return log_probs.new_zeros(len(labels)).index_add(0, trained.nonzero()[:, 0], log_probs)
-
-
-def _log_probs(head: Callable, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return -F.cross_entropy(head(states).float(), targets, reduction="none")
 
 
 # -- from log-probabilities to a loss ----------------------------------------------------------------------------------

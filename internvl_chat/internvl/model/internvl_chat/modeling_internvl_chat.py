@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from internvl.model.internlm2.modeling_internlm2 import InternLM2ForCausalLM
 from internvl.model.lora import RANKS, freeze_base, is_wrapped, plain
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
-from internvl.model.token_loss import balance_loss, document_weights, logits_of, token_loss
+from internvl.model.token_loss import balance_loss, document_weights, logits_of, scaled, token_loss, unscaled
 
 from .adapting import AdaptingMixin
 from .chat import ChatMixin, conversation_of
@@ -188,16 +188,16 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        states, head = outputs.last_hidden_state, partial(logits_of, llm)
+        states, head, scale = outputs.last_hidden_state, llm.get_output_embeddings(), partial(scaled, llm)
         loss = logits = None
         if labels is None or not self.training:
-            logits = head(states)
-            states, head = logits, nn.Identity()
+            logits = logits_of(llm, states)
+            states, head, scale = logits, nn.Identity(), unscaled
         if labels is not None:
             if loss_weight is None and self.loss_reduction != "token":
                 loss_weight = document_weights(labels, position_ids, self.loss_reduction)
             average = loss_weight is not None and loss_reduction_all_gather
-            loss = token_loss(states, head, labels, position_ids, loss_weight, average)
+            loss = token_loss(states, head, labels, position_ids, loss_weight, average, scale)
             if router_logits := getattr(outputs, "router_logits", None):  # as `output_router_logits` of its config says
                 loss = loss + balance_loss(llm, router_logits, attention_mask)
         output = CausalLMOutputWithPast(
