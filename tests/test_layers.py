@@ -28,6 +28,7 @@ LAYERS = [
     ["internvl.train.image", "internvl.train.video", "internvl.train.upstream_names"],
     [
         "internvl.model.internvl_chat.chat",
+        "internvl.model.lora_dropout",
         "internvl.model.lora_linear",
         "internvl.model.lora",
         "internvl.model.token_loss",

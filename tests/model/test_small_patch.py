@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "internvl_chat"
 PINS = "transformers==4.37.2 tokenizers==0.15.1 peft==0.10.0 timm==0.9.12 accelerate<1 numpy==1.26.4".split()
 PINS += ["datasets<3", "pandas<2.3", "pyarrow<20"]  # its Trainer imports datasets: one of then, built for numpy 1
-PATCH = ["model/internvl_chat", "model/lora.py", "model/lora_linear.py", "model/token_loss.py"]
+PATCH = ["model/internvl_chat", *(f"model/{name}.py" for name in ("lora", "lora_linear", "lora_dropout", "token_loss"))]
 TESTS = [HERE / name for name in ("test_model_goldens.py", "test_lora_goldens.py", "upstream_main.py")]
 # Documents in a row are told apart by flash-attn and replaced attention classes there; ours by transformers 5.
 NOT_THERE = "not internlm2 and not phi3 and not packed and not bounds"

@@ -14,6 +14,8 @@ from peft.tuners.lora import Linear
 from torch import nn
 from torch.nn import functional
 
+from .lora_dropout import drop
+
 # Names of layers that read the same input where one module has them: attention; MLPs; those of InternLM2.
 READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -121,20 +123,6 @@ def flattened(x: torch.Tensor) -> torch.Tensor:
     """x (..., in) as (tokens, in), in the dtype that linear layers compute in."""
     kind, flat = x.device.type, x.reshape(-1, x.shape[-1])
     return flat.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else flat
-
-
-def drop(x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
-    """`dropout(x)`; on a CPU, where torch spends nearly all of its time on random numbers, with 16 bits an element.
-
-    The rate is a multiple of 2 ** -16 then. The mask that is kept for the gradient has a byte an element.
-    """
-    wanted = type(dropout) is nn.Dropout and dropout.training and 0 < dropout.p < 1
-    if not wanted or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return dropout(x)
-    threshold = min(round(dropout.p * 2**16), 2**16 - 1)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    zero = bits[: x.numel()].view(x.shape) < threshold - 2**15
-    return torch.where(zero, 0.0, x * (2**16 / (2**16 - threshold)))
 
 
 def must_be_called(module: nn.Module) -> bool:

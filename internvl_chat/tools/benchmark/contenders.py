@@ -15,6 +15,8 @@ from internvl.model.hf_config import to_hf_config
 from internvl.model.hf_format import to_hf
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.varlen import use_varlen_attention
+from internvl.train.arguments import ModelArguments
+from internvl.train.towers import set_up_towers
 
 from .sizes import Size, computing_in, image_token_id, random_model
 
@@ -34,10 +36,10 @@ class Contender(NamedTuple):
 def ours(size: Size, checkpointing: bool, dropout: float) -> InternVLChatModel:
     """As `train/build.py` makes it for --freeze_{backbone,mlp,llm} True --use_backbone_lora R --use_llm_lora R."""
     model = random_model(size)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     use_varlen_attention(model.language_model, packed=True)
-    return adapted(model, size, dropout).train()
+    model = adapted(model, size, dropout)
+    set_up_towers(model, ModelArguments(grad_checkpoint=checkpointing))
+    return model.train()
 
 
 def adapted(model: InternVLChatModel, size: Size, dropout: float) -> InternVLChatModel:
