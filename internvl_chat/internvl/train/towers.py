@@ -31,8 +31,8 @@ def check_towers(args: ModelArguments, training_args: TrainingArguments) -> None
     """
     if args.checkpoint_every < 1:
         raise ValueError(f"--checkpoint_every {args.checkpoint_every}: every n-th layer, n at least 1.")
-    chosen = {"checkpoint_every": 1, "checkpoint_keep": "none"}
-    chosen = [f"--{name} {value}" for name, usual in chosen.items() if (value := getattr(args, name)) != usual]
+    usual = {"checkpoint_every": 1, "checkpoint_keep": "none"}
+    chosen = [f"--{name} {getattr(args, name)}" for name in usual if getattr(args, name) != usual[name]]
     if chosen and not (args.grad_checkpoint or args.vit_grad_checkpoint):
         raise ValueError(f"{' '.join(chosen)} does not act with --grad_checkpoint False.")
     if args.vit_grad_checkpoint is False:

@@ -48,7 +48,7 @@ NORM2FN = {"rms_norm": InternRMSNorm, "layer_norm": nn.LayerNorm}
 
 
 class PatchEmbedding(nn.Conv2d):
-    """A convolution whose patches do not overlap, as one matrix product: half the time of torch's convolution or less.
+    """A convolution whose patches do not overlap, as one matrix product: on a CPU 1.3 to 3 times as fast as torch's.
 
     Tiles (T, 3, H, W) -> (T, C, h, w) in memory order (T, h, w, C); pixels beyond the last whole patch are left out.
     """
@@ -56,9 +56,8 @@ class PatchEmbedding(nn.Conv2d):
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         down, right = self.kernel_size
         height, width = tiles.shape[2] // down, tiles.shape[3] // right
-        patches = (
-            tiles[:, :, : height * down, : width * right].unflatten(3, (width, right)).unflatten(2, (height, down))
-        )
+        tiles = tiles[:, :, : height * down, : width * right]
+        patches = tiles.unflatten(3, (width, right)).unflatten(2, (height, down))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (T, h, w, 3 * down * right)
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
@@ -182,9 +181,8 @@ class InternVisionEncoder(nn.Module):
         """`hidden_states`, if asked for: the embeddings followed by the output of every layer."""
         x, states = inputs_embeds, [inputs_embeds]
         for layer in self.layers:
-            # Frozen layers below the first that trains keep nothing: there is nothing to compute again.
-            graph = x.requires_grad or trains(layer)
-            if layer.gradient_checkpointing and self.training and graph:
+            # Frozen layers below the first that trains make no graph: there is nothing to compute again.
+            if layer.gradient_checkpointing and self.training and (x.requires_grad or trains(layer)):
                 # Not reentrant: adapters get gradients although the input of a frozen encoder needs none.
                 x = layer._gradient_checkpointing_func(layer, x, use_reentrant=False)
             else:
