@@ -230,8 +230,9 @@ def _sweep(logits_of: Callable, chunks: Iterable, through_states: bool, trained:
         total = total + loss
         in_states += gradients[: len(inputs) - len(trained)]
         new = gradients[len(inputs) - len(trained) :]
-        sums = in_trained or [torch.zeros_like(weight, dtype=torch.float32) for weight in trained]
-        in_trained = [sum.add_(gradient) for sum, gradient in zip(sums, new, strict=True)]
+        if in_trained:
+            new = [sum.add_(gradient) for sum, gradient in zip(in_trained, new, strict=True)]
+        in_trained = [gradient.float() for gradient in new]
     in_trained = [gradient.to(weight.dtype) for gradient, weight in zip(in_trained, trained, strict=True)]
     return total, torch.cat(in_states or [states[:0]]), *in_trained
 
