@@ -74,8 +74,8 @@ def towers(name: str, args: argparse.Namespace) -> list[tuple[nn.Module, dict]]:
             module.gradient_checkpointing_enable({"use_reentrant": False})
         module = CONTENDERS[name](module, settings, targets)
         for parameter in module.parameters():
-            if parameter.requires_grad and args.lora_fp32:
-                parameter.data = parameter.data.float()
+            if parameter.requires_grad:  # PEFT makes them fp32, DeepSpeed what the model is
+                parameter.data = parameter.data.to(torch.float32 if args.lora_fp32 else dtype)
         found.append((module, {key: value.to(args.device, dtype).requires_grad_()}))
     return found
 
@@ -158,10 +158,10 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", type=int, default=3, help="decoder layers (default: %(default)s)")
+    parser.add_argument("--llm", type=int, default=2, help="decoder layers (default: %(default)s)")
     parser.add_argument("--width", type=int, default=896, help="of the decoder, times 64 (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=512, help="that the decoder reads (default: %(default)s)")
-    parser.add_argument("--vit", type=int, default=2, help="vision blocks (default: %(default)s)")
+    parser.add_argument("--vit", type=int, default=1, help="vision blocks (default: %(default)s)")
     parser.add_argument("--vit_width", type=int, default=1024, help="a multiple of 64 (default: %(default)s)")
     parser.add_argument("--tiles", type=int, default=1, help="of 1025 vision tokens (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=16)
