@@ -8,7 +8,8 @@
 Everyone starts from the same random weights, has LoRA of one rank in the same layers of both towers, computes in the
 same type with the same optimizer, and is given the same tensors. What differs is the model's code and how samples are
 laid: ours into full rows (`train/plan.py`) or padded batches of 4; transformers' class, with its own attention, loss
-and checkpointing, in padded batches of 4, of samples of similar length or as they come. Contenders run one at a time,
+and checkpointing, in padded batches of 4, of samples of similar length or as they come. With checkpointing on, everyone
+computes all activations again; one row is ours where every third layer does (--checkpoint_every 3). Contenders run one at a time,
 each in a process of its own; they take turns, and the median of their turns counts. `loss before` is the mean over all
 trained tokens before the first update: the same number for everyone, or they do not do the same. The samples are a
 published mixture of instruction data, half and half with text.
@@ -91,10 +92,11 @@ def parse(argv) -> argparse.Namespace:
 def measure_all(args: argparse.Namespace, checkpointing: bool) -> list[dict]:
     """A result for each contender: the first turn's, with the median of all turns' seconds."""
     task = {name: vars(args)[name] for name in ("size", "samples", "dropout")} | {"checkpointing": checkpointing}
-    memory = {name: run({"name": name, "what": "memory"} | task, AT_ONCE) for name in args.contenders}
-    turns: dict[str, list[dict]] = {name: [] for name in args.contenders}
+    names = [name for name in args.contenders if checkpointing or not CONTENDERS[name].selective]
+    memory = {name: run({"name": name, "what": "memory"} | task, AT_ONCE) for name in names}
+    turns: dict[str, list[dict]] = {name: [] for name in names}
     for number in range(args.repeats):
-        for name in args.contenders:
+        for name in names:
             turns[name].append(run({"name": name, "what": "time", "first_loss": number == 0} | task))
     results = []
     for name, found in turns.items():

@@ -2,6 +2,7 @@
 weights and the same adapters; each takes the same batches and gives a loss."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,14 +32,15 @@ class Contender(NamedTuple):
     loss: Callable[[nn.Module, dict], torch.Tensor]
     packed: bool = False
     by_length: bool = False
+    selective: bool = False  # is about which layers compute their activations again
 
 
-def ours(size: Size, checkpointing: bool, dropout: float) -> InternVLChatModel:
+def ours(size: Size, checkpointing: bool, dropout: float, every: int = 1) -> InternVLChatModel:
     """As `train/build.py` makes it for --freeze_{backbone,mlp,llm} True --use_backbone_lora R --use_llm_lora R."""
     model = random_model(size)
     use_varlen_attention(model.language_model, packed=True)
     model = adapted(model, size, dropout)
-    set_up_towers(model, ModelArguments(grad_checkpoint=checkpointing))
+    set_up_towers(model, ModelArguments(grad_checkpoint=checkpointing, checkpoint_every=every))
     return model.train()
 
 
@@ -91,6 +93,7 @@ def native_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 
 CONTENDERS = {
     "ours, packed": Contender(ours, our_loss, packed=True),
+    "ours, packed, every 3rd layer": Contender(partial(ours, every=3), our_loss, packed=True, selective=True),
     "ours, padded by length": Contender(ours, our_loss, by_length=True),
     "transformers + peft, by length": Contender(native, native_loss, by_length=True),
     "transformers + peft, shuffled": Contender(native, native_loss),
