@@ -11,6 +11,7 @@ from tiny_models import LLM, LLMS, VITS
 
 from internvl.model import token_loss as module
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.train import preference_loss
 
 STEPS = 5
 RANKS = 2
@@ -40,12 +41,14 @@ def batch(step: int, rank: int) -> dict:
         "input_ids": ids,
         "position_ids": torch.arange(32)[None],
         "labels": ids.masked_fill(torch.arange(32) > trained, -100),
+        "pixel_values": torch.zeros(0, 3, 28, 28),
+        "image_flags": torch.zeros(0),
     }
 
 
-def tiny(kind: str, head: str) -> InternVLChatModel:
+def tiny(kind: str, head: str, model_class: type) -> InternVLChatModel:
     torch.manual_seed(0)
-    model = InternVLChatModel(InternVLChatConfig(VITS["300M"], LLM | LLMS[kind], template="internvl2_5"))
+    model = model_class(InternVLChatConfig(VITS["300M"], LLM | LLMS[kind], template="internvl2_5"))
     model.vision_model.requires_grad_(False)
     model.mlp1.requires_grad_(False)
     HEADS[head][0](model)
@@ -53,6 +56,12 @@ def tiny(kind: str, head: str) -> InternVLChatModel:
         for parameter in model.language_model.parameters():
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2)
     return model.train()
+
+
+def loss_of(model, step: int, rank: int) -> torch.Tensor:
+    """The loss of the chat model, or one of the log-probabilities that the preference model gives."""
+    output = model(**batch(step, rank))
+    return -output.sum() / 30 if torch.is_tensor(output) else output.loss
 
 
 def optimizer_of(model) -> torch.optim.Optimizer:
@@ -63,7 +72,7 @@ def losses_of_one_process(model: InternVLChatModel, rank: int) -> list[float]:
     """Those of this rank's batches, where each step takes the mean gradient over the ranks' batches."""
     optimizer, losses = optimizer_of(model), []
     for step in range(STEPS):
-        of_ranks = [model(**batch(step, rank)).loss for rank in range(RANKS)]
+        of_ranks = [loss_of(model, step, rank) for rank in range(RANKS)]
         (sum(of_ranks) / RANKS).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -88,6 +97,24 @@ def count_gathers(weight: torch.nn.Parameter, weights: list) -> list[str]:
     return seen
 
 
+def losses_under_zero3(model: InternVLChatModel, rank: int) -> tuple[list[float], list[int]]:
+    """Losses of this rank's batches, and how often the head's weight was gathered in each step."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=CONFIG)
+    seen = count_gathers(model.get_output_embeddings().weight, list(model.parameters()))
+    losses, gathered = [], []
+    for step in range(STEPS):
+        before = len(seen)
+        loss = loss_of(engine, step, rank)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+        gathered.append(len(seen) - before)
+    engine.destroy()
+    return losses, gathered
+
+
 def _on_rank(rank: int, store: str):
     os.environ["LOCAL_RANK"] = str(rank)
     import deepspeed
@@ -96,23 +123,14 @@ def _on_rank(rank: int, store: str):
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     module.CHUNK_BYTES = 4 * 4 * LLM["vocab_size"]  # 4 tokens: ranks have different numbers of chunks
-    for kind in ("qwen2", "internlm2"):
-        for head in HEADS:
-            expected = losses_of_one_process(tiny(kind, head), rank)
-            model = tiny(kind, head)
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=CONFIG)
-            output = model.get_output_embeddings()
-            seen = count_gathers(output.weight, list(model.parameters()))
-            losses, gathered = [], []
-            for step in range(STEPS):
-                before = len(seen)
-                loss = engine(**batch(step, rank)).loss
-                engine.backward(loss)
-                engine.step()
-                losses.append(loss.item())
-                gathered.append(len(seen) - before)
-            assert losses == pytest.approx(expected, abs=1e-5), (kind, head)
-            assert gathered == GATHERED.get(head, gathered), (kind, head)
-            engine.destroy()
+    chat, preference = InternVLChatModel, preference_loss.InternVLChatModel
+    cases = [(kind, head, chat) for kind in ("qwen2", "internlm2") for head in HEADS]
+    for case in [*cases, ("qwen2", "trained", preference), ("qwen2", "frozen", preference)]:
+        expected = losses_of_one_process(tiny(*case), rank)
+        losses, gathered = losses_under_zero3(tiny(*case), rank)
+        assert losses == pytest.approx(expected, abs=1e-5), case
+        # The preference model computes logits again in the backward pass, where it needs a frozen head, too.
+        likewise = "trained" if case[2] is preference else case[1]
+        assert gathered == GATHERED.get(likewise, gathered), case
     dist.barrier()
     dist.destroy_process_group()
