@@ -140,6 +140,7 @@ def test_every_variant_equals_pefts_and_its_own_merge(by_peft, x, variant, tmp_p
 
 def test_other_states_are_left_to_peft(by_peft, x):
     """Disabled, merged, a second adapter alone and two at once."""
+    found = []
     for make in (decoder, lambda: by_peft(decoder)):
         model, outputs = make(), {}
         with model.disable_adapter():
@@ -152,18 +153,13 @@ def test_other_states_are_left_to_peft(by_peft, x):
         outputs["two"] = model(x)
         model.merge_adapter()
         outputs["merged"] = model(x)
-        model.unmerge_adapter()
-        outputs["unmerged"] = model(x)
-        if make is decoder:
-            found = outputs
-    assert_same(found, outputs, 1e-5)
+        found.append(outputs)
+    assert_same(*found, 1e-5)
 
 
 def test_only_plain_linear_layers_get_it():
-    class Quantised(nn.Linear):
-        pass
-
-    base = nn.Sequential(Quantised(4, 4), nn.Linear(4, 4))
+    quantised = type("Quantised", (nn.Linear,), {})
+    base = nn.Sequential(quantised(4, 4), nn.Linear(4, 4))
     model = lora.wrap(base, LoraSettings(r=2, alpha=4), Targets(["0", "1"]))
     assert [type(layer) for layer in model.modules() if isinstance(layer, Linear)] == [Linear, LoraLinear]
 
@@ -242,14 +238,13 @@ def test_recomputation_draws_the_same_masks(model_case, parts):
             model.gradient_checkpointing_enable()
         torch.manual_seed(1)
         found.append(results(model, model_case.batch))
-    plain, again = found
-    assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
+    assert_same(*found, 0.0)
 
 
 @torch.no_grad()
 def test_the_mean_over_masks_is_the_update(x):
-    layer = nn.Sequential(nn.Linear(12, 7))
-    model = disturb(lora.wrap(layer, LoraSettings(r=3, alpha=60, dropout=0.3), Targets(["0"])))
+    settings = LoraSettings(r=3, alpha=60, dropout=0.3)
+    model = disturb(lora.wrap(nn.Sequential(nn.Linear(12, 7)), settings, Targets(["0"])))
     expected = model.eval()(x)
     model.train()
     outputs = torch.stack([model(x) for _ in range(4000)])
@@ -292,9 +287,8 @@ def test_under_autocast_numbers_are_pefts_without_a_copy_in_fp32(by_peft, x, bas
             for module in (module for name, module in model.named_modules() if name.endswith("lora_A.default")):
                 module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].dtype))
             model(x.to(base))
-    ours, theirs = found
-    assert ours["output"].dtype == theirs["output"].dtype == torch.bfloat16
-    assert_same(ours, theirs, 2**-6)
+    assert {each["output"].dtype for each in found} == {torch.bfloat16}
+    assert_same(*found, 2**-6)
     assert set(inputs[:7]) == {torch.bfloat16} and set(inputs[7:]) == {torch.float32}
 
 
@@ -303,7 +297,6 @@ def test_compiles_into_one_graph(x, dropout):
     model = decoder(dropout=dropout).train()
     compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
     if dropout:
-        output = compiled(x)
-        assert output.isfinite().all() and not torch.equal(output, compiled(x))
+        assert not torch.equal(compiled(x), compiled(x))
     else:
         torch.testing.assert_close(compiled(x), model(x))
