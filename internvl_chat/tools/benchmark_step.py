@@ -8,9 +8,10 @@
 Everyone starts from the same random weights, has LoRA of one rank in the same layers of both towers, computes in the
 same type with the same optimizer, and is given the same tensors. What differs is the model's code and how samples are
 laid: ours into full rows (`train/plan.py`) or padded batches of 4; transformers' class, with its own attention, loss
-and checkpointing, in padded batches of 4, of samples of similar length or as they come. With checkpointing on, everyone
-computes all activations again; one row is ours where every third layer does (--checkpoint_every 3). Contenders run one at a time,
-each in a process of its own; they take turns, and the median of their turns counts. `loss before` is the mean over all
+and checkpointing, in padded batches of 4, of samples of similar length or as they come. With checkpointing on, all
+layers compute their activations again; one row is ours where four of five do (--checkpoint_every 1.25), which spends
+some of the memory that the loss saves. Contenders run one at a time, each in a process of its own; they take turns, and
+the median of their turns counts. `loss before` is the mean over all
 trained tokens before the first update: the same number for everyone, or they do not do the same. The samples are a
 published mixture of instruction data, half and half with text.
 

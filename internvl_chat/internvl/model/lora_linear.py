@@ -27,6 +27,7 @@ class LoraLinear(Linear):
     """
 
     shared = None  # the `SharedInput` of layers that may read the same
+    in_place = True  # the update is added into the output of the base layer
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         name = self.plain_adapter(x)
@@ -38,8 +39,9 @@ class LoraLinear(Linear):
         result = self.base_layer(flat)
         if must_be_called(lora_B) or must_be_called(self.base_layer):
             result = result + lora_B(update * scaling)
-        else:  # nobody else holds the result: it need not be copied
-            result.addmm_(update, lora_B.weight.t().to(result.dtype), alpha=scaling)
+        else:
+            add = result.addmm_ if self.in_place else result.addmm
+            result = add(update, lora_B.weight.t().to(result.dtype), alpha=scaling)
         return result.view(*x.shape[:-1], result.shape[-1])
 
     def read(self, flat: torch.Tensor, name: str) -> torch.Tensor:

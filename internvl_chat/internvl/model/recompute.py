@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from internvl.model.internvl_chat.modeling_intern_vit import InternVisionEncoderLayer
 from internvl.model.lora import plain
+from internvl.model.lora_linear import LoraLinear
 
 _ATTENTION = r"scaled_dot_product_\w*attention\w*|flash_attn\w*forward"
 # --checkpoint_keep -> the operators of torch whose outputs are kept in a layer that is computed again, by their names.
@@ -30,8 +31,9 @@ def layers_of(tower: nn.Module) -> list[nn.Module]:
     return [m for m in tower.modules() if isinstance(m, (InternVisionEncoderLayer, GradientCheckpointingLayer))]
 
 
-def recompute(tower: nn.Module, every: int = 1, keep: str = "none") -> None:
-    """Lets each `every`-th layer of a tower, the first among them, compute its activations again; 0: none does.
+def recompute(tower: nn.Module, every: float = 1, keep: str = "none") -> None:
+    """Lets each `every`-th layer of a tower, the first among them, compute its activations again; 1.25: four of five;
+    0: none.
 
     Args:
         keep: a key of `KEPT`.
@@ -49,9 +51,14 @@ def recompute(tower: nn.Module, every: int = 1, keep: str = "none") -> None:
         )
     policy = partial(_policy, KEPT[keep])
     context = {} if keep == "none" else {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
-    for number, layer in enumerate(layers_of(tower)):
-        layer.gradient_checkpointing = bool(every) and number % every == 0
+    layers = layers_of(tower)
+    again = {int(number * every) for number in range(len(layers))} if every else set()
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number in again
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **context)
+    for module in tower.modules():
+        if isinstance(module, LoraLinear):
+            module.in_place = keep != "matmul"  # what is kept must stay as it was
 
 
 def recomputed_share(tower: nn.Module) -> float:

@@ -48,7 +48,7 @@ class ModelArguments(LoraArguments):
     unfreeze_lm_head: bool = option(False, "train the output head of a frozen language model")
     grad_checkpoint: bool = option(True, "recompute activations of both towers in the backward pass")
     vit_grad_checkpoint: bool | None = option(None, "the same for the vision encoder alone; default --grad_checkpoint")
-    checkpoint_every: int = option(1, "recompute every n-th layer of a tower, beginning with its first; 1: all of them")
+    checkpoint_every: float = option(1, "recompute every n-th layer of a tower; 1: all, 1.25: four of five, 2: half")
     checkpoint_keep: Literal["none", "attention", "matmul"] = option(
         "none", "of a recomputed layer, keep what attention gives, or that and what linear layers give"
     )

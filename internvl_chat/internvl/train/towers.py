@@ -30,9 +30,9 @@ def check_towers(args: ModelArguments, training_args: TrainingArguments) -> None
         ValueError: one sentence with the flags and their values.
     """
     if args.checkpoint_every < 1:
-        raise ValueError(f"--checkpoint_every {args.checkpoint_every}: every n-th layer, n at least 1.")
-    usual = {"checkpoint_every": 1, "checkpoint_keep": "none"}
-    chosen = [f"--{name} {getattr(args, name)}" for name in usual if getattr(args, name) != usual[name]]
+        raise ValueError(f"--checkpoint_every {args.checkpoint_every:g}: every n-th layer, n at least 1.")
+    chosen = [] if args.checkpoint_every == 1 else [f"--checkpoint_every {args.checkpoint_every:g}"]
+    chosen += [] if args.checkpoint_keep == "none" else [f"--checkpoint_keep {args.checkpoint_keep}"]
     if chosen and not (args.grad_checkpoint or args.vit_grad_checkpoint):
         raise ValueError(f"{' '.join(chosen)} does not act with --grad_checkpoint False.")
     if args.vit_grad_checkpoint is False:
