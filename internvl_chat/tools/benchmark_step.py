@@ -104,6 +104,7 @@ def measure_all(args: argparse.Namespace, checkpointing: bool) -> list[dict]:
         seconds = [turn["seconds"] for turn in found]
         median = statistics.median(seconds)
         summed = {"seconds": median, "spread": (max(seconds) - min(seconds)) / median, "turns": seconds}
+        summed["mfu"] = found[0]["mfu"] and found[0]["mfu"] * seconds[0] / median
         results.append({"contender": name, "checkpointing": checkpointing} | found[0] | memory[name] | summed)
     return results
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.decoder import decode
 from internvl.model.lora import LoraSettings, plain
+from internvl.model.lora_linear import LoraLinear
 from internvl.model.varlen import use_varlen_attention
 from internvl.train.flops import forward_flops
 from internvl.train.model_flops import ModelFlops, model_flops
@@ -57,6 +58,9 @@ def loss_of(model: InternVLChatModel, batch: dict) -> torch.Tensor:
 def counted(model: InternVLChatModel, backward: bool) -> int:
     """FLOPs by torch's counter, of a forward pass or of both."""
     batch = batch_of(model)
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.in_place = False  # the counter does not know `addmm_`
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward):
         loss = loss_of(model, batch)
         if backward:

@@ -45,7 +45,7 @@ def step_cost(config: InternVLChatConfig, passes: Passes) -> Cost:
     flops = forward_flops(config)
     return Cost(
         token=flops["token"] * passes.llm,
-        trained=flops["head"] * (passes.llm + 1),  # its chunks are always computed again
+        trained=flops["head"] * 2,  # forward, and gradients of its inputs; never computed again
         tile=flops["tile"] * passes.vision,
         pair=flops["pair"] / 2 * passes.llm,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from internvl.train.device_peak import named_peak
 from internvl.train.flops import Passes, step_cost
 
 from .contenders import CONTENDERS, Contender
@@ -60,7 +61,8 @@ def measure(
     seconds, at_work = time.perf_counter() - start, time.process_time() - at_work
     tokens = int(lengths.tokens.sum())
     places = sum(batch["input_ids"].numel() for step in steps for batch in step)
-    cost = step_cost(config, Passes(2 + checkpointing, 2 + checkpointing))
+    needed = float(step_cost(config, Passes(2, 2)).of(lengths).sum())  # no padding, nothing twice, adapters' own apart
+    peak = named_peak(torch.cuda.get_device_name(device), size.dtype) if device.type == "cuda" else None
     return found | {
         "seconds": seconds,
         "cpu_seconds": at_work,  # of all threads: what the step took of a machine that others use, too
@@ -72,7 +74,8 @@ def measure(
         "padding": 1 - tokens / places,
         "steps": len(steps),
         "trained_parameters": sum(parameter.numel() for parameter in trained),
-        "flops": float(cost.of(lengths).sum()),  # without padding, as our plan counts them
+        "flops": needed,
+        "mfu": peak and needed / seconds / peak,
     }
 
 

@@ -8,6 +8,7 @@ COLUMNS = {  # heading -> width, what stands there
     "seconds": (9, lambda r: f"{r['seconds']:.2f}"),
     "spread": (8, lambda r: f"{r['spread']:.0%}"),
     "tokens/s": (10, lambda r: f"{r['tokens'] / r['seconds']:,.0f}"),
+    "MFU": (6, lambda r: f"{r['mfu']:.0%}" if r["mfu"] else ""),  # of devices whose data sheet tells their peak
     "speed": (8, lambda r: f"{r['speed']:.2f}x"),
     "peak MB": (9, lambda r: f"{r['peak_bytes'] / 1e6:,.0f}"),
     "memory": (8, lambda r: f"{r['memory']:.2f}x"),
