@@ -7,7 +7,6 @@ One process a row, float32, on the CPU; weights and states are random, and a qua
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from torch import nn
 
 from internvl.command_line import command
 from internvl.model.token_loss import IGNORE_INDEX, token_loss
+from internvl.train.metrics import peak_memory
 
 SIZES = {"tokens": [4096, 16384], "vocabulary": 32768, "hidden": 256}
 FULL = {"tokens": [8192, 32768], "vocabulary": 151674, "hidden": 896}
@@ -56,12 +56,12 @@ def measure(name: str, tokens: int, vocabulary: int, hidden: int, train_head: bo
     states = torch.randn(1, tokens, hidden, requires_grad=True)
     labels = torch.randint(vocabulary, (1, tokens)).masked_fill(torch.rand(1, tokens) > TRAINED, IGNORE_INDEX)
     loss_of(states[:, :8], nn.Linear(hidden, 8), labels[:, :8].clamp(max=7)).backward()  # what is loaded at first use
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory(torch.device("cpu"))
     start = time.perf_counter()
     loss = loss_of(states, head, labels)
     loss.backward()
     seconds = time.perf_counter() - start
-    peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    peak = peak_memory(torch.device("cpu")) - before
     return {"seconds": seconds, "peak": peak, "loss": loss.item()}
 
 

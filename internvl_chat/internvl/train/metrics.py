@@ -60,6 +60,9 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors held at once on a GPU; on a CPU the most that this process held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # `getrusage` would tell what the process that started this one held, if that was more
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from internvl.train.device_peak import named_peak
 from internvl.train.flops import Passes, step_cost
+from internvl.train.metrics import peak_memory
 
 from .contenders import CONTENDERS, Contender
 from .samples import batches_of, make_samples, plan_of, sizes_of_samples, trained_tokens
@@ -134,13 +134,6 @@ def start_counting_memory(device: torch.device) -> int:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
     return peak_memory(device)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes allocated on a GPU, resident elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":
