@@ -66,7 +66,11 @@ def measure(name: str, tokens: int, vocabulary: int, hidden: int, train_head: bo
 
 
 def measure_apart(**sizes) -> dict[str, float]:
-    done = subprocess.run([sys.executable, __file__, "--row", json.dumps(sizes)], stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::FutureWarning", __file__, "--row", json.dumps(sizes)],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
     return json.loads(done.stdout)
 
 

@@ -164,7 +164,7 @@ def main(argv=None):
     results = {}
     print(f"{'way':36}{'seconds a step':>15}{'CPU seconds':>13}{'first step':>12}{'memory (MB)':>13}{'loss':>10}")
     for name in args.ways:
-        child = [sys.executable, __file__, *settings, "--alone", "--ways", name]
+        child = [sys.executable, "-W", "ignore::FutureWarning", __file__, *settings, "--alone", "--ways", name]
         done = subprocess.run(child, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise ValueError(f"{name}: the process that measured it ended with status {done.returncode}")
