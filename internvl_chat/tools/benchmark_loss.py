@@ -67,7 +67,7 @@ def measure(name: str, tokens: int, vocabulary: int, hidden: int, train_head: bo
 
 def measure_apart(**sizes) -> dict[str, float]:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore::FutureWarning", __file__, "--row", json.dumps(sizes)],
+        [sys.executable, __file__, "--row", json.dumps(sizes)],
         stdout=subprocess.PIPE,
         check=True,
     )
