@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from tools.benchmark.sizes import SIZES, config_of
 
 from internvl.command_line import command
-from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.train.flops import Passes, step_cost
 from internvl.train.plan import Layout, Lengths, Plan, plan_epoch
 from internvl.train.summary import fill, idle
@@ -27,18 +27,8 @@ ROOM = {"max_tokens": 8192, "max_tiles": 40}
 BUFFER = 20
 PADDED = 4  # samples of a padded batch
 SLOW = 200_000  # samples beyond which the planners that go sample by sample are left out
-# InternVL2.5-1B as published: InternViT-300M and Qwen2.5-0.5B, LoRA in both, activations computed again.
-VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-LLM = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151674,
-}
-COST = step_cost(InternVLChatConfig({**VISION, "image_size": 448, "patch_size": 14}, LLM), Passes(3, 3))
+# InternVL2.5-1B: InternViT-300M and Qwen2.5-0.5B, LoRA in both, activations computed again.
+COST = step_cost(config_of(SIZES["1b"]), Passes(3, 3))
 HISTOGRAM = Path(__file__).resolve().parents[2] / "tests/data/length_histogram.json"
 
 
