@@ -18,6 +18,7 @@ from contextlib import nullcontext
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tools.benchmark.memory import start_counting_memory
 from torch import nn
 from transformers import Qwen2Config, Qwen2Model
 
@@ -25,6 +26,7 @@ from internvl.command_line import command
 from internvl.model.internvl_chat.configuration_intern_vit import InternVisionConfig
 from internvl.model.internvl_chat.modeling_intern_vit import InternVisionModel
 from internvl.model.lora import LLM_TARGETS, VISION_TARGETS, LoraSettings, Targets, wrap
+from internvl.train.metrics import peak_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -80,33 +82,14 @@ def towers(name: str, args: argparse.Namespace) -> list[tuple[nn.Module, dict]]:
     return found
 
 
-class Memory:
-    """Peak memory of this process since it was reset, in MB: of the GPU, or resident."""
-
-    def __init__(self, device: str):
-        self.cuda = device.startswith("cuda")
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-        self.start = self.peak()
-
-    def peak(self) -> float:
-        if self.cuda:
-            return torch.cuda.max_memory_allocated() / 1e6
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) / 1e3 for line in file if line.startswith("VmHWM"))
-
-
 def contend(name: str, args: argparse.Namespace, pipe):
     """Runs a step whenever the pipe says so, and answers (seconds forward, seconds in all); at last MB."""
     torch.set_num_threads(args.threads)
     modules = towers(name, args)
-    memory = Memory(args.device)
+    before = start_counting_memory(torch.device(args.device))
     while pipe.recv():
         pipe.send(step(modules, args))
-    pipe.send(memory.peak() - memory.start)
+    pipe.send((peak_memory(torch.device(args.device)) - before) / 1e6)
 
 
 def step(modules: list[tuple[nn.Module, dict]], args: argparse.Namespace) -> tuple[float, float]:

@@ -7,8 +7,6 @@ adapters, inputs, the compiler. On a CUDA device it is what torch allocated, oth
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import statistics
 import subprocess
@@ -18,12 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tools.benchmark.memory import start_counting_memory
 
 from internvl.command_line import command
 from internvl.model.compiled import compile_layers
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.recompute import recompute
 from internvl.model.varlen import use_varlen_attention
+from internvl.train.metrics import peak_memory
 
 VOCABULARY, IMAGE = 8000, 7  # the id of an image token
 RANK = 16
@@ -95,26 +95,6 @@ def row(model: InternVLChatModel, args: argparse.Namespace) -> dict:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def reset_peak(device: str) -> int:
-    """Bytes in use; the peak begins anew."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
-
-
 def measure(way: Way, args: argparse.Namespace) -> dict[str, float]:
     """Seconds of the first step, the median of the others (and of the processor's, which other programs hardly change),
     their peak memory in MB, and the first loss."""
@@ -132,9 +112,9 @@ def measure(way: Way, args: argparse.Namespace) -> dict[str, float]:
         return loss.item(), time.perf_counter() - start, time.process_time() - start_cpu
 
     loss, first, _ = step()
-    before = reset_peak(args.device)
+    before = start_counting_memory(torch.device(args.device))
     _, seconds, cpu = map(statistics.median, zip(*(step() for _ in range(args.steps)), strict=True))
-    memory = (peak(args.device) - before) / 1e6
+    memory = (peak_memory(torch.device(args.device)) - before) / 1e6
     return {"seconds": seconds, "cpu": cpu, "first": first, "memory": memory, "loss": loss}
 
 

@@ -1,11 +1,8 @@
 """One contender in a process of its own: builds it, lets it train once on all samples, and tells what that took."""
 
-import ctypes
-import gc
 import json
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +12,7 @@ from internvl.train.flops import Passes, step_cost
 from internvl.train.metrics import peak_memory
 
 from .contenders import CONTENDERS, Contender
+from .memory import start_counting_memory
 from .samples import batches_of, make_samples, plan_of, sizes_of_samples, trained_tokens
 from .sizes import SIZES, config_of
 
@@ -123,17 +121,6 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
         return float(total) / count
-
-
-def start_counting_memory(device: torch.device) -> int:
-    """Bytes in use; from now on the peak is counted anew."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
-    return peak_memory(device)
 
 
 if __name__ == "__main__":
