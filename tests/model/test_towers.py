@@ -139,6 +139,19 @@ def test_what_is_kept_is_not_computed_again():
     assert biased[1, "matmul"] == biased[2, "matmul"] == biased[0, "none"]
 
 
+def test_the_last_product_of_a_layer_is_not_computed_again():
+    """Adapted layers add their large product in place: 4 in each of 3 vision layers, 7 in each of the LLM's 2."""
+    found = []
+    for every in (0, 1):
+        model = chat()
+        for tower in (model.vision_model, model.language_model):
+            recompute(tower, every)
+        with Counted() as counted:
+            step(model)
+        found.append(counted.calls["addmm_"])
+    assert found[1] - found[0] == 3 * (4 - 1) + 2 * (7 - 1)
+
+
 def test_kept_outputs_of_random_attention_are_refused():
     model = chat(vit={"attention_dropout": 0.1})
     recompute(model.vision_model, 1, "none")

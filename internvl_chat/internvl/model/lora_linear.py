@@ -33,15 +33,19 @@ class LoraLinear(Linear):
         name = self.plain_adapter(x)
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        lora_B, scaling = self.lora_B[name], self.scaling[name]
+        lora_B, base, scaling = self.lora_B[name], self.base_layer, self.scaling[name]
         flat = flattened(x)
         update = self.shared.read(self, x, flat, name) if self.shared else self.read(flat, name)
-        result = self.base_layer(flat)
-        if must_be_called(lora_B) or must_be_called(self.base_layer):
-            result = result + lora_B(update * scaling)
+        # The large product comes last: where activations are computed again, and nothing needs this layer's output,
+        # torch's checkpoint stops before it, having all that the backward pass asks for.
+        if must_be_called(lora_B) or must_be_called(base):
+            result = lora_B(update * scaling) + base(flat)
         else:
+            up, weight = (w.t().to(update.dtype) for w in (lora_B.weight, base.weight))
+            bias = up.new_empty(()) if base.bias is None else base.bias.to(up.dtype)
+            result = torch.addmm(bias, update, up, beta=base.bias is not None, alpha=scaling)
             add = result.addmm_ if self.in_place else result.addmm
-            result = add(update, lora_B.weight.t().to(result.dtype), alpha=scaling)
+            result = add(flat, weight)
         return result.view(*x.shape[:-1], result.shape[-1])
 
     def read(self, flat: torch.Tensor, name: str) -> torch.Tensor:

@@ -137,6 +137,25 @@ class InternMLP(nn.Module):
         return self.fc2(self.act(self.fc1(hidden_states)))
 
 
+class _Scaled(torch.autograd.Function):
+    """x * scale for a frozen scale, which the backward pass finds without having torch keep it: where activations are
+    computed again, that ends as soon as all that was kept is there, so that the product before this one is spared."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        ctx.scale = scale
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        return gradient * ctx.scale, None
+
+
+def scaled(x: torch.Tensor, scale: nn.Parameter) -> torch.Tensor:
+    """x (..., C) * scale (C,)."""
+    return x * scale if scale.requires_grad or torch.compiler.is_compiling() else _Scaled.apply(x, scale)
+
+
 class InternVisionEncoderLayer(nn.Module):
     # As in the layers of transformers' language models: whether, and how, activations are computed again.
     gradient_checkpointing = False
@@ -155,8 +174,8 @@ class InternVisionEncoderLayer(nn.Module):
         self.drop_path2 = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x).to(x.dtype)) * self.ls1)
-        return x + self.drop_path2(self.mlp(self.norm2(x).to(x.dtype)) * self.ls2)
+        x = x + self.drop_path1(scaled(self.attn(self.norm1(x).to(x.dtype)), self.ls1))
+        return x + self.drop_path2(scaled(self.mlp(self.norm2(x).to(x.dtype)), self.ls2))
 
 
 class InternVisionEncoder(nn.Module):
