@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "internvl_chat"
 
 # Lowest first. Inside a line a file may import those to its left.
 LAYERS = [
-    ["internvl.train.constants", "internvl.train"],
+    ["internvl.train.constants", "internvl.train.preemption", "internvl.train"],
     ["internvl.command_line", "internvl.conversation", "internvl.dist_utils"],
     ["internvl.model.internlm2.configuration_internlm2", "internvl.model.phi3.configuration_phi3"],
     [
@@ -19,6 +19,7 @@ LAYERS = [
     [
         "internvl.train.refused",
         "internvl.train.part_arguments",
+        "internvl.train.fault_arguments",
         "internvl.train.arguments",
         "internvl.train.files",
         "internvl.train.jsonl",
@@ -68,6 +69,7 @@ LAYERS = [
         "internvl.train.trainable",
         "internvl.train.optimizer_state",
         "internvl.train.checkpointing",
+        "internvl.train.stopping",
         "internvl.train.scheduled",
         "internvl.train.metered",
         "internvl.train.trainer",

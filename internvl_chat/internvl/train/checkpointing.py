@@ -46,6 +46,8 @@ class CheckpointingTrainer(Trainer):
         self.partial = adapted and self.model.stands_on is not None and not self.args.save_full_model
         self.preprocessor = preprocessor
         self.folder_of_checkpoints: str | None = None
+        self.saved_step = 0  # of the newest checkpoint of this run, 0 if there is none
+        self.seconds_to_save = 0.0  # what the last checkpoint took, 0 if that is not known
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -79,6 +81,7 @@ class CheckpointingTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Written under another name and renamed, so that a kill in the middle leaves the one before."""
+        start = time.monotonic()
         final, unfinished = Path(self.args.output_dir), Path(self.args.output_dir, UNFINISHED)
         name = f"checkpoint-{self.state.global_step}"
         self._remove(unfinished)
@@ -92,6 +95,7 @@ class CheckpointingTrainer(Trainer):
             shutil.rmtree(unfinished)
             rotate_checkpoints(output_dir=str(final), save_total_limit=self.args.save_total_limit, use_mtime=True)
         barrier()
+        self.saved_step, self.seconds_to_save = self.state.global_step, time.monotonic() - start
 
     def _remove(self, folder: Path) -> None:
         if self.args.should_save:
@@ -120,6 +124,7 @@ class CheckpointingTrainer(Trainer):
                 raise OSError(f"{self.args.output_dir} has {free:,} bytes free, a checkpoint needs {need:,}")
             logger.info("a checkpoint of %.1f MB was written and read in %.1f s", size / 1e6, time.monotonic() - start)
         self._remove(folder)
+        self.seconds_to_save = time.monotonic() - start
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
