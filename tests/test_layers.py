@@ -62,7 +62,7 @@ LAYERS = [
         "internvl.model.hf_processor",
     ],
     ["internvl.model.recompute", "internvl.model.compiled"],
-    ["internvl.model.liger", "internvl.train.check", "internvl.train.quantize"],
+    ["internvl.model.liger", "internvl.train.intact", "internvl.train.check", "internvl.train.quantize"],
     ["internvl.train.preference", "internvl.train.preference_loss"],
     [
         "internvl.train.towers",
