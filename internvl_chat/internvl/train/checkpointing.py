@@ -4,11 +4,13 @@ Below `trainer.py`. With adapters a checkpoint has the layout of `internvl_chat/
 --save_full_model, upstream's, that is the whole model. DeepSpeed's states never hold a frozen weight.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +18,6 @@ import torch.distributed as dist
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
 from internvl.model.internvl_chat.trained import (
     is_trained_folder,
@@ -26,6 +27,7 @@ from internvl.model.internvl_chat.trained import (
     trained_state,
 )
 from internvl.model.lora import is_wrapped
+from internvl.train.intact import checkpoints_in, step_of, sync, write_manifest
 from internvl.train.optimizer_state import STATES, fits, load_states, load_states_of_other_ranks, save_states
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ class CheckpointingTrainer(Trainer):
         self.partial = adapted and self.model.stands_on is not None and not self.args.save_full_model
         self.preprocessor = preprocessor
         self.folder_of_checkpoints: str | None = None
+        self.saved_step = 0  # of the newest checkpoint of this run, 0 if there is none
+        self.seconds_to_save = 0.0  # what the last checkpoint took, 0 if that is not known
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -78,20 +82,35 @@ class CheckpointingTrainer(Trainer):
         return self.folder_of_checkpoints or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Written under another name and renamed, so that a kill in the middle leaves the one before."""
+        """Written under another name, put on the disk, renamed: a kill at any moment leaves the one before."""
+        start = time.monotonic()
         final, unfinished = Path(self.args.output_dir), Path(self.args.output_dir, UNFINISHED)
         name = f"checkpoint-{self.state.global_step}"
-        self._remove(unfinished)
-        self.folder_of_checkpoints = str(unfinished)
-        super()._save_checkpoint(model, trial)
-        self.folder_of_checkpoints = None
-        barrier()
-        if self.args.should_save:
-            shutil.rmtree(final / name, ignore_errors=True)
-            os.replace(unfinished / name, final / name)
-            shutil.rmtree(unfinished)
-            rotate_checkpoints(output_dir=str(final), save_total_limit=self.args.save_total_limit, use_mtime=True)
-        barrier()
+        with said_clearly(f"{name} cannot be written"):
+            self._remove(unfinished)
+            self.folder_of_checkpoints = str(unfinished)
+            super()._save_checkpoint(model, trial)
+            self.folder_of_checkpoints = None
+            barrier()
+            write_manifest(unfinished / name, self.args.should_save, alone=self.args.save_on_each_node)
+            if self.args.should_save:
+                if (final / name).exists():  # of a run that this one starts afresh, or a damaged one
+                    os.replace(final / name, unfinished / "replaced")
+                os.replace(unfinished / name, final / name)
+                sync(final)
+                shutil.rmtree(unfinished)
+                self.rotate(final / name)
+            barrier()
+        self.saved_step, self.seconds_to_save = self.state.global_step, time.monotonic() - start
+
+    def rotate(self, newest: Path) -> None:
+        """Leave --save_total_limit checkpoints: what lies behind the newest, of a future that was given up, goes first,
+        then the oldest."""
+        others = [path for path in checkpoints_in(newest.parent) if path != newest]
+        going = sorted(others, key=lambda path: (step_of(path) < step_of(newest), step_of(path)))
+        limit = self.args.save_total_limit or 0
+        for path in going[: max(0, len(others) + 1 - limit)] if limit > 0 else []:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _remove(self, folder: Path) -> None:
         if self.args.should_save:
@@ -106,10 +125,11 @@ class CheckpointingTrainer(Trainer):
             ValueError: it cannot be read again.
         """
         start, folder = time.monotonic(), Path(self.args.output_dir, UNFINISHED)
-        self._remove(folder)
-        self.save_model(str(folder), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(folder))
-        barrier()
+        with said_clearly(f"no checkpoint can be written to {self.args.output_dir}"):
+            self._remove(folder)
+            self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+            barrier()
         if self.args.should_save:  # another node may have another disk
             if self.partial:
                 read_trained(self.model, folder)
@@ -120,6 +140,7 @@ class CheckpointingTrainer(Trainer):
                 raise OSError(f"{self.args.output_dir} has {free:,} bytes free, a checkpoint needs {need:,}")
             logger.info("a checkpoint of %.1f MB was written and read in %.1f s", size / 1e6, time.monotonic() - start)
         self._remove(folder)
+        self.seconds_to_save = time.monotonic() - start
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -159,6 +180,18 @@ class CheckpointingTrainer(Trainer):
 
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+
+@contextlib.contextmanager
+def said_clearly(what: str) -> Iterator[None]:
+    """A full or broken disk is an OSError of one sentence: the libraries that write each tell it in their own way."""
+    try:
+        yield
+    except ValueError:  # a sentence already
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise OSError(f"{what}: {lines[0]}") from error
 
 
 def barrier() -> None:
