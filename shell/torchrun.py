@@ -1,18 +1,52 @@
-"""torchrun, with the training's own exit status and without a page of traceback below the training's own message."""
+"""torchrun, with the training's own exit status and without a page of traceback below the training's own message.
+
+Signals that tell a run to leave go on to its processes, which take the time they need to save: torch's own way kills
+them after 30 seconds. They are blocked here and taken up by a thread. Processes inherit that until they listen, so that
+a signal in their first seconds waits, too.
+"""
 
 import logging
+import os
 import signal
 import sys
+import threading
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
+import psutil
 
-if __name__ == "__main__":
+from internvl.train.preemption import PREEMPTED, SIGNALS
+
+told: list[signal.Signals] = []  # what has been passed on
+
+
+def pass_on() -> None:
+    """Every signal to every process of the run; before there are any, end."""
+    while number := signal.sigwait(SIGNALS):
+        told.append(signal.Signals(number))
+        processes = psutil.Process().children()
+        if not processes:
+            os._exit(PREEMPTED)
+        for process in processes:
+            process.send_signal(number)
+
+
+def main() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=pass_on, daemon=True).start()
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
     try:
-        main()
+        torchrun()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        # One rank that left at once may have broken another one's exchange of data.
+        if told and PREEMPTED in {one.exitcode for one in error.failures.values()}:
+            sys.exit(PREEMPTED)
         if failure.exitcode < 0:  # it could not say anything itself
             print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+
+
+if __name__ == "__main__":
+    main()

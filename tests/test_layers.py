@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "internvl_chat"
 
 # Lowest first. Inside a line a file may import those to its left.
 LAYERS = [
-    ["internvl.train.constants", "internvl.train"],
+    ["internvl.train.constants", "internvl.train.preemption", "internvl.train"],
     ["internvl.command_line", "internvl.conversation", "internvl.launchers", "internvl.dist_utils"],
     ["internvl.model.internlm2.configuration_internlm2", "internvl.model.phi3.configuration_phi3"],
     [
@@ -19,6 +19,7 @@ LAYERS = [
     [
         "internvl.train.refused",
         "internvl.train.part_arguments",
+        "internvl.train.fault_arguments",
         "internvl.train.arguments",
         "internvl.train.files",
         "internvl.train.jsonl",
@@ -61,13 +62,14 @@ LAYERS = [
         "internvl.model.hf_processor",
     ],
     ["internvl.model.recompute", "internvl.model.compiled"],
-    ["internvl.model.liger", "internvl.train.check", "internvl.train.quantize"],
+    ["internvl.model.liger", "internvl.train.intact", "internvl.train.check", "internvl.train.quantize"],
     ["internvl.train.preference", "internvl.train.preference_loss"],
     [
         "internvl.train.towers",
         "internvl.train.trainable",
         "internvl.train.optimizer_state",
         "internvl.train.checkpointing",
+        "internvl.train.stopping",
         "internvl.train.scheduled",
         "internvl.train.metered",
         "internvl.train.trainer",

@@ -6,12 +6,13 @@
 import logging
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from internvl.conversation import conv_templates
+from internvl.dist_utils import from_first_rank
 from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments
+from internvl.train.intact import STATE, faults, found_first, newest_whole
 
 logger = logging.getLogger(__name__)
+AUTO = "auto"  # --resume_from_checkpoint: what happens without the flag
 
 
 def check(model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
@@ -64,19 +65,22 @@ def check_source(args: ModelArguments) -> None:
 
 
 def resume_point(training_args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one asked for, else the last one in the output folder.
+    """The checkpoint to go on from: the one asked for, else the newest whole one in the output folder; a collective.
 
     Raises:
-        ValueError: there is no such checkpoint; or the output folder holds a finished model and may not be overwritten.
+        ValueError: there is no such checkpoint, or it is damaged; no checkpoint in the output folder is whole; or the
+            folder holds a finished model and may not be overwritten.
     """
-    if asked := training_args.resume_from_checkpoint:
-        if not (Path(asked) / "trainer_state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint (no trainer_state.json) there.")
+    if (asked := training_args.resume_from_checkpoint) not in (None, AUTO):
+        if not from_first_rank((Path(asked) / STATE).is_file):
+            raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint (no {STATE}) there.")
+        if found := faults(Path(asked)):
+            raise ValueError(f"--resume_from_checkpoint {asked} is damaged: {found_first(found)}.")
         return asked
     folder = Path(training_args.output_dir)
-    if training_args.overwrite_output_dir or not training_args.do_train or not folder.is_dir():
+    if training_args.overwrite_output_dir or not training_args.do_train:
         return None
-    last = get_last_checkpoint(str(folder))
+    last = newest_whole(folder, _pass_over)
     if last:
         logger.info("resuming from %s; --overwrite_output_dir starts afresh", last)
     elif (folder / "config.json").exists():
@@ -84,4 +88,8 @@ def resume_point(training_args: TrainingArguments) -> str | None:
             f"--output_dir {folder} holds a finished model and no checkpoint to resume from: choose another folder, "
             "or say --overwrite_output_dir True."
         )
-    return last
+    return str(last) if last else None
+
+
+def _pass_over(checkpoint: Path, found: list[str]) -> None:
+    logger.warning("%s is passed over: %s", checkpoint, found_first(found))

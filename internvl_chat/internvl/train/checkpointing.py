@@ -16,7 +16,6 @@ import torch.distributed as dist
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
 from internvl.model.internvl_chat.trained import (
     is_trained_folder,
@@ -26,6 +25,7 @@ from internvl.model.internvl_chat.trained import (
     trained_state,
 )
 from internvl.model.lora import is_wrapped
+from internvl.train.intact import checkpoints_in, step_of, sync, write_manifest
 from internvl.train.optimizer_state import STATES, fits, load_states, load_states_of_other_ranks, save_states
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class CheckpointingTrainer(Trainer):
         self.partial = adapted and self.model.stands_on is not None and not self.args.save_full_model
         self.preprocessor = preprocessor
         self.folder_of_checkpoints: str | None = None
+        self.saved_step = 0  # of the newest checkpoint of this run, 0 if there is none
+        self.seconds_to_save = 0.0  # what the last checkpoint took, 0 if that is not known
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -78,7 +80,8 @@ class CheckpointingTrainer(Trainer):
         return self.folder_of_checkpoints or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Written under another name and renamed, so that a kill in the middle leaves the one before."""
+        """Written under another name, put on the disk, renamed: a kill at any moment leaves the one before."""
+        start = time.monotonic()
         final, unfinished = Path(self.args.output_dir), Path(self.args.output_dir, UNFINISHED)
         name = f"checkpoint-{self.state.global_step}"
         self._remove(unfinished)
@@ -86,12 +89,25 @@ class CheckpointingTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.folder_of_checkpoints = None
         barrier()
+        write_manifest(unfinished / name, self.args.should_save, alone=self.args.save_on_each_node)
         if self.args.should_save:
-            shutil.rmtree(final / name, ignore_errors=True)
+            if (final / name).exists():  # of a run that this one starts afresh, or a damaged one
+                os.replace(final / name, unfinished / "replaced")
             os.replace(unfinished / name, final / name)
+            sync(final)
             shutil.rmtree(unfinished)
-            rotate_checkpoints(output_dir=str(final), save_total_limit=self.args.save_total_limit, use_mtime=True)
+            self.rotate(final / name)
         barrier()
+        self.saved_step, self.seconds_to_save = self.state.global_step, time.monotonic() - start
+
+    def rotate(self, newest: Path) -> None:
+        """Leave --save_total_limit checkpoints: what lies behind the newest, of a future that was given up, goes first,
+        then the oldest."""
+        others = [path for path in checkpoints_in(newest.parent) if path != newest]
+        going = sorted(others, key=lambda path: (step_of(path) < step_of(newest), step_of(path)))
+        limit = self.args.save_total_limit or 0
+        for path in going[: max(0, len(others) + 1 - limit)] if limit > 0 else []:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _remove(self, folder: Path) -> None:
         if self.args.should_save:
@@ -120,6 +136,7 @@ class CheckpointingTrainer(Trainer):
                 raise OSError(f"{self.args.output_dir} has {free:,} bytes free, a checkpoint needs {need:,}")
             logger.info("a checkpoint of %.1f MB was written and read in %.1f s", size / 1e6, time.monotonic() - start)
         self._remove(folder)
+        self.seconds_to_save = time.monotonic() - start
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

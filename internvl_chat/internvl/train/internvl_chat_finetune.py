@@ -7,6 +7,11 @@
 
 import os
 
+if __name__ == "__main__":  # before the imports below, which take seconds: a signal may come at any time
+    from internvl.train.preemption import preemption
+
+    preemption.listen()
+
 from internvl.dist_utils import init_dist
 from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments, parse_args  # noqa: F401
 from internvl.train.build import build_model, build_tokenizer, build_trainer
@@ -19,12 +24,12 @@ from internvl.train.run import give_up, leave, set_up_logging, train_and_save
 
 
 def main() -> None:
-    """Set up, train, save, leave. What the user or the data did wrong ends it with one sentence and status 1."""
-    train()
-    leave()
+    """Set up, train, save, leave. What the user or the data did wrong ends it with one sentence and status 1, a signal
+    with a checkpoint and status 85."""
+    leave(train())
 
 
-def train() -> None:
+def train() -> int:
     try:
         init_dist(os.environ.get("LAUNCHER"))
         model_args, data_args, training_args = parse_args()
@@ -38,7 +43,7 @@ def train() -> None:
     except (ValueError, OSError) as error:
         give_up(error)
 
-    train_and_save(trainer, data, checkpoint)
+    return train_and_save(trainer, data, checkpoint)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,11 @@ import os
 import shutil
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports below, which take seconds: a signal may come at any time
+    from internvl.train.preemption import preemption
+
+    preemption.listen()
+
 from internvl.dist_utils import init_dist
 from internvl.train.arguments import MPO, DPOConfig, ModelArguments, parse_args  # noqa: F401
 from internvl.train.arguments import PreferenceDataArguments as DataTrainingArguments  # noqa: F401
@@ -29,12 +34,12 @@ CODE += ["configuration_internvl_chat.py", "modeling_internvl_chat.py"]
 
 
 def main() -> None:
-    """Set up, train, save, leave. What the user or the data did wrong ends it with one sentence and status 1."""
-    train()
-    leave()
+    """Set up, train, save, leave. What the user or the data did wrong ends it with one sentence and status 1, a signal
+    with a checkpoint and status 85."""
+    leave(train())
 
 
-def train() -> None:
+def train() -> int:
     try:
         init_dist(os.environ.get("LAUNCHER"))
         model_args, data_args, training_args = parse_args(classes=MPO)
@@ -54,8 +59,9 @@ def train() -> None:
     except (ValueError, OSError) as error:
         give_up(error)
 
-    train_and_save(trainer, data, checkpoint)
+    status = train_and_save(trainer, data, checkpoint)
     copy_code(model_args, training_args)
+    return status
 
 
 def copy_code(model_args: ModelArguments, training_args: DPOConfig) -> None:

@@ -1,5 +1,10 @@
 """Continue pre-training an InternVL chat model: the program of `internvl_chat_finetune.py` at upstream's other path."""
 
+if __name__ == "__main__":  # before the imports below, which take seconds: a signal may come at any time
+    from internvl.train.preemption import preemption
+
+    preemption.listen()
+
 from internvl.train.internvl_chat_finetune import (  # noqa: F401
     IGNORE_INDEX,
     DataTrainingArguments,

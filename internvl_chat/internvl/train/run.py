@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -13,29 +14,39 @@ import transformers
 from internvl.dist_utils import rank
 from internvl.train.arguments import TrainingArguments
 from internvl.train.build_data import Data
+from internvl.train.preemption import PREEMPTED
 from internvl.train.trainer import InternVLTrainer
 
 
-def train_and_save(trainer: InternVLTrainer, data: Data, checkpoint: str | None) -> None:
-    """Train from the checkpoint, if any, to the end; leave model, state and metrics in the output folder."""
+def train_and_save(trainer: InternVLTrainer, data: Data, checkpoint: str | None) -> int:
+    """Train from the checkpoint, if any, to the end; leave model, state and metrics in the output folder.
+
+    Returns:
+        The exit status: 0, or 85 for a run that a signal stopped, which leaves what it was started to make to the next.
+    """
     if not trainer.args.do_train:
         logging.getLogger("internvl").info("--do_train False: everything is set up, nothing is trained")
-        return
+        return 0
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except (ValueError, OSError) as error:  # an OSError: a checkpoint cannot be written
         give_up(error)
+    if trainer.stopped:
+        return PREEMPTED
 
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", {**result.metrics, "train_samples": int(data.usable.sum())})
     trainer.save_state()
+    return 0
 
 
-def leave() -> None:
+def leave(status: int) -> None:
     """End the process group when nothing holds it any more: an exit with its threads alive is aborted now and then."""
     gc.collect()
     dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 def set_up_logging(args: TrainingArguments) -> None:
@@ -54,6 +65,7 @@ def give_up(error: Exception) -> None:
     """End this rank with status 1 and one sentence; INTERNVL_TRACEBACK=1 shows where it came from."""
     if os.environ.get("INTERNVL_TRACEBACK") == "1":
         raise error
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this end is not a signal's, even if one comes
     if rank() != 0:
         time.sleep(5)  # most errors meet every rank: rank 0 tells, and the launcher ends the others meanwhile
     sys.exit(f"error: {error}" if rank() == 0 else f"error on rank {rank()}: {error}")

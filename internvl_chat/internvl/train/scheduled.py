@@ -1,6 +1,6 @@
 """HF Trainer whose steps are those of a schedule: its dataloader, its epochs, its place in a checkpoint.
 
-Between `checkpointing.py` and `trainer.py`. Resuming is a place in a plan; no sample is read to get there.
+Between `stopping.py` and `trainer.py`. Resuming is a place in a plan; no sample is read to get there.
 """
 
 import json
@@ -15,9 +15,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 
-from internvl.train.checkpointing import CheckpointingTrainer
 from internvl.train.plan import Lengths
+from internvl.train.preemption import outlive_first_signal
 from internvl.train.schedule import Schedule
+from internvl.train.stopping import StoppingTrainer
 
 logger = logging.getLogger(__name__)
 DATA_STATE = "data_state.json"  # in a checkpoint: what `Schedule.state` says
@@ -46,10 +47,10 @@ class PlannedBatches:
             yield [(epoch, *plan.row(row)) for row in rows if row >= 0] or [(epoch,)]
 
 
-class ScheduledTrainer(CheckpointingTrainer):
+class ScheduledTrainer(StoppingTrainer):
     """Trains on the rows of a schedule.
 
-    Args (beyond CheckpointingTrainer's):
+    Args (beyond StoppingTrainer's):
         schedule: plans by epoch.
         accept_changed_data: go on from a checkpoint although the data is not what it was.
     """
@@ -70,6 +71,7 @@ class ScheduledTrainer(CheckpointingTrainer):
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=workers,
+            worker_init_fn=outlive_first_signal,
             prefetch_factor=self.args.dataloader_prefetch_factor or 2 if workers else None,
             multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
             persistent_workers=workers > 0,
