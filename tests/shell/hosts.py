@@ -50,7 +50,14 @@ class Host:
         return ["nsenter", f"--target={self.pid}", f"--wd={os.getcwd()}", *NAMESPACES, *map(str, words)]
 
     def run(self, *words: str | Path, **options) -> subprocess.CompletedProcess:
-        options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 120} | options
+        """Of several tasks' lines one may stand amid a character of another: such are replaced."""
+        options = {
+            "capture_output": True,
+            "encoding": "utf-8",
+            "errors": "replace",
+            "stdin": subprocess.DEVNULL,
+            "timeout": 120,
+        } | options
         return subprocess.run(self.command(*words), **options)
 
     def end(self) -> None:

@@ -14,7 +14,7 @@ import transformers
 from internvl.dist_utils import rank
 from internvl.train.arguments import TrainingArguments
 from internvl.train.build_data import Data
-from internvl.train.preemption import PREEMPTED
+from internvl.train.preemption import PREEMPTED, ignore_signals
 from internvl.train.trainer import InternVLTrainer
 
 
@@ -46,6 +46,7 @@ def leave(status: int) -> None:
     gc.collect()
     dist.destroy_process_group()
     if status:
+        ignore_signals()
         sys.exit(status)
 
 
