@@ -70,6 +70,7 @@ LAYERS = [
         "internvl.train.optimizer_state",
         "internvl.train.checkpointing",
         "internvl.train.stopping",
+        "internvl.train.skipping",
         "internvl.train.scheduled",
         "internvl.train.metered",
         "internvl.train.trainer",

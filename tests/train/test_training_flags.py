@@ -15,6 +15,7 @@ from runs import flags_of, prepare
 
 from internvl.train.arguments import TrainingArguments, parse_args
 from internvl.train.check import resume_point
+from internvl.train.fault_arguments import FaultArguments
 from internvl.train.part_arguments import RateArguments
 from internvl.train.refused import DROPPED, ONLY, REFUSED
 from internvl.train.run import train_and_save
@@ -173,6 +174,7 @@ HERE += ["neftune_noise_alpha"]
 HERE += ["save_full_model", "no_smoke_save"]  # test_life.py
 HERE += ["lora_fp32", "backbone_layer_decay", *(field.name for field in fields(RateArguments))]  # test_part_settings.py
 HERE += ["deepspeed"]  # test_training.py
+HERE += [field.name for field in fields(FaultArguments)]  # test_preemption.py, test_faults.py
 
 # -- transformers' own -------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ whatever else --report_to names, and as a line to `metrics.jsonl` beside the che
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -30,15 +30,16 @@ METRICS = "metrics.jsonl"  # in the output folder
 class TimedEngine(DeepSpeedEngineWrapper):
     """accelerate's hold on a DeepSpeed engine, whose `backward` is the optimizer's step too: with a mark in between."""
 
-    def __init__(self, engine: nn.Module, stopwatch: Stopwatch):
+    def __init__(self, engine: nn.Module, stopwatch: Stopwatch, before_step: Callable):
         super().__init__(engine)
-        self.stopwatch = stopwatch
+        self.stopwatch, self.before_step = stopwatch, before_step
 
     def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **kwargs) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         self.engine.backward(loss, **kwargs)
         if sync_gradients:
             self.stopwatch.mark("optimizer")
+            self.before_step(self.engine.optimizer)
             self.engine.step()
 
 
@@ -68,7 +69,7 @@ class MeteredTrainer(ScheduledTrainer):
         logger.info("100 %% MFU are %s", sentence)
         if self.is_deepspeed_enabled:
             engine = self.accelerator.deepspeed_engine_wrapped.engine
-            self.accelerator.deepspeed_engine_wrapped = TimedEngine(engine, self.stopwatch)
+            self.accelerator.deepspeed_engine_wrapped = TimedEngine(engine, self.stopwatch, self.before_zero_step)
         if self.args.process_index == 0:
             forget_after(self.metrics_file, self.state.global_step)
         return prepared

@@ -29,15 +29,14 @@ def train_and_save(trainer: InternVLTrainer, data: Data, checkpoint: str | None)
         return 0
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.stopped:
+            return PREEMPTED
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", {**result.metrics, "train_samples": int(data.usable.sum())})
+        trainer.save_state()
     except (ValueError, OSError) as error:  # an OSError: a checkpoint cannot be written
         give_up(error)
-    if trainer.stopped:
-        return PREEMPTED
-
-    trainer.save_model()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", {**result.metrics, "train_samples": int(data.usable.sum())})
-    trainer.save_state()
     return 0
 
 

@@ -1,6 +1,6 @@
 """HF Trainer whose steps are those of a schedule: its dataloader, its epochs, its place in a checkpoint.
 
-Between `stopping.py` and `trainer.py`. Resuming is a place in a plan; no sample is read to get there.
+Between `skipping.py` and `trainer.py`. Resuming is a place in a plan; no sample is read to get there.
 """
 
 import json
@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from internvl.train.plan import Lengths
 from internvl.train.preemption import outlive_first_signal
 from internvl.train.schedule import Schedule
-from internvl.train.stopping import StoppingTrainer
+from internvl.train.skipping import SkippingTrainer
 
 logger = logging.getLogger(__name__)
 DATA_STATE = "data_state.json"  # in a checkpoint: what `Schedule.state` says
@@ -47,10 +47,10 @@ class PlannedBatches:
             yield [(epoch, *plan.row(row)) for row in rows if row >= 0] or [(epoch,)]
 
 
-class ScheduledTrainer(StoppingTrainer):
+class ScheduledTrainer(SkippingTrainer):
     """Trains on the rows of a schedule.
 
-    Args (beyond StoppingTrainer's):
+    Args (beyond SkippingTrainer's):
         schedule: plans by epoch.
         accept_changed_data: go on from a checkpoint although the data is not what it was.
     """

@@ -1,6 +1,6 @@
 """HF Trainer that leaves when it is told to: at the end of a step, with a checkpoint.
 
-Between `checkpointing.py` and `scheduled.py`; `preemption.py` hears the signals.
+Between `checkpointing.py` and `skipping.py`; `preemption.py` hears the signals.
 """
 
 import logging

@@ -176,24 +176,26 @@ def refuse_idle_rates(part: str, trained: list[str], args: TrainingArguments) ->
             raise ValueError(f"--{flag} {value} must be positive.")
 
 
-def watch_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Callable[[], None]:
+def watch_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Callable[..., None]:
     """Look at the gradients of the steps to come, until the returned function is called.
 
-    That function raises a ValueError that names the trainable tensors which got no gradient, or one that is not finite.
+    That function raises a ValueError that names the trainable tensors which got no gradient, or, unless it is called
+    with `finite=False`, one that is not finite.
     Works on hooks, so that it sees gradients that DeepSpeed reduces and frees at once.
     """
-    finite: dict[str, torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
 
     def note(name: str, gradient: torch.Tensor) -> None:
-        finite[name] = torch.isfinite(gradient).all() & finite.get(name, True)
+        found[name] = torch.isfinite(gradient).all() & found.get(name, True)
 
     watched = {name: p.register_hook(partial(note, name)) for name, p in named_parameters if p.requires_grad}
 
-    def check() -> None:
+    def check(finite: bool = True) -> None:
         for handle in watched.values():
             handle.remove()
-        complain("got no gradient", [name for name in watched if name not in finite], len(watched))
-        complain("got a gradient that is not finite", [n for n, ok in finite.items() if not ok], len(watched))
+        complain("got no gradient", [name for name in watched if name not in found], len(watched))
+        if finite:
+            complain("got a gradient that is not finite", [n for n, ok in found.items() if not ok], len(watched))
 
     return check
 

@@ -49,7 +49,7 @@ class InternVLTrainer(MeteredTrainer):
         self.bad_samples = list(bad_samples)
         self.max_bad_samples = max_bad_samples
         self.found_bad: list[str] = []  # by this rank, since the last report
-        self.check_gradients: Callable[[], None] | None = None
+        self.check_gradients: Callable | None = None
 
     # -- data --------------------------------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ class InternVLTrainer(MeteredTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        loss = loss * self.micro_batch_weight(inputs)
+        loss = self.all_or_nothing(loss) * self.micro_batch_weight(inputs)
         return (loss, outputs) if return_outputs else loss
 
     def micro_batch_weight(self, inputs: dict) -> torch.Tensor | float:
@@ -101,8 +101,8 @@ class InternVLTrainer(MeteredTrainer):
             self.check_gradients = watch_gradients(self.model.named_parameters())
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self.check_gradients()
-            self.check_gradients = lambda: None
+            self.check_gradients(finite=self.state.global_step == 0)
+            self.check_gradients = lambda finite: None
         return loss
 
     # -- reports -----------------------------------------------------------------------------------------------------

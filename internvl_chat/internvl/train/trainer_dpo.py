@@ -50,7 +50,7 @@ class MultimodalDPOTrainer(InternVLTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, metrics = self.get_batch_loss_metrics(model, inputs)
         self.metrics.append(metrics)
-        loss = loss * self.micro_batch_weight(inputs)
+        loss = self.all_or_nothing(loss) * self.micro_batch_weight(inputs)
         return (loss, metrics) if return_outputs else loss
 
     def get_batch_loss_metrics(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
