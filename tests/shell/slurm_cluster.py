@@ -32,7 +32,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
 SlurmdParameters=config_overrides
-NodeName=node[1-2] CPUs=4 State=UNKNOWN
+NodeName=node[1-2] CPUs=8 State=UNKNOWN
 PartitionName=tiny Nodes=node[1-2] Default=YES State=UP
 """
 

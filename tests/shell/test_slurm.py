@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -22,7 +25,8 @@ from test_launchers import NODE_LISTS  # noqa: E402
 
 RECIPE = ROOT / "shell/internvl2.5/8b_vit_lora.sh"
 FLAGS = """--force_image_size 56 --max_dynamic_patch 4 --max_seq_length 512 --bf16 False --max_steps 60
-    --save_steps 1000 --lr_scheduler_type constant --warmup_ratio 0 --dataloader_num_workers 1 --report_to none""".split()
+    --save_steps 1000 --lr_scheduler_type constant --warmup_ratio 0 --dataloader_num_workers 1
+    --report_to none""".split()
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +57,18 @@ def tiny(goldens, tmp_path_factory) -> dict[str, str]:
 
 def from_outside(cluster: Cluster, *flags: str, **variables):
     """A recipe at the login node, which sends two tasks to the cluster."""
+    return cluster.run("bash", RECIPE, *flags, env=outside(variables))
+
+
+def start_outside(cluster: Cluster, **variables) -> subprocess.Popen:
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(cluster.login.command("bash", RECIPE), env=outside(variables) | cluster.env, **streams)
+
+
+def outside(variables: dict[str, object]) -> dict[str, str]:
     launcher = {"LAUNCHER": "slurm", "PARTITION": "tiny", "GPUS": "2", "GPUS_PER_NODE": "1"}
-    env = {**os.environ, **launcher, "GRES": "none", "CPUS_PER_TASK": "1"}
-    return cluster.run("bash", RECIPE, *flags, env=env | {name: str(value) for name, value in variables.items()})
+    launcher |= {"GRES": "none", "CPUS_PER_TASK": "1"}
+    return os.environ | launcher | {name: str(value) for name, value in variables.items()}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +150,7 @@ def test_a_job_that_is_interrupted_ends_as_if_it_had_not_been(cluster, tiny, who
         return int(checkpoint.name.partition("-")[2])
 
     steps(3)
-    job.task(1).send_signal(10)  # SIGUSR1 to one of them: all save, and the job queues itself
+    job.task(1).send_signal(signal.SIGUSR1)  # to one of them: all save, and the job queues itself
     job.goes_on(1)
     first = saved()
     assert 3 <= first < 60
@@ -162,19 +175,21 @@ def test_a_job_that_is_interrupted_ends_as_if_it_had_not_been(cluster, tiny, who
 # -- the cluster with a training of a few lines ------------------------------------------------------------------------
 
 
-def entry(folder: Path, code: str) -> dict[str, Path]:
-    """Variables that put `code` in place of the training, in a world that has been joined."""
-    head = "import os, signal, sys, time\nfrom internvl.dist_utils import gathered, init_dist, rank\n"
-    (folder / "entry.py").write_text(head + code)
-    return {"ENTRY": folder / "entry.py", "OUTPUT_DIR": folder / "out", "META_PATH": ROOT / "shell/data/example.json"}
+def entry(folder: Path, code: str) -> dict[str, object]:
+    """Variables that put `code` in place of the training."""
+    (folder / "entry.py").write_text(code)
+    meta = ROOT / "shell/data/example.json"
+    return {"ENTRY": folder / "entry.py", "OUTPUT_DIR": folder / "out", "META_PATH": meta, "MODEL_PATH": "none/none"}
 
 
 WAIT_FOR_SIGNAL = """
+import os, signal, sys, time
 told = []
 signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
-print("life", os.environ.get("SLURM_RESTART_COUNT", "0"), "of task", os.environ["SLURM_PROCID"])
+print(f"life {os.environ.get('SLURM_RESTART_COUNT', 0)} of task {os.environ['SLURM_PROCID']}\\n", end="")
 while not told and "SLURM_RESTART_COUNT" not in os.environ:
     time.sleep(0.1)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sys.exit(85 if told else 0)
 """
 
@@ -184,7 +199,7 @@ def timed(cluster, tmp_path_factory) -> Job:
     """A job near the end of its time, of which SLURM takes notice every 30 seconds: it waits while other tests run."""
     folder = tmp_path_factory.mktemp("timed")
     options = ("--time=2", "--signal=USR1@100")
-    return Job(cluster, folder, options=options, **entry(folder, WAIT_FOR_SIGNAL), MODEL_PATH="none/none")
+    return Job(cluster, folder, options=options, **entry(folder, WAIT_FOR_SIGNAL))
 
 
 @pytest.mark.slow
@@ -201,11 +216,71 @@ def test_node_lists_are_read_as_scontrol_reads_them(cluster):
         assert cluster.says("scontrol", "show", "hostnames", nodes).splitlines()[0] == first == first_node(nodes)
 
 
-WHERE = """
-init_dist(os.environ["LAUNCHER"])
+def test_signals_to_the_shell_of_a_recipe_reach_the_tasks(cluster, tmp_path):
+    """Also SIGTERM, at which srun would kill them."""
+    shell = start_outside(cluster, **entry(tmp_path, WAIT_FOR_SIGNAL))
+    log = tmp_path / "out/training_log.txt"
+    until(lambda: log.exists() and log.read_text().count("life 0") == 2, 30, cluster.logs)
+    inside = [process for process in psutil.Process(shell.pid).children() if process.name() == "bash"]
+    inside[0].terminate()
+    shell.communicate(timeout=30)
+    assert shell.returncode == 85
+
+
+ONE_FAILS = """
+import os, sys, time
+time.sleep(0 if os.environ["SLURM_PROCID"] == "1" else 100)
+sys.exit(3)
+"""
+
+
+def test_a_task_that_fails_ends_the_others(cluster, tmp_path):
+    start = time.monotonic()
+    done = from_outside(cluster, **entry(tmp_path, ONE_FAILS))
+    assert time.monotonic() - start < 20
+    assert done.returncode == 128 + 15 and "task 1: Exited with exit code 3" in done.stdout  # the highest of both
+    assert from_outside(cluster, **entry(tmp_path, "import sys; sys.exit(3)")).returncode == 3
+
+
+PLACES = """
+import os, sys, time
+from internvl.dist_utils import gathered, init_dist, rank
+try:
+    init_dist(os.environ["LAUNCHER"])
+except OSError as error:
+    sys.exit(f"error: {error}")
 places = gathered((os.uname().nodename, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
 if rank() == 0:
     print("places", *sum(places, ()))
-    time.sleep(3)
-gathered(0)
 """
+BUSY = "import socket, time; s = socket.create_server(('', 23456)); print('listens', flush=True); time.sleep(600)"
+
+
+def places(printed: str) -> list[str]:
+    return re.search(r"^places (.*)$", printed, re.MULTILINE)[1].split()
+
+
+def test_jobs_share_nodes_and_a_port_that_is_taken_is_told(cluster, tmp_path):
+    variables = entry(tmp_path, PLACES)
+    other = subprocess.Popen(cluster.login.command(sys.executable, "-c", BUSY), stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"listens\n"
+    jobs = [start_outside(cluster, **variables, **port) for port in ({}, {}, {"MASTER_PORT": 23456})]
+    printed = [job.communicate(timeout=90)[0] for job in jobs]
+    assert [job.returncode == 0 for job in jobs] == [True, True, False], printed
+    assert "error: port 23456 of node1 is taken by another program: set MASTER_PORT to one that is free" in printed[2]
+    first, second = map(places, printed[:2])
+    for node1, address, port, node2, *same in (first, second):
+        assert [node1, address, node2, same] == ["node1", "node1", "node2", ["node1", port]]
+    assert first[2] != second[2]
+
+
+def test_mpirun_in_an_allocation(cluster, tmp_path):
+    if not find("mpirun"):
+        pytest.skip("no mpirun on this machine")
+    (tmp_path / "entry.py").write_text(PLACES)
+    env = os.environ | {"PYTHONPATH": str(ROOT / "internvl_chat"), "LAUNCHER": "mpi"}
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    done = cluster.run(*"salloc -N2 -n2 mpirun".split(), sys.executable, tmp_path / "entry.py", env=env | root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    node1, address, port, node2, *same = places(done.stdout)
+    assert [node1, address, node2, same] == ["node1", "node1", "node2", ["node1", port]]
