@@ -11,7 +11,7 @@
 #   NODE_RANK MASTER_ADDR MASTER_PORT        pytorch on several nodes: start it on each
 #   PARTITION GRES CPUS_PER_TASK SRUN_ARGS   slurm; GRES=none for tasks without a GPU
 #   DRY_RUN=1                                print the command and stop
-# The user's flags come last and win. The exit status is the training's.
+# The user's flags come last and win. The exit status is the training's; signals to leave reach it.
 
 # shellcheck disable=SC2015 # `sh recipe.sh` goes on with bash
 [ -n "${BASH_VERSION:-}" ] && set +o posix || exec bash "$0" "$@"
@@ -67,7 +67,9 @@ HERE=$(gpus_here)
 case $LAUNCHER-$SLURM_PLACE in
     pytorch-*) NODES=${NODES:-} PER_NODE=${GPUS:-$((HERE > 0 ? HERE : 1))} ;;
     slurm-task) GPUS=${GPUS:-$STEP_TASKS} NODES=${NODES:-${SLURM_STEP_NUM_NODES:-1}} PER_NODE=1 ;;
-    slurm-allocation) NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}} PER_NODE=${SLURM_GPUS_ON_NODE:-8} ;;
+    slurm-allocation)
+        NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}} PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-8}}
+        ;;
     slurm-*) NODES=${NODES:-} PER_NODE=8 && [[ -n $NODES ]] || : "${GPUS:=${CLUSTER_GPUS:-}}" ;;
     *) stop "LAUNCHER=$LAUNCHER is neither pytorch nor slurm" ;;
 esac
@@ -143,6 +145,7 @@ free_port() { # below the range from which systems take ports for outgoing conne
     echo "$port"
 }
 
+# Under SLURM a port that is not set is chosen where the tasks run, from the numbers of job and step (launchers.py).
 case $LAUNCHER-$SLURM_PLACE in
     pytorch-*)
         if ((NODES > 1)) && [[ -z ${MASTER_ADDR:-} || -z ${NODE_RANK:-} ]]; then
@@ -155,13 +158,11 @@ case $LAUNCHER-$SLURM_PLACE in
             --nproc_per_node="$GPUS_PER_NODE" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT")
         ;;
     slurm-task)
-        : "${MASTER_PORT:=$((20000 + SLURM_JOB_ID % 10000))}" # the same in every task
         CPUS_PER_TASK=${CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}
         START=(python3 -u)
         ;;
     slurm-*)
         command -v srun >/dev/null || machine_lacks "LAUNCHER=slurm needs srun, which is not on PATH"
-        : "${MASTER_PORT:=$(free_port)}"
         START=(srun --job-name="${RECIPE//\//-}" --nodes="$NODES" --ntasks="$GPUS" --ntasks-per-node="$GPUS_PER_NODE")
         if [[ $SLURM_PLACE == outside ]]; then
             : "${GRES:=gpu:$GPUS_PER_NODE}" "${CPUS_PER_TASK:=10}"
@@ -178,7 +179,7 @@ case $LAUNCHER-$SLURM_PLACE in
 esac
 
 COMMAND=(
-    env LAUNCHER="$LAUNCHER" MASTER_PORT="$MASTER_PORT" TF_CPP_MIN_LOG_LEVEL=3
+    env LAUNCHER="$LAUNCHER" ${MASTER_PORT:+MASTER_PORT="$MASTER_PORT"} TF_CPP_MIN_LOG_LEVEL=3
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CPUS_PER_TASK > 0 ? CPUS_PER_TASK : 1))}"
     PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"
     "${START[@]}" "$ENTRY" "${ARGS[@]}"
@@ -192,4 +193,17 @@ fi
 source "$ROOT/shell/setup.sh"
 [[ $LAUNCHER-$SLURM_PLACE == slurm-task && $SLURM_PROCID != 0 ]] && exec "${COMMAND[@]}" # task 0 keeps the log
 mkdir -p "$OUTPUT" 2>/dev/null || stop "OUTPUT_DIR=$OUTPUT cannot be made"
-"${COMMAND[@]}" 2>&1 | tee -ia "$OUTPUT/training_log.txt" || exit "${PIPESTATUS[0]}"
+
+# tee and this shell stay until the training has ended and the log is whole, whatever signals come. Those that reach the
+# shell alone go on to the training; of a terminal's Ctrl-C it has heard. At SIGTERM srun would kill its tasks.
+exec > >(trap '' INT TERM USR1 && exec tee -a "$OUTPUT/training_log.txt") 2>&1
+LOG=$! ON_TERM=TERM
+[[ ${START[0]} != srun ]] || ON_TERM=USR1
+"${COMMAND[@]}" <&0 &
+TRAINING=$!
+pass_on() { HEARD=1 && { [[ $1 == INT ]] || kill -"$1" "$TRAINING" 2>/dev/null || true; }; }
+trap 'pass_on INT' INT && trap 'pass_on USR1' USR1 && trap 'pass_on $ON_TERM' TERM
+while HEARD='' STATUS=0 && { wait "$TRAINING" || STATUS=$?; } && [[ -n $HEARD ]]; do :; done
+exec >&- 2>&-
+wait "$LOG" || true
+exit "$STATUS"

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "internvl_chat"
 # Lowest first. Inside a line a file may import those to its left.
 LAYERS = [
     ["internvl.train.constants", "internvl.train.preemption", "internvl.train"],
-    ["internvl.command_line", "internvl.conversation", "internvl.dist_utils"],
+    ["internvl.command_line", "internvl.conversation", "internvl.launchers", "internvl.dist_utils"],
     ["internvl.model.internlm2.configuration_internlm2", "internvl.model.phi3.configuration_phi3"],
     [
         "internvl.model.internvl_chat.configuration_intern_vit",

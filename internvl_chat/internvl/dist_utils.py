@@ -1,30 +1,19 @@
-"""Process groups: every launcher's environment brought to torchrun's, and two ways to share results between ranks.
+"""Process groups: joined however a process was launched, and two ways to share results between ranks.
 
 `init_dist` runs first in an entry point; afterwards torch, accelerate and DeepSpeed all read the same variables.
 """
 
 import os
-import socket
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-timeout = timedelta(minutes=60)
+from internvl.launchers import check_address, free_port, launch_environment  # noqa: F401
 
-# launcher -> torchrun's variable -> where the launcher keeps it
-LAUNCHERS: dict[str, dict[str, str]] = {
-    "pytorch": {"RANK": "RANK", "WORLD_SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK"},
-    "slurm": {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"},
-    "mpi": {
-        "RANK": "OMPI_COMM_WORLD_RANK",
-        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
-        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
-    },
-}
+timeout = timedelta(minutes=60)
 
 
 def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs) -> None:
@@ -38,8 +27,10 @@ def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs)
 
     Raises:
         ValueError: for an unknown launcher, or one whose variables are not set.
+        OSError: rank 0's address is not known, or its port is not free.
     """
     os.environ.update(launch_environment(os.environ, launcher))
+    check_address(os.environ["MASTER_ADDR"])
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -48,7 +39,13 @@ def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs)
     if backend in (None, "nccl"):
         backend = "nccl" if has_cuda else "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(backend, **{"timeout": timeout, **kwargs})
+        try:
+            dist.init_process_group(backend, **{"timeout": timeout, **kwargs})
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            taken = f"port {os.environ['MASTER_PORT']} of {os.uname().nodename}"
+            raise OSError(f"{taken} is taken by another program: set MASTER_PORT to one that is free.") from error
 
 
 def init_deepspeed() -> None:
@@ -56,48 +53,6 @@ def init_deepspeed() -> None:
     import deepspeed
 
     deepspeed.init_distributed(dist.get_backend(), verbose=False)
-
-
-def launch_environment(env: Mapping[str, str], launcher: str | None = None) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as the launcher's own variables tell them."""
-    if launcher is None:
-        launcher = next((name for name, names in LAUNCHERS.items() if names["RANK"] in env), None)
-    if launcher is None:
-        return {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_port(),
-        }
-    if launcher not in LAUNCHERS:
-        raise ValueError(f"unknown launcher {launcher!r}; known are {', '.join(LAUNCHERS)}.")
-    names = LAUNCHERS[launcher]
-    missing = [name for name in names.values() if name not in env]
-    if missing:
-        raise ValueError(
-            f"launcher {launcher} needs {', '.join(missing)} in the environment; was it started by {launcher}?"
-        )
-    found = {ours: env[theirs] for ours, theirs in names.items()}
-    found["MASTER_ADDR"] = env.get("MASTER_ADDR") or first_host(env)
-    found["MASTER_PORT"] = env.get("MASTER_PORT") or "29500"
-    return found
-
-
-def first_host(env: Mapping[str, str]) -> str:
-    """The first node of a SLURM allocation; this machine where there is none."""
-    nodes = env.get("SLURM_NODELIST")
-    if not nodes:
-        return "127.0.0.1"
-    return subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
-    ).stdout.split()[0]
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def rank() -> int:

@@ -14,6 +14,7 @@ from runs import (
     losses,
     prepare,
     run,
+    run_here,
     weights,
     without_image_tokens,
     write_meta,
@@ -88,6 +89,20 @@ def test_resume_equals_unbroken(tiny, lora_run, tmp_path):
     assert losses(tmp_path / "out") == losses(lora_run[0])
     resumed = weights(tmp_path / "out")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights(lora_run[0]).items())
+
+
+def test_going_on_at_an_epochs_beginning_equals_unbroken(tiny, tmp_path, monkeypatch):
+    """Workers live as long as a run: one that goes on starts them where the unbroken one has them."""
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
+    flags = [*LORA, "--dataloader_num_workers", "1", "--save_steps", "4"]
+    run_here(tiny, tmp_path / "whole", *flags)
+    last = history(tmp_path / "whole")[3]
+    assert last["epoch"] == 1
+    shutil.copytree(tmp_path / "whole/checkpoint-4", tmp_path / "broken/checkpoint-4")
+    for file in (tmp_path / "whole").glob("data-*"):
+        shutil.copy(file, tmp_path / "broken")
+    run(tiny, tmp_path / "broken", *flags)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
 def test_a_bad_image_found_while_training_is_left_out(tiny, goldens, tmp_path):

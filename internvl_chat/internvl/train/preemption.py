@@ -64,7 +64,8 @@ class Preemption:
 
     def _hear(self, number: signal.Signals) -> None:
         if not self.training:
-            leave_at_once(f"{number.name} before the first step: nothing to save; the same command starts again")
+            told = f"{number.name} before the first step: nothing to save; the same command starts again"
+            leave_at_once(told, status_of(number))
         elif self.signal is None:
             self.note(number, time.monotonic())
         elif number == signal.SIGINT and self.waited > 1:  # Ctrl-C, once more
@@ -82,20 +83,33 @@ class Preemption:
         if not self.over:
             leave_at_once(
                 f"{self.signal.name}: the {self.bound:g} s of --save_on_signal_seconds are over before a checkpoint is "
-                f"whole; {self.goes_on_from}"
+                f"whole; {self.goes_on_from}",
+                status_of(self.signal),
             )
 
 
 preemption = Preemption()  # signals are a process's, and so is this
 
 
-def leave_at_once(sentence: str, status: int = PREEMPTED) -> None:
+def status_of(number: signal.Signals) -> int:
+    """What a run that could not save leaves with. srun sends SIGTERM also when another task failed, and returns the
+    highest status: it must not look as if the same command could go on."""
+    return 128 + number if number == signal.SIGTERM and os.environ.get("LAUNCHER") == "slurm" else PREEMPTED
+
+
+def leave_at_once(sentence: str, status: int) -> None:
     """End the process from any thread, whatever the others do; rank 0 says why."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         os.write(sys.stdout.fileno(), f"{sentence} (exit status {status})\n".encode())
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)
+
+
+def ignore_signals() -> None:
+    """The status is decided: while Python ends, a signal would replace it, such as srun's once a task has left."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _noted(number: int, frame) -> None:

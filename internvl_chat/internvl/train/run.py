@@ -15,7 +15,7 @@ from internvl.dist_utils import rank
 from internvl.train.arguments import TrainingArguments
 from internvl.train.build_data import Data
 from internvl.train.checkpointing import said_clearly
-from internvl.train.preemption import PREEMPTED
+from internvl.train.preemption import PREEMPTED, ignore_signals
 from internvl.train.trainer import InternVLTrainer
 
 
@@ -47,6 +47,7 @@ def leave(status: int) -> None:
     gc.collect()
     dist.destroy_process_group()
     if status:
+        ignore_signals()
         sys.exit(status)
 
 
