@@ -51,6 +51,13 @@ def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs)
         dist.init_process_group(backend, **{"timeout": timeout, **kwargs})
 
 
+def limit_waiting(limit: timedelta) -> None:
+    """Let no group wait longer, those of libraries included, which have torch's own 10 minutes (nccl) or 30."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if isinstance(group, dist.ProcessGroup):
+            dist.set_timeout(limit, group)
+
+
 def init_deepspeed() -> None:
     """Put DeepSpeed on the process group that is there; ZeRO-3 needs it before a model is built."""
     import deepspeed

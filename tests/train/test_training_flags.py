@@ -219,7 +219,6 @@ WITH = {
     "average_tokens_across_devices": "False",
     "dataloader_in_order": "False",
     "ddp_backend": "gloo",
-    "ddp_timeout": "7",
     "eval_strategy": "steps",
     "fsdp": "full_shard",
     "label_smoothing_factor": "0.1",

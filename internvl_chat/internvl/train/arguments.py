@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
+from internvl.train.fault_arguments import FaultArguments
 from internvl.train.part_arguments import LoraArguments, RateArguments
 from internvl.train.refused import DROPPED, refuse
 
@@ -109,7 +110,7 @@ class DataTrainingArguments:
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments, RateArguments):
+class TrainingArguments(transformers.TrainingArguments, RateArguments, FaultArguments):
     """transformers' own, with the four flags that version 5 dropped and defaults that fit this data path."""
 
     evaluation_strategy: str | None = option(None, "earlier name of --eval_strategy")
@@ -118,6 +119,7 @@ class TrainingArguments(transformers.TrainingArguments, RateArguments):
     warmup_ratio: float | None = option(None, "share of the steps that warm up")
     remove_unused_columns: bool = option(False, "batches are made for the model; nothing is removed")
     ddp_find_unused_parameters: bool | None = option(False, "every trainable parameter takes part in every step")
+    ddp_timeout: int = option(3600, "seconds that ranks wait for one another before the run ends")
     log_level: str = option("error", "of transformers; a run tells what matters itself")
     log_level_replica: str = option("error", "the same, on ranks other than the first")
     logging_nan_inf_filter: bool = option(False, "report a loss that is not finite as what it is")
@@ -134,6 +136,7 @@ class TrainingArguments(transformers.TrainingArguments, RateArguments):
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
         refuse(self)
+        self.check_faults()
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"--warmup_ratio is a share of the steps in [0, 1), not {self.warmup_ratio}.")
         if self.warmup_ratio and not self.warmup_steps:

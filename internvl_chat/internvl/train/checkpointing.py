@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from internvl.dist_utils import limit_waiting
 from internvl.model.internvl_chat.trained import (
     is_trained_folder,
     load_trained,
@@ -136,6 +137,7 @@ class CheckpointingTrainer(Trainer):
         own = resume_from_checkpoint and self.is_deepspeed_enabled
         asked = None if own else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, asked)
+        limit_waiting(self.args.ddp_timeout_delta)
         if own:
             self.resume_deepspeed(Path(resume_from_checkpoint))
         elif not resume_from_checkpoint and not self.args.no_smoke_save:
