@@ -173,6 +173,8 @@ HERE += ["neftune_noise_alpha"]
 HERE += ["save_full_model", "no_smoke_save"]  # test_life.py
 HERE += ["lora_fp32", "backbone_layer_decay", *(field.name for field in fields(RateArguments))]  # test_part_settings.py
 HERE += ["deepspeed"]  # test_training.py
+HERE += ["ddp_timeout"]  # test_no_hang.py
+HERE += ["watchdog_factor", "watchdog_seconds"]  # test_watchdog.py
 
 # -- transformers' own -------------------------------------------------------------------------------------------------
 
