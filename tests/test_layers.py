@@ -71,6 +71,7 @@ LAYERS = [
         "internvl.train.optimizer_state",
         "internvl.train.checkpointing",
         "internvl.train.scheduled",
+        "internvl.train.stacks",
         "internvl.train.watchdog",
         "internvl.train.metered",
         "internvl.train.trainer",

@@ -14,8 +14,8 @@ GRACE = {"error": 2.0, "killed": 0.5, "exit": None, "cut": 2.0, "bye": None}
 
 
 def say(text: str) -> None:
-    """Write to stderr, in one piece."""
-    os.write(2, text.encode(errors="replace") + b"\n")
+    """Write to stderr, in one piece, on lines of its own: the cursor may stand behind a progress bar."""
+    os.write(2, f"\n{text}\n".encode(errors="replace"))
 
 
 class Switchboard(threading.Thread):

@@ -46,9 +46,7 @@ def train(goldens, tmp_path) -> Callable[[int, dict], dict]:
         command = [sys.executable, *torchrun, Path(__file__).with_name("uneven_ranks.py"), tmp_path, json.dumps(runs)]
         env = os.environ | {"PYTHONPATH": str(ROOT / "internvl_chat"), "OMP_NUM_THREADS": "1"}
         env["INTERNVL_CACHE"] = str(tmp_path / "cache")
-        done = subprocess.run(
-            [sys.executable, *torchrun, *program], env=env, capture_output=True, text=True, timeout=400
-        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         told = json.loads((tmp_path / "told.json").read_text())
         return {tuple(name.split("-")): ranks for name, ranks in told.items()}

@@ -5,20 +5,17 @@ why. Fed by `metered.py` once a step, and around what is not a step.
 """
 
 import contextlib
-import os
 import statistics
-import sys
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from types import FrameType
 from typing import NamedTuple
 
 from internvl.switchboard import say
+from internvl.train.stacks import ForkedProcesses, stacks_of_threads
 
 REMEMBERED = 100  # past steps, of which the usual is the median
-INNERMOST = 4  # frames shown of a thread other than the main one
 
 
 class Phase(NamedTuple):
@@ -55,6 +52,7 @@ class Watchdog:
         self.phase = Phase("step", number, time.monotonic())
         if self.factor > 0:
             self.stopped.clear()
+            self.workers = ForkedProcesses()
             threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
@@ -110,31 +108,7 @@ class Watchdog:
         """Lines that all begin with the rank, so that those of several ranks can be told apart."""
         doing = f"step {phase.number}" if phase.kind == "step" else f"{phase.kind} behind step {phase.number - 1}"
         beside = "the first of its kind" if usual is None else f"usual are {usual:.1f} s"
-        lines = [f"{doing} takes {passed:.1f} s, {beside}; this rank is in:"]
-        frames = sys._current_frames()
-        main = threading.main_thread()
-        for thread in sorted(threading.enumerate(), key=lambda thread: thread is not main):
-            if thread.ident in frames and thread is not threading.current_thread():
-                stack = described(frames[thread.ident])
-                lines.append(f"  thread {thread.name} (process {os.getpid()}), innermost first:")
-                lines += [f"    {line}" for line in (stack if thread is main else stack[:INNERMOST])]
+        lines = [f"{doing} takes {passed:.1f} s, {beside}; this rank is in (innermost first):"]
+        for name, stack in [*stacks_of_threads(), *self.workers.stacks()]:
+            lines += [f"  {name}:", *(f"    {line}" for line in stack)]
         return "\n".join(f"[rank {self.rank}] {line}" for line in lines)
-
-
-def described(frame: FrameType | None) -> list[str]:
-    """`file:line function`, innermost first, without opening a file: the file system may be what stalls."""
-    lines = []
-    while frame is not None:
-        code = frame.f_code
-        lines.append(f"{shortened(code.co_filename)}:{frame.f_lineno} {code.co_name}")
-        frame = frame.f_back
-    return lines
-
-
-def shortened(path: str) -> str:
-    """From the package on, as tracebacks of libraries are read."""
-    for folder in ("/site-packages/", "/internvl_chat/"):
-        _, found, rest = path.rpartition(folder)
-        if found:
-            return rest
-    return path
