@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "internvl_chat"
 LAYERS = [
     ["internvl.train.constants", "internvl.train.preemption", "internvl.train"],
     ["internvl.command_line", "internvl.conversation", "internvl.launchers", "internvl.dist_utils"],
+    ["internvl.switchboard", "internvl.lifeline"],
     ["internvl.model.internlm2.configuration_internlm2", "internvl.model.phi3.configuration_phi3"],
     [
         "internvl.model.internvl_chat.configuration_intern_vit",
@@ -72,11 +73,14 @@ LAYERS = [
         "internvl.train.stopping",
         "internvl.train.skipping",
         "internvl.train.scheduled",
+        "internvl.train.stacks",
+        "internvl.train.watchdog",
         "internvl.train.metered",
         "internvl.train.trainer",
         "internvl.train.trainer_dpo",
     ],
-    ["internvl.train.build_data", "internvl.train.build", "internvl.train.build_mpo", "internvl.train.run"],
+    ["internvl.train.build_data", "internvl.train.build", "internvl.train.build_mpo"],
+    ["internvl.train.ending", "internvl.train.run"],
     ["internvl.train.internvl_chat_finetune", "internvl.train.internvl_chat_pretrain"],
     ["internvl.train.internvl_chat_mpo", "tools"],
     ["internvl.patch.pad_data_collator", "internvl.patch.train_sampler_patch", "internvl.patch"],

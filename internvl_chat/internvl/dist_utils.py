@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from internvl.launchers import check_address, free_port, launch_environment  # noqa: F401
 
 timeout = timedelta(minutes=60)
+COLLECTIVE = re.compile(r"gloo|nccl|ProcessGroup|TCPStore|c10d", re.IGNORECASE)  # whose errors have no class
 
 
 def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs) -> None:
@@ -46,6 +48,18 @@ def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs)
                 raise
             taken = f"port {os.environ['MASTER_PORT']} of {os.uname().nodename}"
             raise OSError(f"{taken} is taken by another program: set MASTER_PORT to one that is free.") from error
+
+
+def collective_failed(error: BaseException) -> bool:
+    """Whether an error says that ranks did not come together, for which another of them may be to blame."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(COLLECTIVE.search(str(error))))
+
+
+def limit_waiting(limit: timedelta) -> None:
+    """Let no group wait longer, those of libraries included, which have torch's own 10 minutes (nccl) or 30."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if isinstance(group, dist.ProcessGroup):
+            dist.set_timeout(limit, group)
 
 
 def init_deepspeed() -> None:

@@ -174,7 +174,8 @@ HERE += ["neftune_noise_alpha"]
 HERE += ["save_full_model", "no_smoke_save"]  # test_life.py
 HERE += ["lora_fp32", "backbone_layer_decay", *(field.name for field in fields(RateArguments))]  # test_part_settings.py
 HERE += ["deepspeed"]  # test_training.py
-HERE += [field.name for field in fields(FaultArguments)]  # test_preemption.py, test_faults.py
+HERE += [field.name for field in fields(FaultArguments)]  # test_preemption.py, test_faults.py, test_watchdog.py
+HERE += ["ddp_timeout"]  # test_no_hang.py
 
 # -- transformers' own -------------------------------------------------------------------------------------------------
 
@@ -221,7 +222,6 @@ WITH = {
     "average_tokens_across_devices": "False",
     "dataloader_in_order": "False",
     "ddp_backend": "gloo",
-    "ddp_timeout": "7",
     "eval_strategy": "steps",
     "fsdp": "full_shard",
     "label_smoothing_factor": "0.1",

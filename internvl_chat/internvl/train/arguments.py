@@ -119,6 +119,7 @@ class TrainingArguments(transformers.TrainingArguments, RateArguments, FaultArgu
     warmup_ratio: float | None = option(None, "share of the steps that warm up")
     remove_unused_columns: bool = option(False, "batches are made for the model; nothing is removed")
     ddp_find_unused_parameters: bool | None = option(False, "every trainable parameter takes part in every step")
+    ddp_timeout: int = option(3600, "seconds that ranks wait for one another before the run ends")
     log_level: str = option("error", "of transformers; a run tells what matters itself")
     log_level_replica: str = option("error", "the same, on ranks other than the first")
     logging_nan_inf_filter: bool = option(False, "report a loss that is not finite as what it is")

@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
 
+from internvl.dist_utils import collective_failed, limit_waiting
 from internvl.model.internvl_chat.trained import (
     is_trained_folder,
     load_trained,
@@ -157,6 +158,7 @@ class CheckpointingTrainer(Trainer):
         own = resume_from_checkpoint and self.is_deepspeed_enabled
         asked = None if own else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, asked)
+        limit_waiting(self.args.ddp_timeout_delta)
         if own:
             self.resume_deepspeed(Path(resume_from_checkpoint))
         elif not resume_from_checkpoint and not self.args.no_smoke_save:
@@ -190,6 +192,8 @@ def said_clearly(what: str) -> Iterator[None]:
     except ValueError:  # a sentence already
         raise
     except Exception as error:
+        if collective_failed(error):  # nothing is wrong with the disk
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise OSError(f"{what}: {lines[0]}") from error
 

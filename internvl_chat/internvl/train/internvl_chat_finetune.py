@@ -5,14 +5,11 @@
 `shell/` holds recipes that do this; reads from top to bottom, every line has a home elsewhere.
 """
 
-import os
-
 if __name__ == "__main__":  # before the imports below, which take seconds: a signal may come at any time
     from internvl.train.preemption import preemption
 
     preemption.listen()
 
-from internvl.dist_utils import init_dist
 from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments, parse_args  # noqa: F401
 from internvl.train.build import build_model, build_tokenizer, build_trainer
 from internvl.train.build_data import build_data
@@ -20,7 +17,8 @@ from internvl.train.check import check, resume_point
 from internvl.train.constants import IGNORE_INDEX  # noqa: F401
 from internvl.train.dataset import LazySupervisedDataset  # noqa: F401
 from internvl.train.dataset_packed import len2weight  # noqa: F401
-from internvl.train.run import give_up, leave, set_up_logging, train_and_save
+from internvl.train.ending import join_ranks, shared_end
+from internvl.train.run import leave, set_up_logging, train_and_save
 
 
 def main() -> None:
@@ -30,8 +28,8 @@ def main() -> None:
 
 
 def train() -> int:
-    try:
-        init_dist(os.environ.get("LAUNCHER"))
+    with shared_end():
+        join_ranks()
         model_args, data_args, training_args = parse_args()
         set_up_logging(training_args)
         check(model_args, data_args)
@@ -40,10 +38,7 @@ def train() -> int:
         model = build_model(model_args, data_args, training_args, tokenizer)
         data = build_data(data_args, training_args, tokenizer, model.num_image_token)
         trainer = build_trainer(model, tokenizer, data, data_args, training_args)
-    except (ValueError, OSError) as error:
-        give_up(error)
-
-    return train_and_save(trainer, data, checkpoint)
+        return train_and_save(trainer, data, checkpoint)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 The program of `internvl_chat_finetune.py` on pairs of answers.
 """
 
-import os
 import shutil
 from pathlib import Path
 
@@ -14,17 +13,17 @@ if __name__ == "__main__":  # before the imports below, which take seconds: a si
 
     preemption.listen()
 
-from internvl.dist_utils import init_dist
 from internvl.train.arguments import MPO, DPOConfig, ModelArguments, parse_args  # noqa: F401
 from internvl.train.arguments import PreferenceDataArguments as DataTrainingArguments  # noqa: F401
 from internvl.train.build import build_model, build_tokenizer, build_trainer
 from internvl.train.build_data import build_data
 from internvl.train.build_mpo import build_reference, check_preference
 from internvl.train.check import resume_point
+from internvl.train.ending import join_ranks, shared_end
 from internvl.train.preference import PreferenceDataset, pair_collator
 from internvl.train.preference import PreferenceDataset as LazySupervisedDataset  # noqa: F401
 from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss
-from internvl.train.run import give_up, leave, set_up_logging, train_and_save
+from internvl.train.run import leave, set_up_logging, train_and_save
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
 
 # The Python files that upstream's published checkpoints carry.
@@ -40,8 +39,8 @@ def main() -> None:
 
 
 def train() -> int:
-    try:
-        init_dist(os.environ.get("LAUNCHER"))
+    with shared_end():
+        join_ranks()
         model_args, data_args, training_args = parse_args(classes=MPO)
         set_up_logging(training_args)
         check_preference(model_args, data_args, training_args)
@@ -56,11 +55,8 @@ def train() -> int:
             loss=loss,
             reference=reference,
         )
-    except (ValueError, OSError) as error:
-        give_up(error)
-
-    status = train_and_save(trainer, data, checkpoint)
-    copy_code(model_args, training_args)
+        status = train_and_save(trainer, data, checkpoint)
+        copy_code(model_args, training_args)
     return status
 
 

@@ -22,6 +22,7 @@ from internvl.train.device_peak import device_peak
 from internvl.train.metrics import Stopwatch, append_line, combined, forget_after, peak_memory
 from internvl.train.model_flops import ModelFlops, model_flops
 from internvl.train.scheduled import ScheduledTrainer
+from internvl.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"  # in the output folder
@@ -57,6 +58,7 @@ class MeteredTrainer(ScheduledTrainer):
         self.flops_of_batch = 0.0
         self.collectives = Collectives(self.args.device) if self.args.log_level == "debug" else None
         self.communication: float | None = None
+        self.watchdog = Watchdog(self.args.watchdog_factor, self.args.watchdog_seconds, self.args.process_index)
         self.metrics_file = Path(self.args.output_dir, METRICS)
 
     # -- before the first step ---------------------------------------------------------------------------------------
@@ -72,7 +74,14 @@ class MeteredTrainer(ScheduledTrainer):
             self.accelerator.deepspeed_engine_wrapped = TimedEngine(engine, self.stopwatch, self.before_zero_step)
         if self.args.process_index == 0:
             forget_after(self.metrics_file, self.state.global_step)
+        self.watchdog.start(self.state.global_step + 1)
         return prepared
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.watchdog.stop()
 
     @cached_property
     def flops(self) -> ModelFlops:
@@ -110,6 +119,7 @@ class MeteredTrainer(ScheduledTrainer):
         if self.accelerator.sync_gradients:
             self.stopwatch.mark("optimizer")
             self.counts["steps"] += 1
+            self.watchdog.step_ended()
         return loss
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
@@ -129,6 +139,10 @@ class MeteredTrainer(ScheduledTrainer):
         if self.collectives and (seconds := self.collectives.stop()) is not None:
             self.communication = seconds
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args) -> None:
+        with self.watchdog.during("saving"):
+            super()._save_checkpoint(*args)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what all ranks counted since the last report to a line of the log."""

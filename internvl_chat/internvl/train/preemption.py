@@ -27,6 +27,7 @@ class Preemption:
         self.signal: signal.Signals | None = None
         self.heard_at = 0.0  # of time.monotonic()
         self.bound = 0.0  # seconds from the signal to the end of the process, 0 for as long as it takes
+        self.farewell = lambda: None  # tells the other ranks that this one leaves (ending.py)
         self.goes_on_from = ""  # what the last line of a run that runs out of time says
 
     def listen(self) -> None:
@@ -101,6 +102,7 @@ def leave_at_once(sentence: str, status: int) -> None:
     """End the process from any thread, whatever the others do; rank 0 says why."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         os.write(sys.stdout.fileno(), f"{sentence} (exit status {status})\n".encode())
+    preemption.farewell()
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)

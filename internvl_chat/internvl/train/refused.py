@@ -18,7 +18,6 @@ REFUSED = {
     "dataloader_drop_last": "the last step of an epoch may be smaller and is weighed as such",
     "dataloader_in_order": NO_DATALOADER,
     "ddp_backend": "the process group is there before flags are read: nccl with CUDA, gloo without",
-    "ddp_timeout": "the process group is there before flags are read, with a timeout of 60 minutes",
     "do_eval": NO_EVALUATION,
     "do_predict": NO_EVALUATION,
     "eval_on_start": NO_EVALUATION,
@@ -79,7 +78,7 @@ def refuse(args: transformers.TrainingArguments) -> None:
         raise ValueError(f"--optim {args.optim} cannot act together with --deepspeed, whose optimizer is AdamW.")
     if args.optim_args and adamw:
         raise ValueError(f"--optim_args {args.optim_args} cannot act: AdamW takes --adam_beta1, --adam_beta2, ...")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"):
         if (value := getattr(args, name)) < 1:
             raise ValueError(f"--{name} {value} must be at least 1.")
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):

@@ -1,20 +1,17 @@
-"""What every training program does around its objects: tell what happens, train to the end, give up in one sentence."""
+"""What every training program does around its objects: tell what happens, train to the end. See also `ending.py`."""
 
 import gc
 import logging
-import os
-import signal
 import sys
-import time
 import warnings
 
 import torch.distributed as dist
 import transformers
 
-from internvl.dist_utils import rank
 from internvl.train.arguments import TrainingArguments
 from internvl.train.build_data import Data
 from internvl.train.checkpointing import said_clearly
+from internvl.train.ending import say_goodbye
 from internvl.train.preemption import PREEMPTED, ignore_signals
 from internvl.train.trainer import InternVLTrainer
 
@@ -28,22 +25,20 @@ def train_and_save(trainer: InternVLTrainer, data: Data, checkpoint: str | None)
     if not trainer.args.do_train:
         logging.getLogger("internvl").info("--do_train False: everything is set up, nothing is trained")
         return 0
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.stopped:
-            return PREEMPTED
-        with said_clearly(f"the model cannot be written to {trainer.args.output_dir}"):
-            trainer.save_model()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", {**result.metrics, "train_samples": int(data.usable.sum())})
-        trainer.save_state()
-    except (ValueError, OSError) as error:  # an OSError: a checkpoint cannot be written
-        give_up(error)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stopped:
+        return PREEMPTED
+    with said_clearly(f"the model cannot be written to {trainer.args.output_dir}"):
+        trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", {**result.metrics, "train_samples": int(data.usable.sum())})
+    trainer.save_state()
     return 0
 
 
 def leave(status: int) -> None:
     """End the process group when nothing holds it any more: an exit with its threads alive is aborted now and then."""
+    say_goodbye()
     gc.collect()
     dist.destroy_process_group()
     if status:
@@ -61,13 +56,3 @@ def set_up_logging(args: TrainingArguments) -> None:
         transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # libraries about one another
-
-
-def give_up(error: Exception) -> None:
-    """End this rank with status 1 and one sentence; INTERNVL_TRACEBACK=1 shows where it came from."""
-    if os.environ.get("INTERNVL_TRACEBACK") == "1":
-        raise error
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this end is not a signal's, even if one comes
-    if rank() != 0:
-        time.sleep(5)  # most errors meet every rank: rank 0 tells, and the launcher ends the others meanwhile
-    sys.exit(f"error: {error}" if rank() == 0 else f"error on rank {rank()}: {error}")

@@ -1,0 +1,62 @@
+"""No rank waits for ever: one that ends takes the others along, and one message says which and why."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+WITHOUT_A_WORD = r"error: rank {} ended without a word: killed, for instance where memory ran out, or crashed\n"
+TRACE = r"Traceback \(most recent call last\):\n(  .*\n)+"
+BUG = TRACE + r"KeyError: 'no such key'\nerror on rank {}: KeyError: 'no such key'\n"
+LEFT = r"error: rank {} left the training, and took no part in what rank \d waited for: RuntimeError: Connection .*\n"
+LATE = r"error: rank {} did not take part in what rank \d waited for: RuntimeError: Timed out waiting \d+ms.*\n"
+GONE = r"error: rank 0 {}; rank 1 waited for it: RuntimeError: "
+
+# fault, rank -> status of that rank, all that is written, seconds until the last rank has ended
+ENDS = {
+    ("wrong input", 1): (1, r"error on rank 1: the picture is upside down\.\n", 4),
+    ("wrong input", 0): (1, r"error on rank 0: the picture is upside down\.\n", 4),
+    ("wrong input by all", -1): (1, r"error: the picture is upside down\.\n", 4),
+    ("bug", 1): (1, BUG.format(1), 4),
+    ("bad disk", 2): (1, r"error on rank 2: \[Errno 2\] No such file or directory: '/nowhere/file'\n", 4),
+    ("out of memory", 1): (1, r"error on rank 1: MemoryError; fewer --dataloader_num_workers need less\.\n", 4),
+    ("killed", 1): (-9, WITHOUT_A_WORD.format(1), 4),
+    ("killed", 0): (-9, WITHOUT_A_WORD.format(0), 4),
+    ("crashed", 1): (-11, WITHOUT_A_WORD.format(1), 4),
+    ("exit without a word", 1): (0, WITHOUT_A_WORD.format(1), 4),
+    ("exit", 1): (3, r"error: rank 1 left the training with exit status 3 while others were in it\n", 4),
+    ("exit", 0): (3, GONE.format("left the training with exit status 3") + r"Connection .*\n", 4),
+    ("exit in words", 1): (1, r"error on rank 1: no more\n", 4),
+    ("exit by all", -1): (3, "", 4),
+    ("leaves early", 1): (0, LEFT.format(1), 4),
+    ("asleep", 1): (1, LATE.format(1), 9),
+    ("asleep", 0): (1, LATE.format(0), 9),
+    ("stopped", 1): ("stopped", LATE.format(1), 9),
+    ("stopped", 0): ("stopped", GONE.format("does not answer any more") + r"Timed out waiting .*\n", 18),
+    ("absent", 1): ("absent", r"(?s).*error on rank 0: rank 0 of 3 did not find all others at .* in 4 s: .*\n", 18),
+    ("nothing", 1): (0, "", 4),
+}
+
+
+@pytest.fixture(scope="module")
+def ends() -> dict[str, dict]:
+    cases = {f"{fault} {rank}": (fault, rank, 3) for fault, rank in ENDS}
+    command = [sys.executable, HERE / "faulty_ranks.py", json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("fault", "rank"), ENDS, ids=lambda value: str(value))
+def test_a_rank_that_ends_takes_the_others_along_and_one_message_names_it(ends, fault, rank):
+    status, written, seconds = ENDS[fault, rank]
+    end = ends[f"{fault} {rank}"]
+    others = [status if rank == -1 or fault == "nothing" else 1] * 3
+    expected = [status if number == rank else others[number] for number in range(3)]
+    assert end["statuses"] == expected, end
+    assert re.fullmatch(written and rf"\n{written}", end["stderr"]), end["stderr"]
+    assert end["seconds"] < seconds
