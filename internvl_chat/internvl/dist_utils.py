@@ -52,7 +52,9 @@ def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs)
 
 def collective_failed(error: BaseException) -> bool:
     """Whether an error says that ranks did not come together, for which another of them may be to blame."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(COLLECTIVE.search(str(error))))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and bool(COLLECTIVE.search(str(error)))
+    )
 
 
 def limit_waiting(limit: timedelta) -> None:
