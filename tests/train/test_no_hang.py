@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from internvl.train.arguments import parse_args
+from internvl.train.ending import seconds_to_wait
+
 HERE = Path(__file__).parent
 WITHOUT_A_WORD = r"error: rank {} ended without a word: killed, for instance where memory ran out, or crashed\n"
 TRACE = r"Traceback \(most recent call last\):\n(  .*\n)+"
@@ -37,9 +40,33 @@ ENDS = {
     ("asleep", 0): (1, LATE.format(0), 9),
     ("stopped", 1): ("stopped", LATE.format(1), 9),
     ("stopped", 0): ("stopped", GONE.format("does not answer any more") + r"Timed out waiting .*\n", 18),
-    ("absent", 1): ("absent", r"(?s).*error on rank 0: rank 0 of 3 did not find all others at .* in 4 s: .*\n", 18),
+    ("absent", 1): ("absent", r"(.*\n)*error on rank 0: rank 0 of 3 did not find all others at .* in 4 s: .*\n", 18),
     ("nothing", 1): (0, "", 4),
 }
+
+
+TIMEOUTS = [
+    (["--ddp_timeout", "7"], 7),
+    (["--ddp_timeout=7", "--bf16", "True"], 7),
+    (["--output_dir", "x"], 3600),
+    (["--ddp_timeout", "soon"], 3600),  # the parser of all flags refuses it
+]
+
+
+@pytest.mark.parametrize(("argv", "seconds"), TIMEOUTS, ids=lambda value: str(value))
+def test_the_timeout_is_known_before_the_other_flags(argv, seconds, tmp_path):
+    assert seconds_to_wait(argv) == seconds
+    flags = parse_args([*argv, "--output_dir", str(tmp_path)]) if "soon" not in argv else None
+    assert flags is None or flags[2].ddp_timeout == seconds
+
+
+def test_timeouts_that_cannot_be(tmp_path):
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps({"output_dir": str(tmp_path), "ddp_timeout": 9}))
+    assert seconds_to_wait([str(file)]) == parse_args([str(file)])[2].ddp_timeout == 9
+    assert seconds_to_wait(["/nowhere/arguments.json"]) == 3600
+    with pytest.raises(ValueError, match="--ddp_timeout 0 must be at least 1"):
+        parse_args(["--output_dir", "x", "--ddp_timeout", "0"])
 
 
 @pytest.fixture(scope="module")

@@ -82,10 +82,8 @@ def test_a_file_that_one_rank_waits_for(tiny, goldens, tmp_path):
     (write / "model").symlink_to(tiny / "model")
     (write / "train.jsonl").symlink_to(tiny / "train.jsonl")
     write_meta(write, images)
-    flags = [
-        *LORA,
-        *"--max_steps 60 --save_strategy no --watchdog_factor 3 --watchdog_seconds 2 --dataloader_num_workers 1".split(),
-    ]
+    flags = [*LORA, *"--max_steps 40 --save_strategy no --watchdog_factor 3 --watchdog_seconds 2".split()]
+    flags += ["--dataloader_num_workers", "1"]
     command, env = started(write, output, *flags, ranks=2)
     with open(tmp_path / "err", "wb") as err, subprocess.Popen(command, env=env, stderr=err, stdout=err) as process:
         try:
