@@ -44,7 +44,7 @@ def main() -> None:
         if told and PREEMPTED in {one.exitcode for one in error.failures.values()}:
             sys.exit(PREEMPTED)
         if failure.exitcode < 0:  # it could not say anything itself
-            print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+            print(f"\nerror: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
 
 

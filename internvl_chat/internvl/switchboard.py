@@ -96,6 +96,8 @@ class Switchboard(threading.Thread):
         """The ranks that end the run, and the message; none if whoever started the ranks tells it."""
         kind = min((report["kind"] for report in self.reports.values()), key=list(GRACE).index)
         ranks = sorted(rank for rank, report in self.reports.items() if report["kind"] == kind)
+        # A rank whose wait times out breaks those of the ranks that wait with it: its own words say more.
+        ranks.sort(key=lambda rank: kind == "cut" and "timed out" not in self.reports[rank]["words"].lower())
         report, silent = self.reports[ranks[0]], sorted(self.lines.keys() - self.reports.keys())
         if kind == "error":
             everywhere = all(self.reports.get(rank, {}).get("words") == report["words"] for rank in self.lines)

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from internvl.dist_utils import free_port, rank
 from internvl.train.ending import join_ranks, say_goodbye, shared_end
 
-TIMEOUT = 4  # --ddp_timeout
-AT_ONCE = 4  # cases
+TIMEOUT = 6  # --ddp_timeout
+AT_ONCE = 7  # cases
 PATIENCE = 40  # seconds until what still runs counts as hanging
 
 

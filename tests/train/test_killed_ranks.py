@@ -1,5 +1,6 @@
 """Faults in real runs: a rank or one of its processes is killed, or waits for ever; the run ends and says why."""
 
+import json
 import os
 import re
 import signal
@@ -93,7 +94,7 @@ FAULTS = {
         True,
         kill_reader,
         [1],
-        r"error on rank 1: RuntimeError: DataLoader worker \(pid \d+\) is killed by signal: .*; it reads data; .*",
+        r"error on rank 1: RuntimeError: DataLoader worker \(pid \d+\) is killed by signal: Killed.*; it reads .*",
         15,
     ),
     "a file that does not answer, no agent": (
@@ -116,3 +117,30 @@ def test_a_fault_ends_all_processes_with_one_message(tiny, goldens, tmp_path, na
     found, took, told = run.end()
     assert len(told) == 1 and re.fullmatch(message, told[0]), "\n".join(told) + run.printed()[-3000:]
     assert found == statuses and took < seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["the run", "one that measures"])
+def test_processes_that_measure_end_with_the_run_and_the_run_with_them(tiny, tmp_path, killed):
+    data = tmp_path / "tiny"
+    data.mkdir()
+    (data / "model").symlink_to(tiny / "model")
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello" * 50}]
+    lines = [json.dumps({"id": number, "conversations": turns}) for number in range(60_000)]
+    (data / "train.jsonl").write_text("\n".join(lines))
+    write_meta(data, tmp_path)
+    command, env = started(data, tmp_path / "out", *LORA, ranks=1)
+    with psutil.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        until = time.monotonic() + PATIENCE
+        while len(measuring := [one for one in run.children() if "spawn_main" in " ".join(one.cmdline())]) < 2:
+            assert run.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        (run if killed == "the run" else measuring[0]).kill()
+        _, alive = psutil.wait_procs([*measuring, run], PATIENCE)
+        for process in alive:
+            process.kill()
+        told = [line for line in run.stderr.read().splitlines() if line.startswith("error")]
+    assert not alive, f"{alive} are left"
+    if killed != "the run":
+        assert run.returncode == 1 and len(told) == 1
+        assert re.fullmatch("error: BrokenProcessPool: .*; it measures the data; if memory ran out, .*", told[0])

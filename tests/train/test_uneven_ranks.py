@@ -20,7 +20,7 @@ KEPT = [*LORA, "--grad_checkpoint", "False", "--loss_reduction_all_gather", "Tru
 STAGES = {"ddp": [], **{f"zero{n}": ["--deepspeed", f"zero_stage{n}_config.json"] for n in (2, 3)}}
 
 # name -> records, what trains and how
-FEW = {"vision": ("uneven tiles", *VISION), "bad": ("turns bad", *LORA)}
+FEW = {"vision": ("uneven tiles", *VISION), "bad": ("turns bad", *KEPT)}
 MANY = {
     "vision": ("one picture", *VISION),
     "llm": ("uneven tiles", *LLM),
@@ -28,7 +28,6 @@ MANY = {
     "text": ("no picture", *VISION),
     "bad": ("all turn bad", *LORA),
     "packed": ("uneven tiles", *PACKED),
-    "kept": ("turns bad", *KEPT),
 }
 
 

@@ -30,15 +30,15 @@ def watchdog():
 def test_a_long_step_is_told_once_and_that_it_went_on(watchdog, capfd):
     time.sleep(0.3)
     assert not capfd.readouterr().err
-    time.sleep(0.9)
+    time.sleep(1.5)
     watchdog.step_ended()
     time.sleep(0.4)
     watchdog.step_ended()
     told = [line for line in capfd.readouterr().err.split("\n") if line]
     assert all(line.startswith("[rank 3] ") for line in told)
-    assert re.fullmatch(r"\[rank 3\] step 6 takes 0\.\d s, usual are 0\.\d s; this rank is in .*:", told[0])
+    assert re.fullmatch(r"\[rank 3\] step 6 takes \d\.\d s, usual are 0\.\d s; this rank is in .*:", told[0])
     assert re.search(r"test_watchdog\.py:\d+ test_a_long_step_is_told_once", told[2])
-    assert re.fullmatch(r"\[rank 3\] goes on after 1\.\d s", told[-1])
+    assert re.fullmatch(r"\[rank 3\] goes on after \d\.\d s", told[-1])
     assert len([line for line in told if "step" in line and "takes" in line]) == 1
 
 
@@ -53,20 +53,23 @@ def test_saving_is_measured_by_itself(watchdog, capfd):
     watchdog.usual["saving"].extend([0.01] * 5)
     with watchdog.during("saving"):
         time.sleep(0.6)
-    assert "[rank 3] saving behind step 6 takes 0.3 s" in capfd.readouterr().err
+    assert re.search(r"\[rank 3\] saving behind step 6 takes 0\.\d s", capfd.readouterr().err)
 
 
 def test_it_costs_nothing(watchdog):
-    start = time.perf_counter()
-    for _ in range(1000):
-        watchdog.step_ended()
-    assert time.perf_counter() - start < 0.05, "50 microseconds a step"
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(1000):
+            watchdog.step_ended()
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.02, "20 microseconds a step"
 
 
-def test_it_can_be_switched_off(capfd):
-    watchdog = Watchdog(factor=0, floor=0.1, rank=0)
+def test_it_can_be_switched_off():
+    before, watchdog = set(threading.enumerate()), Watchdog(factor=0, floor=0.1, rank=0)
     watchdog.start(1)
-    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+    assert not set(threading.enumerate()) - before
     watchdog.step_ended()
     watchdog.stop()
 
@@ -82,10 +85,8 @@ def test_a_file_that_one_rank_waits_for(tiny, goldens, tmp_path):
     (write / "model").symlink_to(tiny / "model")
     (write / "train.jsonl").symlink_to(tiny / "train.jsonl")
     write_meta(write, images)
-    flags = [
-        *LORA,
-        *"--max_steps 60 --save_strategy no --watchdog_factor 3 --watchdog_seconds 2 --dataloader_num_workers 1".split(),
-    ]
+    flags = [*LORA, *"--max_steps 40 --save_strategy no --watchdog_factor 3 --watchdog_seconds 2".split()]
+    flags += ["--dataloader_num_workers", "1"]
     command, env = started(write, output, *flags, ranks=2)
     with open(tmp_path / "err", "wb") as err, subprocess.Popen(command, env=env, stderr=err, stdout=err) as process:
         try:

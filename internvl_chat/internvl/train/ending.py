@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from internvl.train.preemption import preemption
 CAUSES = [
     (torch.OutOfMemoryError, "", "smaller micro-batches or rows, --grad_checkpoint True or ZeRO-3 need less"),
     (MemoryError, "", "fewer --dataloader_num_workers need less"),
+    (BrokenExecutor, "", "it measures the data; if memory ran out, fewer CPUs for each rank need less"),
     (RuntimeError, "DataLoader worker", "it reads data; if memory ran out, fewer --dataloader_num_workers need less"),
 ]
 lifeline: Lifeline | None = None  # of this process, as the process group is

@@ -8,11 +8,12 @@ there when a run is interrupted.
 import hashlib
 import json
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,10 +176,17 @@ class _Worker:
     @classmethod
     def start(cls, dataset: LazySupervisedDataset) -> None:
         cls.dataset = dataset
+        threading.Thread(target=_end_with_parent, daemon=True).start()
 
     @classmethod
     def measure(cls, samples: Sequence[int]) -> list[tuple]:
         return [_measure_one(cls.dataset, sample) for sample in samples]
+
+
+def _end_with_parent() -> None:
+    """A pool does not notice by itself that whoever feeds it was killed."""
+    parent_process().join()
+    os._exit(1)
 
 
 def _measure_one(dataset: LazySupervisedDataset, sample: int) -> tuple:
