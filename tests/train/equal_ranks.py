@@ -1,9 +1,9 @@
 """One rank of a program that trains the same samples in many ways, one run after the other.
 
-    torchrun --nproc_per_node=2 equal_ranks.py TINY FOLDER '{"name": ["--deepspeed", "zero_stage2_config.json", ...], ...}'
+    torchrun --nproc_per_node=2 equal_ranks.py TINY FOLDER '{"name": ["--bf16", "True", ...], ...}'
 
 TINY is the folder of the fixture `tiny`. By each run's name rank 0 writes FOLDER/NAME.safetensors, how far each trained
-tensor has moved, and FOLDER/NAME.json: losses, norms of gradients, and the tiles that each rank saw in each micro-batch.
+tensor has moved, and FOLDER/NAME.json: losses, norms of gradients, the tiles that each rank saw in each micro-batch.
 """
 
 import gc

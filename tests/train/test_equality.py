@@ -94,8 +94,8 @@ def reference_of(run: Run) -> Run:
 REFERENCES = list(dict.fromkeys(map(reference_of, RUNS)))
 # Of losses, and of how far weights have moved: the largest difference, and the length of all differences beside that of
 # the way. What DeepSpeed trains in bf16 it rounds to bf16 in each step, where the reference computes with fp32 weights.
-TOLERANCE = 1e-5, 1e-5, 1e-3
-TOLERANCES = {"bf16": (2e-2, 1e-2, 0.2)}
+TOLERANCE = 1e-5, 1e-5, 1e-4
+TOLERANCES = {"bf16": (2e-2, 1e-2, 0.15)}
 
 
 def name_of(run: Run) -> str:
@@ -121,7 +121,9 @@ def trained(tiny, tmp_path_factory) -> Callable[[Run], tuple[dict, dict]]:
         program = [Path(__file__).with_name("equal_ranks.py"), tiny, folder, json.dumps(mine)]
         env = os.environ | {"PYTHONPATH": str(ROOT / "internvl_chat"), "OMP_NUM_THREADS": "1"}
         env["INTERNVL_CACHE"] = str(tiny / "cache")
-        done = subprocess.run([sys.executable, *torchrun, *program], env=env, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [sys.executable, *torchrun, *program], env=env, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
     def found(run: Run) -> tuple[dict, dict]:
@@ -148,9 +150,8 @@ def test_who_computes_a_step_changes_no_number(trained, run):
     assert told["norms"] == pytest.approx(expected["norms"], rel=1e-4 if run.mix != "bf16" else 0.1)
     assert way.keys() == reference.keys()
     difference = compared(way) - compared(reference)
-    print(name_of(run), max(abs(a-b) for a,b in zip(told["losses"], expected["losses"])), difference.abs().max(), difference.norm()/ compared(reference).norm())
     assert difference.abs().max() <= of_numbers
-    assert 0 < difference.norm() <= of_way * compared(reference).norm()
+    assert difference.norm() <= of_way * compared(reference).norm() > 0
 
 
 @pytest.mark.slow

@@ -57,14 +57,6 @@ def test_a_run_tells_what_it_does(lora_run):
     assert (output / "checkpoint-3").is_dir()
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_changes_no_loss(tiny, lora_run, stage, tmp_path):
-    run(tiny, tmp_path / "out", *LORA, "--deepspeed", f"zero_stage{stage}_config.json", ranks=2)
-    torch.testing.assert_close(losses(tmp_path / "out"), losses(lora_run[0]), atol=1e-5, rtol=0)
-    for name, tensor in weights(lora_run[0]).items():
-        torch.testing.assert_close(weights(tmp_path / "out")[name], tensor, atol=1e-5, rtol=1e-4)
-
-
 def test_zero_3_composes_resizes_and_grows_alike(tiny, parts, tmp_path):
     """Parts of which every rank holds a slice: an untied head, a projector, nine new tokens and larger tiles."""
     flags = [*composed(parts), "--mlp_path", f"{parts}/mlp_projector.pth", "--force_image_size", "112"]
@@ -76,10 +68,11 @@ def test_zero_3_composes_resizes_and_grows_alike(tiny, parts, tmp_path):
     assert {name: tensor.shape for name, tensor in sliced.items()} == {n: tensor.shape for n, tensor in whole.items()}
 
 
-def test_the_number_of_ranks_and_of_workers_changes_no_loss(tiny, tmp_path):
-    run(tiny, tmp_path / "one", *FULL, "--dataloader_num_workers", "2")
-    run(tiny, tmp_path / "two", *FULL, ranks=2)
-    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5, rtol=0)
+def test_the_number_of_workers_changes_no_loss(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
+    run_here(tiny, tmp_path / "none", *FULL, "--max_steps", "3")
+    run_here(tiny, tmp_path / "two", *FULL, "--max_steps", "3", "--dataloader_num_workers", "2")
+    assert losses(tmp_path / "none") == losses(tmp_path / "two")
 
 
 def test_resume_equals_unbroken(tiny, lora_run, tmp_path):

@@ -173,7 +173,7 @@ HERE += ["group_by_length", "gradient_checkpointing", "activation_checkpointing"
 HERE += ["neftune_noise_alpha"]
 HERE += ["save_full_model", "no_smoke_save"]  # test_life.py
 HERE += ["lora_fp32", "backbone_layer_decay", *(field.name for field in fields(RateArguments))]  # test_part_settings.py
-HERE += ["deepspeed"]  # test_training.py
+HERE += ["deepspeed"]  # test_equality.py
 HERE += [field.name for field in fields(FaultArguments)]  # test_preemption.py, test_faults.py, test_watchdog.py
 HERE += ["ddp_timeout"]  # test_no_hang.py
 
