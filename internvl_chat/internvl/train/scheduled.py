@@ -75,6 +75,7 @@ class ScheduledTrainer(SkippingTrainer):
             prefetch_factor=self.args.dataloader_prefetch_factor or 2 if workers else None,
             multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # for its workers: a run that goes on makes them once more
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
