@@ -56,7 +56,8 @@ def train() -> int:
             reference=reference,
         )
         status = train_and_save(trainer, data, checkpoint)
-        copy_code(model_args, training_args)
+        if not status:
+            copy_code(model_args, training_args)
     return status
 
 
