@@ -16,6 +16,7 @@ import torch
 from internvl.launchers import first_node
 
 from .conftest import ROOT
+from .hosts import find
 from .slurm_cluster import Cluster, cluster_lacks, slurm_cluster, until
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/train")]
@@ -244,6 +245,7 @@ def test_a_task_that_fails_ends_the_others(cluster, tmp_path):
 
 PLACES = """
 import os, sys, time
+import torch
 from internvl.dist_utils import gathered, init_dist, rank
 try:
     init_dist(os.environ["LAUNCHER"])
@@ -252,6 +254,7 @@ except OSError as error:
 places = gathered((os.uname().nodename, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
 if rank() == 0:
     print("places", *sum(places, ()))
+torch.distributed.destroy_process_group()
 """
 BUSY = "import socket, time; s = socket.create_server(('', 23456)); print('listens', flush=True); time.sleep(600)"
 
