@@ -1,7 +1,6 @@
 """torchrun and Open MPI on two hosts, each with its own network and its own 127.0.0.1."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,23 +8,9 @@ from pathlib import Path
 import pytest
 
 from .conftest import ROOT
-from .hosts import Host, find, lacking, two_hosts
+from .hosts import PLACES, Host, find, lacking, places, two_hosts
 
 RECIPE = ROOT / "shell/internvl2.5/8b_vit_lora.sh"
-PLACES = """
-import os, sys
-import torch
-from internvl.dist_utils import gathered, init_dist, rank
-try:
-    init_dist(os.environ["LAUNCHER"])
-except (OSError, ValueError) as error:
-    sys.exit(f"error: {error}")
-places = gathered((os.uname().nodename, os.environ["MASTER_ADDR"], os.environ["LOCAL_RANK"]))
-if rank() == 0:
-    print("places", *sum(places, ()))
-torch.distributed.destroy_process_group()
-"""
-BUSY = "import socket, time; s = socket.create_server(('', 34229)); print('listens', flush=True); time.sleep(600)"
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +32,16 @@ def start(host: Host, folder: Path, **variables: object) -> subprocess.Popen:
     return subprocess.Popen(host.command("bash", RECIPE), env=env, **streams)
 
 
-def places(printed: str) -> list[str]:
-    return re.search(r"^places (.*)$", printed, re.MULTILINE)[1].split()
-
-
 def test_torchrun_meets_on_the_first_host(hosts, tmp_path):
     runs = [start(host, tmp_path, NODE_RANK=node, GPUS=4) for node, host in enumerate(hosts)]
     printed = [run.communicate(timeout=90)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], printed
-    assert places(printed[0]) == "node1 node1 0 node1 node1 1 node2 node1 0 node2 node1 1".split()
+    assert places(printed[0]) == "node1 34229 node1/0 node1/1 node2/0 node2/1".split()
     assert "places" not in printed[1]
 
 
 def test_what_keeps_hosts_apart_is_told(hosts, tmp_path):
-    other = subprocess.Popen(hosts[0].command(sys.executable, "-c", BUSY), stdout=subprocess.PIPE)
-    assert other.stdout.readline() == b"listens\n"
+    hosts[0].listen(34229)
     taken = start(hosts[0], tmp_path, NODE_RANK=0)
     unknown = start(hosts[1], tmp_path, NODE_RANK=1, MASTER_ADDR="node3")
     printed = [run.communicate(timeout=60)[0] for run in (taken, unknown)]
@@ -83,4 +63,5 @@ def test_mpirun_on_one_host(hosts, tmp_path):
     command = ["mpirun", "--oversubscribe", "-n", "2", sys.executable, tmp_path / "entry.py"]
     done = hosts[0].run(*command, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert places(done.stdout) == "node1 127.0.0.1 0 node1 127.0.0.1 1".split()
+    address, _, *ranks = places(done.stdout)
+    assert [address, *ranks] == ["127.0.0.1", "node1/0", "node1/1"]
