@@ -44,7 +44,9 @@ def main() -> None:
         check_address(asked.master_addr)
         torchrun()
     except DistNetworkError as error:
-        raise SystemExit(f"error: {port_is_taken(asked.master_port)}" if "EADDRINUSE" in str(error) else 1) from error
+        if "EADDRINUSE" not in str(error):
+            raise
+        sys.exit(f"error: {port_is_taken(asked.master_port)}")
     except OSError as error:
         sys.exit(f"error: {error}")
     except ChildFailedError as error:

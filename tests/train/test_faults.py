@@ -4,14 +4,17 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from runs import LORA, flags_of, history, prepare, run
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from internvl.model.tokenizer import load_tokenizer
+from internvl.train.intact import faults, newest_whole
 
 COSINE = [*LORA, "--lr_scheduler_type", "cosine", "--max_steps", "8"]
 COSINE += ["--backbone_lora_dropout", "0", "--llm_lora_dropout", "0"]
@@ -77,10 +80,11 @@ def here(tiny, tmp_path, monkeypatch):
     """Train in this process on a folder's checkpoint; the trainer."""
     monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
 
-    def here(*flags: str, of: Path = tiny):
+    def here(*flags: str, of: Path = tiny, at: TrainerCallback | None = None, checkpoint: str | None = None):
         trainer = prepare([*flags_of(of, tmp_path / "out"), *COSINE, *flags])
-        here.trainer = trainer
-        trainer.train()
+        if at:
+            trainer.add_callback(at)
+        trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 
     return here
@@ -117,3 +121,89 @@ def test_weights_that_are_not_finite_are_not_written(here, tmp_path):
     with pytest.raises(ValueError, match="weights are not finite after step 1 .* and [0-9]+ more.: none are written"):
         here("--learning_rate", "1e39", "--save_steps", "1")
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+# -- disks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 1 MB at the output folder: (mount options) -> mount or remount it."""
+
+    def mount(options: str) -> None:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path / "out"], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+
+    (tmp_path / "out").mkdir()
+    mount("size=1m")
+    yield mount
+    subprocess.run(["umount", "--lazy", tmp_path / "out"], check=True)
+
+
+class At(TrainerCallback):
+    """Does something behind a step, before its log and its checkpoint."""
+
+    def __init__(self, step: int, do):
+        self.step, self.do = step, do
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.do()
+
+
+def fill(folder: Path) -> None:
+    """Leave 20 kB."""
+    (folder / "of_somebody_else").write_bytes(b"0" * (shutil.disk_usage(folder).free - 20_000))
+
+
+SAVE = ["--save_steps", "2", "--save_total_limit", "1"]
+FULL = (
+    "checkpoint-4 cannot be written: .*; [0-9,]+ bytes are free there; the same command goes on from checkpoint-2 when"
+)
+
+
+def test_a_full_disk(here, disk, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match=FULL):
+        here(*SAVE, at=At(3, lambda: fill(out)))
+    (out / "of_somebody_else").unlink()
+    assert faults(out / "checkpoint-2") == []
+    trainer = here(*SAVE, checkpoint=str(out / "checkpoint-2"))
+    assert trainer.state.global_step == 8
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-8"] and not (out / "unfinished").exists()
+
+
+def test_a_disk_that_has_become_read_only(here, disk, tmp_path):
+    with pytest.raises(OSError, match="Read-only file system"):
+        here(*SAVE, at=At(3, lambda: disk("remount,ro")))
+    assert faults(tmp_path / "out/checkpoint-2") == []
+
+
+def test_a_read_only_disk_is_known_before_the_first_step(here, disk):
+    disk("remount,ro")
+    with pytest.raises(OSError, match="no checkpoint can be written to .*: .*Read-only file system"):
+        here(*SAVE)
+
+
+def test_the_output_folder_is_removed(here, tmp_path, caplog):
+    """What is in memory is saved at once, and the run goes on, TensorBoard included."""
+    out = tmp_path / "out"
+    trainer = here(*SAVE, "--max_steps", "3", "--report_to", "tensorboard", at=At(3, lambda: shutil.rmtree(out)))
+    assert f"{out} was removed while the run was writing to it" in caplog.text
+    assert trainer.state.global_step == 3
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert faults(out / "checkpoint-3") == [] and list(out.glob("runs/*/events*"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_all_ranks_with_one_sentence(tiny, disk, tmp_path):
+    disk("remount,size=700k")
+    done = run(tiny, tmp_path / "out", *COSINE, "--save_steps", "1", ranks=2, status=1)
+    assert re.search(
+        "error: checkpoint-[0-9] cannot be written: .*; the same command goes on from checkpoint-", done.stderr
+    )
+    newest = newest_whole(tmp_path / "out", tell=print)
+    assert newest and newest.name == done.stderr.split("goes on from ")[1].split()[0]

@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import LORA, losses, run, weights
+from runs import ENTRY, LORA, losses, run, started, weights
 
 from internvl.train.arguments import parse_args
 from internvl.train.check import resume_point
@@ -140,3 +142,35 @@ def test_two_ranks_pass_over_the_same_and_end_as_if_nothing_had_been(tiny, tmp_p
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
     ours, theirs = weights(tmp_path / "out"), weights(tmp_path / "whole")
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+LIVES = [*LORA, "--max_steps", "40", "--save_steps", "1", "--save_total_limit", "2"]
+
+
+def live(tiny: Path, folder: Path, kills: int) -> list[str]:
+    """Runs of `lives.py` in a new folder; what it prints."""
+    folder.mkdir()
+    command, env = started(tiny, folder, *LIVES, ranks=2)
+    flags = command[command.index(str(ENTRY)) + 1 :]
+    command = [sys.executable, Path(__file__).with_name("lives.py"), str(kills), "20", folder, *flags]
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+    logs = "".join(log.read_text()[-2000:] for log in folder.glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:] + logs
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_killed_thirty_times_a_run_ends_as_if_it_had_not_been(tiny, tmp_path):
+    """kill -9 of a rank, or of both, at moments drawn by a seed: the same adapters and losses, to the last bit."""
+    live(tiny, tmp_path / "whole", kills=0)
+    lives = live(tiny, tmp_path / "broken", kills=30)
+    assert lives[-1].startswith("30 kills"), lives
+    finished = [path for path in (tmp_path / "broken").iterdir() if path.is_dir()]
+    assert finished
+    for output in finished:
+        assert losses(output) == losses(tmp_path / "whole/1"), lives
+        for part in ("vision_model", "language_model"):
+            ours, theirs = (folder / part / "adapter_model.safetensors" for folder in (output, tmp_path / "whole/1"))
+            assert ours.read_bytes() == theirs.read_bytes(), lives
+        assert not (output / "unfinished").exists()
+    print("\n".join(lives))

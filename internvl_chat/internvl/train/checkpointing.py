@@ -4,11 +4,13 @@ Below `trainer.py`. With adapters a checkpoint has the layout of `internvl_chat/
 --save_full_model, upstream's, that is the whole model. DeepSpeed's states never hold a frozen weight.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -84,20 +86,21 @@ class CheckpointingTrainer(Trainer):
         start = time.monotonic()
         final, unfinished = Path(self.args.output_dir), Path(self.args.output_dir, UNFINISHED)
         name = f"checkpoint-{self.state.global_step}"
-        self._remove(unfinished)
-        self.folder_of_checkpoints = str(unfinished)
-        super()._save_checkpoint(model, trial)
-        self.folder_of_checkpoints = None
-        barrier()
-        write_manifest(unfinished / name, self.args.should_save, alone=self.args.save_on_each_node)
-        if self.args.should_save:
-            if (final / name).exists():  # of a run that this one starts afresh, or a damaged one
-                os.replace(final / name, unfinished / "replaced")
-            os.replace(unfinished / name, final / name)
-            sync(final)
-            shutil.rmtree(unfinished)
-            self.rotate(final / name)
-        barrier()
+        with said_clearly(f"{name} cannot be written"):
+            self._remove(unfinished)
+            self.folder_of_checkpoints = str(unfinished)
+            super()._save_checkpoint(model, trial)
+            self.folder_of_checkpoints = None
+            barrier()
+            write_manifest(unfinished / name, self.args.should_save, alone=self.args.save_on_each_node)
+            if self.args.should_save:
+                if (final / name).exists():  # of a run that this one starts afresh, or a damaged one
+                    os.replace(final / name, unfinished / "replaced")
+                os.replace(unfinished / name, final / name)
+                sync(final)
+                shutil.rmtree(unfinished)
+                self.rotate(final / name)
+            barrier()
         self.saved_step, self.seconds_to_save = self.state.global_step, time.monotonic() - start
 
     def rotate(self, newest: Path) -> None:
@@ -122,10 +125,11 @@ class CheckpointingTrainer(Trainer):
             ValueError: it cannot be read again.
         """
         start, folder = time.monotonic(), Path(self.args.output_dir, UNFINISHED)
-        self._remove(folder)
-        self.save_model(str(folder), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(folder))
-        barrier()
+        with said_clearly(f"no checkpoint can be written to {self.args.output_dir}"):
+            self._remove(folder)
+            self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+            barrier()
         if self.args.should_save:  # another node may have another disk
             if self.partial:
                 read_trained(self.model, folder)
@@ -176,6 +180,18 @@ class CheckpointingTrainer(Trainer):
 
     def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+
+@contextlib.contextmanager
+def said_clearly(what: str) -> Iterator[None]:
+    """A full or broken disk is an OSError of one sentence: the libraries that write each tell it in their own way."""
+    try:
+        yield
+    except ValueError:  # a sentence already
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise OSError(f"{what}: {lines[0]}") from error
 
 
 def barrier() -> None:

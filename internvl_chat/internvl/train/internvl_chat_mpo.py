@@ -60,7 +60,8 @@ def train() -> int:
         give_up(error)
 
     status = train_and_save(trainer, data, checkpoint)
-    copy_code(model_args, training_args)
+    if not status:
+        copy_code(model_args, training_args)
     return status
 
 

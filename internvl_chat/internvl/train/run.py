@@ -14,6 +14,7 @@ import transformers
 from internvl.dist_utils import rank
 from internvl.train.arguments import TrainingArguments
 from internvl.train.build_data import Data
+from internvl.train.checkpointing import said_clearly
 from internvl.train.preemption import PREEMPTED, ignore_signals
 from internvl.train.trainer import InternVLTrainer
 
@@ -31,7 +32,8 @@ def train_and_save(trainer: InternVLTrainer, data: Data, checkpoint: str | None)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.stopped:
             return PREEMPTED
-        trainer.save_model()
+        with said_clearly(f"the model cannot be written to {trainer.args.output_dir}"):
+            trainer.save_model()
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", {**result.metrics, "train_samples": int(data.usable.sum())})
         trainer.save_state()
