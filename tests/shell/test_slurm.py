@@ -205,7 +205,7 @@ def timed(cluster, tmp_path_factory) -> Job:
 
 @pytest.mark.slow
 def test_the_signal_before_the_time_limit_starts_a_job_again(cluster, timed):
-    timed.wait(lambda: "DUE TO JOB REQUEUE" in timed.printed())
+    timed.wait(lambda: timed.is_now("Restarts", 1))
     cluster.run("scontrol", "update", f"JobId={timed.number}", "StartTime=now+2")  # unless the two minutes are over
     timed.wait(lambda: timed.printed().count("life 1 of task") == 2)
     assert sorted(re.findall(r"life \d of task \d", timed.printed())) == [
