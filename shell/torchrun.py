@@ -13,6 +13,7 @@ import threading
 
 import psutil
 
+from internvl.launchers import check_address, port_is_taken
 from internvl.train.preemption import PREEMPTED, SIGNALS
 
 told: list[signal.Signals] = []  # what has been passed on
@@ -32,12 +33,22 @@ def pass_on() -> None:
 def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=pass_on, daemon=True).start()
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
+    from torch.distributed.run import parse_args
 
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
+    asked = parse_args(None)
     try:
+        check_address(asked.master_addr)
         torchrun()
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        sys.exit(f"error: {port_is_taken(asked.master_port)}")
+    except OSError as error:
+        sys.exit(f"error: {error}")
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         # One rank that left at once may have broken another one's exchange of data.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from internvl.launchers import check_address, free_port, launch_environment  # noqa: F401
+from internvl.launchers import check_address, free_port, launch_environment, port_is_taken  # noqa: F401
 
 timeout = timedelta(minutes=60)
 COLLECTIVE = re.compile(r"gloo|nccl|ProcessGroup|TCPStore|c10d", re.IGNORECASE)  # whose errors have no class
@@ -46,8 +46,7 @@ def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
-            taken = f"port {os.environ['MASTER_PORT']} of {os.uname().nodename}"
-            raise OSError(f"{taken} is taken by another program: set MASTER_PORT to one that is free.") from error
+            raise port_is_taken(os.environ["MASTER_PORT"]) from error
 
 
 def collective_failed(error: BaseException) -> bool:

@@ -107,3 +107,10 @@ def check_address(address: str) -> None:
             f"{os.uname().nodename} finds no address of {address}, where rank 0 runs ({error.strerror}): "
             "set MASTER_ADDR to one."
         ) from error
+
+
+def port_is_taken(port: str | int) -> OSError:
+    """For rank 0, which is to listen there."""
+    return OSError(
+        f"port {port} of {os.uname().nodename} is taken by another program: set MASTER_PORT to one that is free."
+    )

@@ -6,14 +6,30 @@ and its network go with it. Either host resolves both names, 127.0.0.1 is each o
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+# A program in place of a training: who found whom, as `places` reads it.
+PLACES = """
+import os, sys
+import torch
+from internvl.dist_utils import gathered, init_dist, rank
+try:
+    init_dist(os.environ["LAUNCHER"])
+except (OSError, ValueError) as error:
+    sys.exit(f"error: {error}")
+places = gathered(f"{os.uname().nodename}/{os.environ['LOCAL_RANK']}")
+if rank() == 0:
+    print("places", os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], *places)
+torch.distributed.destroy_process_group()
+"""
 ADDRESSES = {"node1": "10.77.0.1", "node2": "10.77.0.2"}
 COMMANDS = ("ip", "setpriv", "unshare", "nsenter", "mount")
 NAMESPACES = "--net --mount --uts --ipc --pid".split()
@@ -30,6 +46,11 @@ def lacking(*commands: str) -> str:
     if os.geteuid() != 0:
         return "only root makes hosts out of namespaces"
     return subprocess.run(["unshare", *NAMESPACES, "--fork", "true"], capture_output=True, text=True).stderr.strip()
+
+
+def places(printed: str) -> list[str]:
+    """Address and port of rank 0, then each rank's host/local rank."""
+    return re.search(r"^places (.*)$", printed, re.MULTILINE)[1].split()
 
 
 class Host:
@@ -59,6 +80,14 @@ class Host:
             "timeout": 120,
         } | options
         return subprocess.run(self.command(*words), **options)
+
+    def listen(self, port: int) -> None:
+        """Take a port until the host ends."""
+        program = (
+            f"import socket, time; s = socket.create_server(('', {port})); print('!', flush=True); time.sleep(1e6)"
+        )
+        other = subprocess.Popen(self.command(sys.executable, "-c", program), stdout=subprocess.PIPE)
+        assert other.stdout.readline() == b"!\n"
 
     def end(self) -> None:
         psutil.Process(self.pid).kill()  # the first of its namespace: the kernel ends the others

@@ -31,6 +31,8 @@ SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
+MinJobAge=3600
+SchedulerParameters=bf_interval=1,sched_interval=2
 SlurmdParameters=config_overrides
 NodeName=node[1-2] CPUs=8 State=UNKNOWN
 PartitionName=tiny Nodes=node[1-2] Default=YES State=UP

@@ -1,8 +1,12 @@
 """launch.sh: wrong inputs end in one sentence, SLURM's places, status and log of a training."""
 
+import os
+import signal
 import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from .conftest import ROOT
@@ -175,6 +179,50 @@ def test_exit_status_and_log(bash, tmp_path):
     log = (tmp_path / "out/training_log.txt").read_text()
     assert log.index("pytorch word 1") < log.index("pytorch word 2"), "appended"
     assert log.count("ends\n") == 2
+
+
+LEAVES_WHEN_TOLD = """
+import os, signal, sys, time
+told = []
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: told.append(number))
+print("waits", flush=True)
+while not told:
+    time.sleep(0.02)
+time.sleep(0.5)
+print("saves")
+print("x" * 100_000)
+print("left")
+sys.exit(85)
+"""
+
+
+def to_shell(process: psutil.Process, number: int) -> None:
+    process.send_signal(number)
+
+
+def to_everything(process: psutil.Process, number: int) -> None:
+    """As SLURM does, to each process of a step."""
+    for one in (process, *process.children(recursive=True)):
+        one.send_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("send", [to_shell, to_everything])
+def test_signals_to_leave_reach_the_training_and_the_log_is_whole(bash, tmp_path, number, send):
+    """Also a second one. The recipe is a task of SLURM: `python3` itself, below its shell."""
+    variables = TASK | {"SLURM_PROCID": 0, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "INTERNVL_VENV": "none"}
+    env = {name: str(value) for name, value in (variables | train(tmp_path, LEAVES_WHEN_TOLD)).items()}
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
+    process = psutil.Popen(["bash", RECIPE], env=env | {"HOME": str(tmp_path)}, **streams)
+    assert process.stdout.readline() == "waits\n"
+    for _ in range(2):
+        send(process, number)
+        time.sleep(0.1)
+    printed = process.communicate(timeout=20)[0]
+    assert process.returncode == 85
+    assert printed == f"saves\n{'x' * 100_000}\nleft\n"
+    assert (tmp_path / "out/training_log.txt").read_text() == f"waits\n{printed}"
 
 
 def test_two_processes_meet(bash, tmp_path):

@@ -16,6 +16,7 @@ import torch
 from internvl.launchers import first_node
 
 from .conftest import ROOT
+from .hosts import PLACES, find, places
 from .slurm_cluster import Cluster, cluster_lacks, slurm_cluster, until
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/train")]
@@ -103,7 +104,7 @@ class Job:
     def printed(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def wait(self, happened, seconds: float = 90) -> None:
+    def wait(self, happened, seconds: float = 180) -> None:
         until(happened, seconds, lambda: self.cluster.says("squeue") + self.printed()[-5000:])
 
     def task(self, rank: int) -> psutil.Process:
@@ -116,9 +117,9 @@ class Job:
         raise AssertionError(f"task {rank} is not there")
 
     def goes_on(self, restarts: int) -> None:
-        """It waits to be started again; SLURM does so two minutes later unless it is asked to hurry."""
+        """It waits to be started again: after two minutes, or, if SLURM is asked, as soon as a second has passed."""
         self.wait(lambda: self.is_now("JobState", "PENDING") and self.is_now("Restarts", restarts))
-        assert self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now").returncode == 0
+        assert self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now+2").returncode == 0
 
 
 # -- trainings ---------------------------------------------------------------------------------------------------------
@@ -185,11 +186,11 @@ def entry(folder: Path, code: str) -> dict[str, object]:
 WAIT_FOR_SIGNAL = """
 import os, signal, sys, time
 told = []
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun's, when the other task has left
 signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
 print(f"life {os.environ.get('SLURM_RESTART_COUNT', 0)} of task {os.environ['SLURM_PROCID']}\\n", end="")
 while not told and "SLURM_RESTART_COUNT" not in os.environ:
     time.sleep(0.1)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sys.exit(85 if told else 0)
 """
 
@@ -203,9 +204,10 @@ def timed(cluster, tmp_path_factory) -> Job:
 
 
 @pytest.mark.slow
-def test_the_signal_before_the_time_limit_starts_a_job_again(timed):
-    timed.goes_on(1)
-    timed.wait(lambda: timed.is_now("JobState", "COMPLETED"))
+def test_the_signal_before_the_time_limit_starts_a_job_again(cluster, timed):
+    timed.wait(lambda: timed.is_now("Restarts", 1))
+    cluster.run("scontrol", "update", f"JobId={timed.number}", "StartTime=now+2")  # unless the two minutes are over
+    timed.wait(lambda: timed.printed().count("life 1 of task") == 2)
     assert sorted(re.findall(r"life \d of task \d", timed.printed())) == [
         f"life {life} of task {task}" for life in (0, 1) for task in (0, 1)
     ]
@@ -242,36 +244,16 @@ def test_a_task_that_fails_ends_the_others(cluster, tmp_path):
     assert from_outside(cluster, **entry(tmp_path, "import sys; sys.exit(3)")).returncode == 3
 
 
-PLACES = """
-import os, sys, time
-from internvl.dist_utils import gathered, init_dist, rank
-try:
-    init_dist(os.environ["LAUNCHER"])
-except OSError as error:
-    sys.exit(f"error: {error}")
-places = gathered((os.uname().nodename, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
-if rank() == 0:
-    print("places", *sum(places, ()))
-"""
-BUSY = "import socket, time; s = socket.create_server(('', 23456)); print('listens', flush=True); time.sleep(600)"
-
-
-def places(printed: str) -> list[str]:
-    return re.search(r"^places (.*)$", printed, re.MULTILINE)[1].split()
-
-
 def test_jobs_share_nodes_and_a_port_that_is_taken_is_told(cluster, tmp_path):
     variables = entry(tmp_path, PLACES)
-    other = subprocess.Popen(cluster.login.command(sys.executable, "-c", BUSY), stdout=subprocess.PIPE)
-    assert other.stdout.readline() == b"listens\n"
+    cluster.login.listen(23456)
     jobs = [start_outside(cluster, **variables, **port) for port in ({}, {}, {"MASTER_PORT": 23456})]
     printed = [job.communicate(timeout=90)[0] for job in jobs]
     assert [job.returncode == 0 for job in jobs] == [True, True, False], printed
     assert "error: port 23456 of node1 is taken by another program: set MASTER_PORT to one that is free" in printed[2]
     first, second = map(places, printed[:2])
-    for node1, address, port, node2, *same in (first, second):
-        assert [node1, address, node2, same] == ["node1", "node1", "node2", ["node1", port]]
-    assert first[2] != second[2]
+    (first, port, *ranks), (second, other_port, *others) = map(places, printed[:2])
+    assert first == second == "node1" and ranks == others == ["node1/0", "node2/0"] and port != other_port
 
 
 def test_mpirun_in_an_allocation(cluster, tmp_path):
@@ -282,5 +264,5 @@ def test_mpirun_in_an_allocation(cluster, tmp_path):
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     done = cluster.run(*"salloc -N2 -n2 mpirun".split(), sys.executable, tmp_path / "entry.py", env=env | root)
     assert done.returncode == 0, done.stdout + done.stderr
-    node1, address, port, node2, *same = places(done.stdout)
-    assert [node1, address, node2, same] == ["node1", "node1", "node2", ["node1", port]]
+    address, _, *ranks = places(done.stdout)
+    assert [address, *ranks] == ["node1", "node1/0", "node2/0"]
