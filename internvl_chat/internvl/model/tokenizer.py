@@ -8,6 +8,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 from transformers.utils import cached_file
 
 from .internlm2.tokenization_internlm2 import InternLM2Tokenizer
+from .internvl_chat.strange_files import reported
 from .saved_tokenizer import SavedForTransformers4
 from .tokenization_llama import LlamaTokenizer
 
@@ -49,13 +50,11 @@ def load_tokenizer(path: str | Path, **kwargs) -> PreTrainedTokenizerBase:
             f"the tokenizer of {str(path)!r} is of class {name}, which only Python code of the checkpoint defines, and "
             "that is not run: save the tokenizer once as tokenizer.json with tokenizer_class PreTrainedTokenizerFast"
         )
-    try:
+    with reported(f"the tokenizer in {str(path)!r}"):
         if own:
             return own.from_pretrained(path, **kwargs)
         # The chat model's configuration would tell AutoTokenizer nothing, and it would warn that it does not know it.
         return AutoTokenizer.from_pretrained(path, config=PretrainedConfig(), trust_remote_code=False, **kwargs)
-    except Exception as error:  # the libraries raise whatever wrong files lead them to
-        raise ValueError(f"the tokenizer in {str(path)!r} cannot be loaded: {error or type(error).__name__}") from error
 
 
 def _has_sentencepiece(path: str | Path) -> bool:

@@ -14,6 +14,7 @@ from internvl.model.checkpoint import add_special_tokens, compose, load_projecto
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.checkpoint_keys import folder_of
 from internvl.model.internvl_chat.merging import merge_adapters
+from internvl.model.internvl_chat.strange_files import reported
 from internvl.model.internvl_chat.trained import note_of_base, weight_files
 from internvl.model.liger import use_liger_kernels
 from internvl.model.lora import FLAGS, RANKS
@@ -56,7 +57,8 @@ def build_model(
 ) -> InternVLChatModel:
     """Load the checkpoint, fit it to the flags, freeze and wrap it."""
     check_towers(model_args, training_args)
-    with data_alone(deepspeed=False):
+    source = model_args.model_name_or_path or f"{model_args.vision_path} and {model_args.llm_path}"
+    with reported(f"the checkpoint {source}"), data_alone(deepspeed=False):
         model = load_model(model_args, data_args, training_args, tokenizer, model_class)
     set_seed(training_args.seed)  # the same adapters to begin with, whatever loading drew
     set_trainable(model, model_args)
@@ -152,6 +154,10 @@ def build_config(model_args: ModelArguments, data_args: DataTrainingArguments) -
             f"--down_sample_ratio {data_args.down_sample_ratio} differs from the checkpoint's "
             f"{config.downsample_ratio}; the projector only fits the latter."
         )
+    for part in (config.vision_config, config.llm_config):
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, int | float) and not 0 <= value < 1:
+                raise ValueError(f"{model_args.model_name_or_path}: {name} {value} in config.json is no probability.")
     config.vision_config.drop_path_rate = model_args.drop_path_rate
     for name, value in chat_settings(model_args, data_args).items():
         before = getattr(config, name)

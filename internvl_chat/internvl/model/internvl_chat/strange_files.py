@@ -6,6 +6,7 @@ elsewhere; names of code on a hub. Beside `from_pretrained`, which asks here fir
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -47,6 +48,18 @@ def refuse_pickles(folder: Path, pattern: str = "*.bin") -> None:
             f"the weights in {folder} are pickled ({found[0]}), and opening a pickle can run code: rewrite them with "
             "tools/pickle2safetensors.py, or train with --allow_pickle True; both read nothing but tensors"
         )
+
+
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """What libraries raise when files are wrong, which may be anything, as a ValueError of one sentence on `what`."""
+    try:
+        yield
+    except (AssertionError, ValueError, OSError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{what} cannot be loaded: {type(error).__name__}: {said}") from error
 
 
 def _read(file: Path) -> dict:
