@@ -58,6 +58,9 @@ def test_only_safetensors_are_read(broken):
     folder = broken(lambda weights: None)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"are pickled \(pytorch_model.bin\).*--allow_pickle True"):
+        InternVLChatModel.from_pretrained(folder)
+    (folder / "pytorch_model.bin").unlink()
     with pytest.raises(OSError, match="safetensors"):
         InternVLChatModel.from_pretrained(folder)
 

@@ -91,3 +91,25 @@ def build(parse):
         return build_model(model_args, data_args, training_args, build_tokenizer(model_args, data_args))
 
     return build
+
+
+@pytest.fixture
+def peak():
+    """A function that tells by how many bytes the memory of this process ever grew since the one before."""
+
+    def of(field: str) -> int:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+    def reset() -> int:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        return of("VmRSS")
+
+    before = [reset()]
+
+    def grown() -> int:
+        most, before[0] = of("VmHWM") - before[0], reset()
+        return most
+
+    return grown

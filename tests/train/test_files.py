@@ -162,7 +162,8 @@ def test_loader_of_upstream_reads_stores(stores, make, tmp_path):
     ],
 )
 def test_a_missing_package_ends_the_run_in_one_sentence(make, monkeypatch, url, absent, reason):
-    dataset = make({"image": url.replace("jsonl", "png"), **ANSWER}, {"video": url.replace("jsonl", "mp4"), **ANSWER})
+    records = [{kind: url.replace("jsonl", end), **ANSWER} for kind, end in (("image", "png"), ("video", "mp4"))]
+    dataset = make(*records, allow_outside_root=True)
     if absent:
         monkeypatch.setitem(sys.modules, absent, None)
     uses = [lambda: Jsonl(url)] + [
@@ -177,7 +178,10 @@ def test_a_missing_package_ends_the_run_in_one_sentence(make, monkeypatch, url, 
 def test_a_store_that_fails_is_a_bad_sample_and_not_the_end(stores, make, monkeypatch):
     """Whatever it raises: those of cloud packages are no OSErrors."""
     dataset = make(
-        {"image": "s3://b/a.png", **ANSWER}, {"video": "s3://b/a.mp4", **ANSWER}, {"video": "s3://b/f/", **ANSWER}
+        {"image": "s3://b/a.png", **ANSWER},
+        {"video": "s3://b/a.mp4", **ANSWER},
+        {"video": "s3://b/f/", **ANSWER},
+        allow_outside_root=True,
     )
 
     class NoCredentials(Exception):

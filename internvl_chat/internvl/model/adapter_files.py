@@ -11,6 +11,8 @@ from peft import LoraConfig
 from transformers import PretrainedConfig
 
 from .internvl_chat.adapting import configured
+from .internvl_chat.strange_files import refuse_pickles
+from .internvl_chat.trained import ADAPTER
 from .lora import LLM_TARGETS, RANKS, VARIANTS
 from .tensor_files import Checkpoint
 
@@ -33,7 +35,7 @@ def read_adapters(folder: str | Path, part: str, config: PretrainedConfig) -> tu
     """
     if own := part_folders(folder).get(part):
         tensors = Checkpoint(own)
-        return LoraConfig.from_pretrained(own), {name.removeprefix(MARK): tensors[name] for name in tensors}
+        return lora_config(own), {name.removeprefix(MARK): tensors[name] for name in tensors}
     if not (rank := getattr(config, RANKS[part], 0)):
         return None
     tensors, prefix = Checkpoint(folder), f"{part}.{MARK}"
@@ -48,6 +50,17 @@ def read_adapters(folder: str | Path, part: str, config: PretrainedConfig) -> tu
         **VARIANTS[asked.variant],
     )
     return settings, {short: tensors[name] for name, short in found.items()}
+
+
+def lora_config(folder: Path) -> LoraConfig:
+    """The settings of a PEFT folder; ValueError if it is of another kind, or its tensors are no safetensors."""
+    refuse_pickles(folder)
+    if not (folder / ADAPTER).is_file():
+        raise ValueError(f"{folder} has no {ADAPTER}")
+    config = LoraConfig.from_pretrained(folder)
+    if type(config) is not LoraConfig or config.megatron_config:  # which would have PEFT import a module by name
+        raise ValueError(f"{folder} holds an adapter of type {config.peft_type.value}, not plain LoRA")
+    return config
 
 
 def refuse_adapters(config: PretrainedConfig, path: str | Path) -> None:

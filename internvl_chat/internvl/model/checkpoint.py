@@ -17,6 +17,7 @@ from .internvl_chat import InternVisionConfig, InternVisionModel, InternVLChatCo
 from .internvl_chat.decoder import attention_of
 from .internvl_chat.modeling_internvl_chat import llm_class_of
 from .internvl_chat.resize import resize_image, resize_tokens, whole
+from .internvl_chat.strange_files import refuse_strange_files
 from .internvl_chat.trained import plain_name
 
 __all__ = ["add_special_tokens", "compose", "load_projector", "resize_image", "whole"]
@@ -30,6 +31,7 @@ def compose(
     drop_path_rate: float = 0.0,
     seed: int = 0,
     model_class: type[InternVLChatModel] = InternVLChatModel,
+    allow_pickle: bool = False,
     **settings,
 ) -> InternVLChatModel:
     """A chat model made of a vision encoder and a language model, with a fresh projector between them.
@@ -38,13 +40,17 @@ def compose(
         vision_path: an InternViT checkpoint, or a chat checkpoint, whose vision encoder is taken.
         llm_path: a causal language model that transformers or this repository knows.
         seed: of the projector's first weights.
+        allow_pickle: either may be `pytorch_model*.bin`, of which tensors alone are read.
         settings: fields of InternVLChatConfig (template, select_layer, ...).
 
     Raises:
         ValueError: a checkpoint that is something else, or lacks weights.
     """
-    vision = _load_vision(vision_path, dtype, drop_path_rate)
-    llm = _load_llm(llm_path, dtype)
+    for path in (vision_path, llm_path):
+        refuse_strange_files(path, allow_pickle)
+    safe = None if allow_pickle else True
+    vision = _load_vision(vision_path, dtype, drop_path_rate, use_safetensors=safe)
+    llm = _load_llm(llm_path, dtype, use_safetensors=safe)
     # Copies: the chat model notes in its configuration what a model yet to be built shall do, and these are built.
     config = InternVLChatConfig(vision.config.to_dict(), llm.config.to_dict(), **settings)
     with torch.random.fork_rng(devices=[]):
@@ -54,23 +60,24 @@ def compose(
     return model
 
 
-def _load_vision(path: str | Path, dtype: torch.dtype, drop_path_rate: float) -> InternVisionModel:
+def _load_vision(path: str | Path, dtype: torch.dtype, drop_path_rate: float, **kwargs) -> InternVisionModel:
     fields = PretrainedConfig.get_config_dict(path)[0]
     if fields.get("use_backbone_lora") or fields.get("base_model"):
         raise ValueError(f"{path} holds LoRA adapters, not plain weights: merge them first with tools/merge_lora.py")
     config = InternVisionConfig.from_pretrained(path)
     config.drop_path_rate = drop_path_rate
-    model, missing = _load(InternVisionModel, path, config, dtype, key_mapping={r"^vision_model\.": ""})
+    model, missing = _load(InternVisionModel, path, config, dtype, key_mapping={r"^vision_model\.": ""}, **kwargs)
     _complain(path, "vision encoder", missing)
     return model
 
 
-def _load_llm(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_llm(path: str | Path, dtype: torch.dtype, **kwargs) -> PreTrainedModel:
     fields = PretrainedConfig.get_config_dict(path)[0]
     config = InternVLChatConfig(llm_config=dict(fields)).llm_config
     name = config.architectures[0]
     llm_class = llm_class_of(name)
-    model, missing = _load(llm_class, path, config, dtype, attn_implementation=attention_of(llm_class, dtype))
+    kwargs["attn_implementation"] = attention_of(llm_class, dtype)
+    model, missing = _load(llm_class, path, config, dtype, **kwargs)
     head = model.get_output_embeddings()
     tied = {f"{name}.weight" for name, module in model.named_modules() if module is head}
     if missing == tied and fields.get("tie_word_embeddings") is not False:
@@ -88,7 +95,6 @@ def _load(cls: type[PreTrainedModel], path, config, dtype, **kwargs) -> tuple[Pr
         path,
         config=config,
         dtype=dtype,
-        use_safetensors=True,
         ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),
         output_loading_info=True,
         **kwargs,

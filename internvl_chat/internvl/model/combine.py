@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 
-from .adapter_files import is_plain, part_folders
+from .adapter_files import is_plain, lora_config, part_folders
 from .internvl_chat import InternVLChatConfig, InternVLChatModel
 from .internvl_chat.merging import adapter_parameters, lora_layers
 from .internvl_chat.trained import OTHERS, fingerprint, is_trained_folder
@@ -73,7 +73,8 @@ def _refuse_another_base(model: InternVLChatModel, folder: Path):
 
 
 def _load(module: torch.nn.Module, folder: Path, name: str) -> PeftModel:
-    wrapped = module if is_wrapped(module) else PeftModel(module, LoraConfig.from_pretrained(folder), name)
+    config = lora_config(folder)
+    wrapped = module if is_wrapped(module) else PeftModel(module, config, name)
     result = wrapped.load_adapter(folder, name)
     missing = [key for key in result.missing_keys if f".{name}." in key]
     if missing or result.unexpected_keys:

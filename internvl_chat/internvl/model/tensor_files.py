@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .internvl_chat.strange_files import refuse_pickles
+
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -21,6 +23,7 @@ class Checkpoint(Mapping):
     def __init__(self, folder: str | Path, rename: Callable[[str], str] = str):
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
+            refuse_pickles(Path(folder))
             raise ValueError(f"no *.safetensors file in {str(folder)!r}")
         opened = [safe_open(file, framework="pt") for file in files]
         self._found = {rename(name): (file, name) for file in opened for name in file.keys()}  # noqa: SIM118 (no dict)

@@ -8,6 +8,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 from transformers.utils import cached_file
 
 from .internlm2.tokenization_internlm2 import InternLM2Tokenizer
+from .internvl_chat.strange_files import reported
 from .saved_tokenizer import SavedForTransformers4
 from .tokenization_llama import LlamaTokenizer
 
@@ -44,15 +45,16 @@ def load_tokenizer(path: str | Path, **kwargs) -> PreTrainedTokenizerBase:
     own = OWN.get(name) or OWN.get(name.removesuffix("Fast"))
     if name.startswith(LlamaTokenizer.__name__) and config.get("legacy") is False and _has_sentencepiece(path):
         own = LlamaTokenizer
-    if own:
-        return own.from_pretrained(path, **kwargs)
-    if "auto_map" in config and tokenizer_class_from_name(name) is None:
+    if not own and "auto_map" in config and tokenizer_class_from_name(name) is None:
         raise ValueError(
             f"the tokenizer of {str(path)!r} is of class {name}, which only Python code of the checkpoint defines, and "
             "that is not run: save the tokenizer once as tokenizer.json with tokenizer_class PreTrainedTokenizerFast"
         )
-    # The chat model's configuration would tell AutoTokenizer nothing, and it would warn that it does not know it.
-    return AutoTokenizer.from_pretrained(path, config=PretrainedConfig(), trust_remote_code=False, **kwargs)
+    with reported(f"the tokenizer in {str(path)!r}"):
+        if own:
+            return own.from_pretrained(path, **kwargs)
+        # The chat model's configuration would tell AutoTokenizer nothing, and it would warn that it does not know it.
+        return AutoTokenizer.from_pretrained(path, config=PretrainedConfig(), trust_remote_code=False, **kwargs)
 
 
 def _has_sentencepiece(path: str | Path) -> bool:

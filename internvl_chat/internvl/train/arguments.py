@@ -35,6 +35,7 @@ class ModelArguments(LoraArguments):
     vision_path: str | None = option(None, "vision encoder checkpoint, when there is no chat checkpoint yet")
     llm_path: str | None = option(None, "language model checkpoint, when there is no chat checkpoint yet")
     mlp_path: str | None = option(None, "projector state dict, loaded on top of either")
+    allow_pickle: bool = option(False, "open weights that are no safetensors, too (*.bin); only tensors are read there")
     freeze_llm: bool = option(False, "freeze the language model")
     freeze_backbone: bool = option(False, "freeze the vision encoder")
     freeze_mlp: bool = option(False, "freeze the projector")
@@ -100,6 +101,7 @@ class DataTrainingArguments:
         False,
         "a step's loss is the mean over the tokens of all its ranks and micro-batches, not the mean of their means",
     )
+    allow_outside_root: bool = option(False, "open what records name outside the root of their data set, too")
     accept_changed_data: bool = option(False, "go on from a checkpoint although the data is not what it was")
     split_annotations: bool = option(
         False, "accepted for InternVL 3.5's recipes; no rank holds annotations in memory, each reads lines it needs"

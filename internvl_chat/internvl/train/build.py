@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from internvl.dist_utils import from_first_rank, init_deepspeed
 from internvl.model.checkpoint import add_special_tokens, compose, load_projector, resize_image
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.internvl_chat.checkpoint_keys import folder_of
 from internvl.model.internvl_chat.merging import merge_adapters
-from internvl.model.internvl_chat.trained import note_of_base
+from internvl.model.internvl_chat.strange_files import reported
+from internvl.model.internvl_chat.trained import note_of_base, weight_files
 from internvl.model.liger import use_liger_kernels
 from internvl.model.lora import FLAGS, RANKS
 from internvl.model.recompute import recomputed_share
@@ -25,6 +27,7 @@ from internvl.train.collator import row_collator
 from internvl.train.constants import IMG_CONTEXT_TOKEN, SPECIAL_TOKENS
 from internvl.train.flops import Passes, step_cost
 from internvl.train.image import NORMALIZE
+from internvl.train.pickles import data_alone
 from internvl.train.plan import Layout
 from internvl.train.quantize import quantization
 from internvl.train.schedule import Schedule
@@ -54,7 +57,9 @@ def build_model(
 ) -> InternVLChatModel:
     """Load the checkpoint, fit it to the flags, freeze and wrap it."""
     check_towers(model_args, training_args)
-    model = load_model(model_args, data_args, training_args, tokenizer, model_class)
+    source = model_args.model_name_or_path or f"{model_args.vision_path} and {model_args.llm_path}"
+    with reported(f"the checkpoint {source}"), data_alone(deepspeed=False):
+        model = load_model(model_args, data_args, training_args, tokenizer, model_class)
     set_seed(training_args.seed)  # the same adapters to begin with, whatever loading drew
     set_trainable(model, model_args)
     if not training_args.deepspeed or training_args.lora_fp32:  # else DeepSpeed keeps fp32 master weights by itself
@@ -83,6 +88,8 @@ def load_model(
     half = torch.bfloat16 if training_args.bf16 or training_args.lora_fp32 else torch.float16
     dtype = half if training_args.bf16 or training_args.fp16 or training_args.lora_fp32 else torch.float32
     more = quantization(model_args, training_args, dtype)
+    if model_args.allow_pickle:
+        more["use_safetensors"] = None  # where there are some, they are taken
     if model_args.model_name_or_path:
         config = build_config(model_args, data_args)
         model = model_class.from_pretrained(model_args.model_name_or_path, config=config, dtype=dtype, **more)
@@ -95,6 +102,7 @@ def load_model(
             drop_path_rate=model_args.drop_path_rate,
             seed=training_args.seed,
             model_class=model_class,
+            allow_pickle=model_args.allow_pickle,
             downsample_ratio=data_args.down_sample_ratio,
             **chat_settings(model_args, data_args),
         )
@@ -119,8 +127,10 @@ def take_over(model: InternVLChatModel, model_args: ModelArguments) -> None:
         merge_adapters(model)
     elif held:
         logger.info("training goes on with the checkpoint's adapters (%s)", said)
-    if merged or model.stands_on is None:
-        path = model_args.model_name_or_path
+    path = model_args.model_name_or_path
+    if model_args.allow_pickle and not weight_files(folder_of(path)):
+        logger.info("%s is pickled, which no run can stand on: this one saves the whole model", path)
+    elif merged or model.stands_on is None:
         model.stands_on = from_first_rank(lambda: note_of_base(path, merged))
         model.trained_before = frozenset()
 
@@ -144,6 +154,10 @@ def build_config(model_args: ModelArguments, data_args: DataTrainingArguments) -
             f"--down_sample_ratio {data_args.down_sample_ratio} differs from the checkpoint's "
             f"{config.downsample_ratio}; the projector only fits the latter."
         )
+    for part in (config.vision_config, config.llm_config):
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, int | float) and not 0 <= value < 1:
+                raise ValueError(f"{model_args.model_name_or_path}: {name} {value} in config.json is no probability.")
     config.vision_config.drop_path_rate = model_args.drop_path_rate
     for name, value in chat_settings(model_args, data_args).items():
         before = getattr(config, name)

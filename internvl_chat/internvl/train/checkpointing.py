@@ -19,7 +19,8 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
 
-from internvl.dist_utils import collective_failed, limit_waiting
+from internvl.dist_utils import collective_failed, from_first_rank, limit_waiting
+from internvl.model.internvl_chat.strange_files import refuse_strange_files
 from internvl.model.internvl_chat.trained import (
     is_trained_folder,
     load_trained,
@@ -30,6 +31,7 @@ from internvl.model.internvl_chat.trained import (
 from internvl.model.lora import is_wrapped
 from internvl.train.intact import checkpoints_in, step_of, sync, write_manifest
 from internvl.train.optimizer_state import STATES, fits, load_states, load_states_of_other_ranks, save_states
+from internvl.train.pickles import data_alone, refuse_code
 
 logger = logging.getLogger(__name__)
 UNFINISHED = "unfinished"  # folder in the output folder in which a checkpoint is written before it gets its name
@@ -145,12 +147,20 @@ class CheckpointingTrainer(Trainer):
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """As transformers', but what is gone on from may be a stranger's: no code in it runs."""
+        if resume_from_checkpoint:
+            from_first_rank(lambda: refuse_code(Path(resume_from_checkpoint)))
+        with data_alone(deepspeed=self.is_deepspeed_enabled):
+            return super().train(resume_from_checkpoint, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if Path(resume_from_checkpoint, STATES).is_file():
             raise ValueError(f"{resume_from_checkpoint} was written under DeepSpeed: go on with --deepspeed.")
         if is_trained_folder(resume_from_checkpoint):
             load_trained(self.model, resume_from_checkpoint)
         else:
+            refuse_strange_files(resume_from_checkpoint)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):

@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from internvl.train.arguments import DataTrainingArguments
 from internvl.train.arrow import Table, is_table
 from internvl.train.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, BadSample
-from internvl.train.files import join
+from internvl.train.files import inside, join
 from internvl.train.image import (
     NORMALIZE,
     build_transform,
@@ -213,7 +213,10 @@ class LazySupervisedDataset(Dataset):
         return self.records[self.order[index]]
 
     def _path(self, path: str) -> str:
-        return join(self.root, path)
+        return self._allowed(join(self.root, path))
+
+    def _allowed(self, path: str) -> str:
+        return path if self.data_args.allow_outside_root else inside(self.root, path)
 
     def _frame_budget(self, path: str) -> int:
         """Frames to ask a video for: decided by its path alone, so that measured lengths hold in every epoch."""
@@ -232,13 +235,13 @@ class LazySupervisedDataset(Dataset):
         """The tiles of each picture, before the transform."""
         kind, paths = sources(record)
         if kind == "video":
-            budget = self._frame_budget(paths[0])
-            frames = read_frames(self._path(paths[0]), budget, clip=record.get("clip"), generator=generator)
+            settings = {"clip": record.get("clip"), "generator": generator, "allowed": self._allowed}
+            frames = read_frames(self._path(paths[0]), self._frame_budget(paths[0]), **settings)
             return [[frame] for frame in frames]
-        images = [load_image(self._path(path)) for path in paths]
+        images = (load_image(self._path(path)) for path in paths)  # one after the other: they may be large
         if not self.data_args.dynamic_image_size:
             return [[image] for image in images]
-        return [dynamic_preprocess(image, **self._tiling(len(images))) for image in images]
+        return [dynamic_preprocess(image, **self._tiling(len(paths))) for image in images]
 
     def _tile_counts(self, record: dict) -> list[int]:
         """How many tiles `_pictures` gives for each picture; nothing is decoded."""

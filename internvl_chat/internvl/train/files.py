@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from internvl.train.constants import BadSample
+
 HEADER = 1 << 16  # bytes fetched at a time where a header is all that is wanted
 
 
@@ -25,6 +27,31 @@ class MissingPackage(ValueError):
 def join(root: str, path: str) -> str:
     """Where a record's `path` lies: below `root`, unless it is absolute or has a protocol of its own."""
     return path if is_remote(path) else os.path.join(root, path)
+
+
+def inside(root: str, path: str) -> str:
+    """`path`, of `join`, if it lies below `root` with all links resolved, of which the root itself may be one.
+
+    Below a remote root neither `..` nor fsspec's chains (`::`) lead on. A root of "" names no folder: it bounds nothing
+    on this machine, and nothing remote lies below it.
+
+    Raises:
+        BadSample: it lies elsewhere; who wrote the records may be a stranger.
+    """
+    if is_remote(root):
+        folder = root.rstrip("/") + "/"
+        rest = path[len(folder) :]
+        below = path.startswith(folder) and ".." not in rest.split("/") and "::" not in rest
+    elif is_remote(path):
+        below = False
+    else:
+        below = not root or os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), ""))
+    if not below:
+        raise BadSample(
+            f"{path} lies outside the root {root!r} of its data set, where records may not lead: correct the root, or "
+            "say --allow_outside_root True if the records are your own"
+        )
+    return path
 
 
 def is_remote(path: str | os.PathLike) -> bool:

@@ -7,6 +7,7 @@ trained model. The arithmetic is that of the published models; tests hold it to 
 import io
 import os
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -32,10 +33,14 @@ NORMALIZE = {
     "siglip": (SIGLIP_MEAN, SIGLIP_STD),
 }
 qualities = list(range(75, 101))
+# What pictures may be, whatever their names say. PIL knows more: EPS, for one, which it has Ghostscript run.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "PCX")
+FORMATS += ("SGI", "QOI", "DDS", "PSD")
 
 
 def load_image(path: str) -> Image.Image:
-    """Decode an image file to RGB; BadSample when it is missing, broken, cut short or larger than PIL allows."""
+    """Decode an image file to RGB; BadSample when it is missing, broken, cut short, or of more than
+    PIL.Image.MAX_IMAGE_PIXELS."""
     return read_image(path, lambda image: image.convert("RGB"))
 
 
@@ -48,8 +53,10 @@ def read_image(path: str, use: Callable[[Image.Image], object], header: bool = F
     """What `use` makes of the opened file, of which `header` says that it reads the beginning only; BadSample in place
     of whatever goes wrong."""
     try:
-        with open_file(path, header) as file, Image.open(file) as image:
-            return use(image)
+        with open_file(path, header) as file, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                return use(image)
     except MissingPackage:
         raise
     except FileNotFoundError as error:
@@ -63,7 +70,7 @@ def read_image(path: str, use: Callable[[Image.Image], object], header: bool = F
 
 def pil_loader(img_str: bytes) -> Image.Image:
     """Bytes of an image file to an RGB image."""
-    return Image.open(io.BytesIO(img_str)).convert("RGB")
+    return Image.open(io.BytesIO(img_str), formats=FORMATS).convert("RGB")
 
 
 @lru_cache

@@ -74,13 +74,14 @@ def load_states_of_other_ranks(engine, parameters: Mapping[str, nn.Parameter], f
     """
     from deepspeed import comm
 
-    shards, converted = folder / (folder / "latest").read_text().strip(), folder / UNIVERSAL
+    shards, converted = shards_in(folder), folder / UNIVERSAL
     if first:
         _convert(shards, converted)
     comm.barrier()
-    saved = torch.load(converted / "zero/optimizer_state.pt", weights_only=False)
+    saved = torch.load(converted / "zero/optimizer_state.pt", weights_only=True)
     of_zero_3 = saved.get("optimizer_state_dict", {}).get("state")
-    steps = [of_zero_3[0]["step"]] if of_zero_3 else [torch.load(f) for f in converted.glob("zero/*/step.pt")]
+    files = [] if of_zero_3 else converted.glob("zero/*/step.pt")
+    steps = [of_zero_3[0]["step"]] if of_zero_3 else [torch.load(file, weights_only=True) for file in files]
 
     def read(name: str, key: str) -> torch.Tensor:
         tensor = torch.load(converted / "zero" / name / f"{key}.pt", weights_only=True)
@@ -99,13 +100,26 @@ def fits(engine, folder: Path) -> bool:
     Raises:
         ValueError: there are none.
     """
-    if not (folder / "latest").is_file():
-        raise ValueError(f"{folder} was not written under DeepSpeed: go on without --deepspeed.")
+    shards = shards_in(folder)
     if not engine.zero_optimization():
         return True
-    files = sorted((folder / (folder / "latest").read_text().strip()).glob("*_optim_states.pt"))
-    stage = torch.load(files[0], weights_only=False, map_location="meta")["optimizer_state_dict"].get("zero_stage")
+    files = sorted(shards.glob("*_optim_states.pt"))
+    stage = torch.load(files[0], weights_only=True, map_location="meta")["optimizer_state_dict"].get("zero_stage")
     return len(files) == engine.dp_world_size and int(stage) == engine.zero_optimization_stage()
+
+
+def shards_in(folder: Path) -> Path:
+    """The folder of DeepSpeed's files in a checkpoint.
+
+    Raises:
+        ValueError: there is none in it.
+    """
+    if not (folder / "latest").is_file():
+        raise ValueError(f"{folder} was not written under DeepSpeed: go on without --deepspeed.")
+    name = (folder / "latest").read_text().strip()
+    if not (folder / name).is_dir() or (folder / name).resolve().parent != folder.resolve():
+        raise ValueError(f"{folder / 'latest'} names {name!r}, which is no folder in {folder}.")
+    return folder / name
 
 
 def _convert(shards: Path, converted: Path) -> None:

@@ -4,7 +4,9 @@ Below `dataset.py`, which turns a record into a Sample; nothing here opens a pic
 """
 
 import json
+import os
 import re
+from contextlib import suppress
 
 from internvl.train.constants import BadSample
 from internvl.train.files import local_copy
@@ -67,12 +69,19 @@ def sources(record: dict) -> tuple[str, list[str]]:
         value = record.get(kind)
         if value:
             paths = [value] if isinstance(value, str) else value
-            if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+            if not isinstance(paths, list) or not all(map(_is_path, paths)):
                 raise BadSample(f"{kind} is {value!r}, not a path or a list of paths")
             if kind == "video" and len(paths) > 1:
                 raise BadSample(f"it has {len(paths)} videos; one is supported")
             return kind, paths
     return "text", []
+
+
+def _is_path(value) -> bool:
+    """Whether a value can be a path at all: half a surrogate pair or a zero byte in it cannot be said to a system."""
+    with suppress(UnicodeEncodeError):
+        return isinstance(value, str) and bool(value) and b"\0" not in os.fsencode(value)
+    return False
 
 
 def read_turns(record: dict) -> list[dict[str, str]]:

@@ -17,6 +17,14 @@ from internvl.train.constants import BadSample
 from internvl.train.files import MissingPackage, exists, is_folder, is_remote, list_folder, open_file
 from internvl.train.image import load_image, read_image
 
+# Containers of films, by FFmpeg's names: it knows others that make it open more files and addresses (hls, concat).
+FILMS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,rm,mxf,nut,ivf,dv,wtv,swf,"
+)
+FILMS += "h264,hevc,h263,m4v,av1,obu,vc1,yuv4mpegpipe,mjpeg,gif,apng,wav,mp3,flac,aac"
+FRAME_PIXELS = 8192 * 4320  # a frame may have; there are many of them in memory
+GIF_PIXELS = 10**10  # of all frames of a GIF, in which each is made from the one before
+
 
 def get_frame_indices(
     num_frames: int,
@@ -66,7 +74,7 @@ def count_frames(path: str, num_frames: int, clip: tuple[float, float] | None = 
     if kind == "folder":
         return min(num_frames, len(_frame_files(path)))
     if kind == "gif":
-        return min(num_frames, read_image(path, lambda gif: getattr(gif, "n_frames", 1)))
+        return min(num_frames, read_image(path, _gif_frames))
     return num_frames
 
 
@@ -77,6 +85,7 @@ def read_frames(
     fix_start: int | None = None,
     clip: tuple[float, float] | None = None,
     generator: random.Random | None = None,
+    allowed: Callable[[str], str] = str,
 ) -> list[Image.Image]:
     """RGB frames of a video: a folder of pictures, a `.gif`, or any film that PyAV opens.
 
@@ -85,9 +94,10 @@ def read_frames(
 
     Args:
         clip: (start, end) in seconds; films only.
+        allowed: gives the path of a picture in a folder back, or raises what there is against opening it.
 
     Raises:
-        BadSample: missing, empty, cut short or broken; a clip that holds no frame.
+        BadSample: missing, empty, cut short, broken, with frames above FRAME_PIXELS; a clip that holds no frame.
         ValueError: a package is missing.
     """
     kind = _kind(path, clip)
@@ -105,7 +115,7 @@ def read_frames(
     else:
         files = _frame_files(path)
         chosen = choose(len(files)) if len(files) > num_frames else range(len(files))
-        frames = [load_image(files[index]) for index in chosen]
+        frames = [load_image(allowed(files[index])) for index in chosen]
     if not frames:
         raise BadSample(f"sampling {sample} chooses no frame of video {path}")
     return frames
@@ -156,9 +166,22 @@ def extract_frame_number(filename: str) -> int:
     return int(match[1]) if match else -1
 
 
+def _gif_frames(gif: Image.Image) -> int:
+    frames = getattr(gif, "n_frames", 1)
+    _refuse_large("it", *gif.size)
+    if frames * gif.width * gif.height > GIF_PIXELS:
+        raise BadSample(f"its {frames} frames of {gif.width} x {gif.height} pixels are more than {GIF_PIXELS:,} pixels")
+    return frames
+
+
+def _refuse_large(what: str, width: int, height: int) -> None:
+    if width * height > FRAME_PIXELS:
+        raise BadSample(f"{what} has frames of {width} x {height} pixels, more than {FRAME_PIXELS:,}")
+
+
 def _read_gif(gif: Image.Image, choose: Callable) -> list[Image.Image]:
     pictures = []
-    for index in sorted(set(choose(getattr(gif, "n_frames", 1)))):
+    for index in sorted(set(choose(_gif_frames(gif)))):
         gif.seek(index)
         pictures.append(gif.convert("RGB"))
     return pictures
@@ -175,7 +198,12 @@ def _read_film(path: str, clip, choose: Callable) -> list[Image.Image]:
         raise MissingPackage(f"reading {path} needs the package av: pip install av.") from error
 
     def opened():
-        return av.open(open_file(path) if is_remote(path) else path)
+        only = {"format_whitelist": FILMS, "protocol_whitelist": "file"}
+        film = av.open(open_file(path) if is_remote(path) else path, options=only)
+        for stream in film.streams.video:
+            _refuse_large(f"video {path}", stream.width, stream.height)
+            stream.codec_context.options = {"max_pixels": str(FRAME_PIXELS)}  # also where it changes on the way
+        return film
 
     try:
         with opened() as film:
@@ -189,6 +217,8 @@ def _read_film(path: str, clip, choose: Callable) -> list[Image.Image]:
                 clock = ((number if keys is None else frame.pts, frame) for number, frame in decoded)
                 frames = _frames_at(shown, clock)
         return frames
+    except av.error.ArgumentError as error:  # what FFmpeg says to whatever the options above forbid
+        raise BadSample(f"video {path} cannot be read: no known kind of film, or frames too large") from error
     except (av.error.FFmpegError, OSError, StopIteration) as error:
         raise BadSample(f"video {path} cannot be read: {error or 'no frame can be decoded'}") from error
 
@@ -203,14 +233,15 @@ def _clock(film, path: str) -> tuple[list[int], list[int] | None, float]:
         raise BadSample(f"video {path} has no pictures, only {[stream.type for stream in film.streams]}")
     stream = film.streams.video[0]
     stream.thread_type = "AUTO"
-    packets = [packet for packet in film.demux(stream) if packet.size]
+    # Not the packets themselves, which are the whole film.
+    packets = [(p.pts, p.is_keyframe, p.is_discard) for p in film.demux(stream) if p.size]
     if "mp4" in film.format.name and len(packets) < stream.frames:  # its header counts exactly
         raise BadSample(f"video {path} is cut short: it holds {len(packets)} of its {stream.frames} frames")
-    packets = [packet for packet in packets if not packet.is_discard]
+    times = [(pts, is_key) for pts, is_key, is_discard in packets if not is_discard]
     fps = float(stream.average_rate or 1)
-    if any(packet.pts is None for packet in packets):
-        return list(range(len(packets))), None, fps
-    return sorted(p.pts for p in packets), sorted(p.pts for p in packets if p.is_keyframe), fps
+    if any(pts is None for pts, _ in times):
+        return list(range(len(times))), None, fps
+    return sorted(pts for pts, _ in times), sorted(pts for pts, is_key in times if is_key), fps
 
 
 def _clip_range(path: str, clip, fps: float, total: int) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from .checkpoint_keys import older_adapter_names, refuse_wrong_keys
 from .configuration_internvl_chat import InternVLChatConfig, image_tokens
 from .decoder import choose_attention, decode
 from .modeling_intern_vit import InternVisionModel
+from .strange_files import refuse_strange_files
 from .trained import load_on_base
 
 # Language models this repository brings along; every other causal language model is transformers' class of that name.
@@ -63,8 +64,7 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
         f"{llm}DecoderLayer" for llm in ("Llama", "InternLM2", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe", "GptOss")
     ]
     _supports_flash_attn_2 = _supports_flash_attn = _supports_sdpa = True
-    # Old checkpoints carry the rotary tables that are recomputed today.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # tables in old checkpoints, recomputed today
     # For saving what was trained alone (see `trained`): the base, and what earlier runs trained beside adapters.
     stands_on: dict | None = None
     trained_before: frozenset[str] = frozenset()
@@ -106,12 +106,12 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Loads a checkpoint from safetensors, wrapping with LoRA as its config says. No remote code is run.
 
-        It may be in upstream's layout, or hold what was trained alone (see `trained`): then the base is loaded from
-        where it was, or from `base_model`.
+        One that holds what was trained alone (see `trained`) stands on its base, which is where it was or `base_model`.
 
         Raises:
-            ValueError: a key is missing, unexpected or of another shape; the message lists all of them.
+            ValueError: keys are missing, unexpected or of another shape, all in the message; a file is not opened.
         """
+        refuse_strange_files(pretrained_model_name_or_path, not kwargs.get("use_safetensors", True))
         base_model = kwargs.pop("base_model", None)
         config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path)
         if getattr(config, "base_model", None):
@@ -120,9 +120,9 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
         want_info = kwargs.pop("output_loading_info", False)
         # Other shapes are ignored so that all can be listed; under ZeRO-3 the model's own are not there to compare.
         lenient = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), "output_loading_info": True}
-        kwargs = {"use_safetensors": True, **kwargs, **lenient}
-        older = older_adapter_names(pretrained_model_name_or_path, config)
-        kwargs |= {"key_mapping": older} if older else {}  # transformers 5
+        names = older_adapter_names(pretrained_model_name_or_path, config)
+        older = {"key_mapping": names} if names else {}  # transformers 5
+        kwargs = {"use_safetensors": True, **kwargs, **lenient, **older}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         refuse_wrong_keys(pretrained_model_name_or_path, info)
         if older:  # else it would be saved under these names again

@@ -138,6 +138,8 @@ def load_on_base(cls, folder: str | Path, config, base_model: str | Path | None 
     """
     note = config.base_model
     path = str(base_model or note["path"])
+    if Path(path).resolve() == Path(folder).resolve():
+        raise ValueError(f"{folder} says that it stands on itself")
     try:
         found = fingerprint(path)
     except ValueError as error:
