@@ -58,6 +58,14 @@ def first_line(**fields):
     return change
 
 
+def edited(name: str, **fields):
+    def change(folder):
+        old = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps(old | fields))
+
+    return change
+
+
 def cut(name: str):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:1000])
 
@@ -68,17 +76,27 @@ FOUND = {
     "a tokenizer cut short": (cut("model/tokenizer.json"), "", "error: the tokenizer in .* cannot be loaded"),
     "a type": (config(max_window_layers=1e-9), "", "error: the checkpoint .*expected int, got float"),
     "a probability": (config(attention_dropout=2), "", "error: .*attention_dropout 2 in config.json is no probability"),
+    "a list for a class": (edited("model/tokenizer_config.json", tokenizer_class=[]), "", "error: the tokenizer in"),
+    "a list for a config": (lambda f: (f / "model/config.json").write_text("[]"), "", "error: the checkpoint .*not list"),
+    "a number for ZeRO": (edited("zero.json", zero_optimization=9), "--deepspeed zero.json", "error: .*9 is no object"),
+    "a number for AdamW": (edited("zero.json", optimizer=2), "--deepspeed zero.json", "error: .*2 is no object"),
+    "no UTF-8 for ZeRO": (
+        lambda f: (f / "zero.json").write_bytes(b'{"a": "\xff"}'),
+        "--deepspeed zero.json",
+        "error: --deepspeed zero.json is not valid JSON",
+    ),
     "a zero byte in a path": (first_line(image="a\0.png"), "", "trained"),
     "half a pair in a path": (first_line(image="\ud800.png"), "", "trained"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", FOUND)
-def test_what_was_found_before(source, tmp_path, what):
+def test_what_was_found_before(source, tmp_path, monkeypatch, what):
     change, flags, expected = FOUND[what]
     case = Case(shutil.copytree(source, tmp_path / "run"), [*LORA, *"--max_bad_samples 4".split(), *flags.split()], [])
     write_meta(case.folder, case.folder / "images")
     change(case.folder)
+    monkeypatch.chdir(case.folder)
     assert re.match(expected, outcome(case), re.DOTALL), outcome(case)
 
 

@@ -178,13 +178,11 @@ def load_zero_config(name: str, args: transformers.TrainingArguments) -> dict:
         raise ValueError(f"--deepspeed {name}: no such file, and not one of {known}.")
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # wrong JSON as well as wrong UTF-8
         raise ValueError(f"--deepspeed {path} is not valid JSON: {error}.") from error
     blocks = [config, *(config.get(key, {}) for key in BLOCKS)] if isinstance(config, dict) else [config]
     if wrong := [block for block in blocks if not isinstance(block, dict)]:
-        raise ValueError(
-            f"--deepspeed {path}: {wrong[0]!r} stands where an object must: of the file, or a block in it."
-        )
+        raise ValueError(f"--deepspeed {path}: {wrong[0]!r} is no object, as the file and each block in it must be.")
     config["wall_clock_breakdown"] = config.get("wall_clock_breakdown", False) and args.log_level == "debug"
     optimizer = {"params": {}} | config.pop("optimizer", {"type": "AdamW"})
     if optimizer.get("type") != "AdamW":
