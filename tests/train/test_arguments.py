@@ -57,6 +57,8 @@ DATA_DEFAULTS = {
 }
 OUR_OWN = {
     "accept_changed_data",
+    "allow_outside_root",
+    "allow_pickle",
     "max_bad_samples",
     "merge_before_training",
     "use_mlp_lora",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LORA, flags_of, prepare, run_here
+from runs import FULL, LORA, flags_of, losses, prepare, run, run_here
 from safetensors.torch import load_file, save_file
 from tools.pickle2safetensors import main as pickle2safetensors
 
@@ -273,6 +273,22 @@ def test_whoever_loads_gets_data_alone(tmp_path, marker, monkeypatch):
     file.write_bytes(b"no zip")
     with pytest.raises(ValueError, match="states.pt cannot be read as a file of torch.save"):
         refuse_code(tmp_path)
+
+
+@pytest.mark.slow
+def test_states_of_deepspeed_run_nothing(tiny, tmp_path, marker):
+    """Resumed from in a process of its own; a whole checkpoint is gone on from."""
+    flags = [*FULL, "--deepspeed", "zero_stage1_config.json", "--save_steps", "2"]
+    run(tiny, tmp_path / "out", *flags, "--max_steps", "2")
+    (file,) = (tmp_path / "out/checkpoint-2").rglob("*_optim_states.pt")
+    kept = file.read_bytes()
+    torch.save({"optimizer_state_dict": Attack(marker)}, file)
+    (tmp_path / "out/checkpoint-2/manifest.json").unlink(missing_ok=True)  # who wrote the file wrote that, too
+    done = run(tiny, tmp_path / "out", *flags, "--max_steps", "3", status=1)
+    assert f"{file.name} is no checkpoint's: opening it would call posix.mkdir" in done.stderr
+    file.write_bytes(kept)
+    run(tiny, tmp_path / "out", *flags, "--max_steps", "3")
+    assert len(losses(tmp_path / "out")) == 3
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/etc", "absent", ".."])

@@ -38,7 +38,11 @@ def load_tokenizer(path: str | Path, **kwargs) -> PreTrainedTokenizerBase:
     """
     if not Path(path).is_dir() and str(path).count("/") > 1:
         raise ValueError(f"there is no checkpoint folder {str(path)!r}")
-    config = get_tokenizer_config(path)
+    with reported(f"the tokenizer in {str(path)!r}"):
+        return _load(path, get_tokenizer_config(path), **kwargs)
+
+
+def _load(path: str | Path, config: dict, **kwargs) -> PreTrainedTokenizerBase:
     if not config:
         raise ValueError(f"no tokenizer in {str(path)!r}: tokenizer_config.json is missing there")
     name = config.get("tokenizer_class") or ""
@@ -50,11 +54,10 @@ def load_tokenizer(path: str | Path, **kwargs) -> PreTrainedTokenizerBase:
             f"the tokenizer of {str(path)!r} is of class {name}, which only Python code of the checkpoint defines, and "
             "that is not run: save the tokenizer once as tokenizer.json with tokenizer_class PreTrainedTokenizerFast"
         )
-    with reported(f"the tokenizer in {str(path)!r}"):
-        if own:
-            return own.from_pretrained(path, **kwargs)
-        # The chat model's configuration would tell AutoTokenizer nothing, and it would warn that it does not know it.
-        return AutoTokenizer.from_pretrained(path, config=PretrainedConfig(), trust_remote_code=False, **kwargs)
+    if own:
+        return own.from_pretrained(path, **kwargs)
+    # The chat model's configuration would tell AutoTokenizer nothing, and it would warn that it does not know it.
+    return AutoTokenizer.from_pretrained(path, config=PretrainedConfig(), trust_remote_code=False, **kwargs)
 
 
 def _has_sentencepiece(path: str | Path) -> bool:

@@ -22,6 +22,8 @@ ZERO_CONFIGS = Path(__file__).resolve().parents[3] / "zero_stage_configs"
 if not ZERO_CONFIGS.is_dir():  # laid over an upstream checkout, they lie where upstream has them: beside the package
     ZERO_CONFIGS = Path(__file__).resolve().parents[2]
 
+BLOCKS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")  # of a DeepSpeed configuration
+
 
 def option(default, help: str):
     return field(default=default, metadata={"help": help})
@@ -179,10 +181,13 @@ def load_zero_config(name: str, args: transformers.TrainingArguments) -> dict:
         raise ValueError(f"--deepspeed {name}: no such file, and not one of {known}.")
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # wrong JSON as well as wrong UTF-8
         raise ValueError(f"--deepspeed {path} is not valid JSON: {error}.") from error
+    blocks = [config, *(config.get(key, {}) for key in BLOCKS)] if isinstance(config, dict) else [config]
+    if wrong := [block for block in blocks if not isinstance(block, dict)]:
+        raise ValueError(f"--deepspeed {path}: {wrong[0]!r} is no object, as the file and each block in it must be.")
     config["wall_clock_breakdown"] = config.get("wall_clock_breakdown", False) and args.log_level == "debug"
-    optimizer = config.pop("optimizer", {"type": "AdamW", "params": {}})
+    optimizer = {"params": {}} | config.pop("optimizer", {"type": "AdamW"})
     if optimizer.get("type") != "AdamW":
         raise ValueError(f"--deepspeed {path}: optimizer {optimizer.get('type')} is not supported, only AdamW is.")
     flags = {
@@ -191,7 +196,9 @@ def load_zero_config(name: str, args: transformers.TrainingArguments) -> dict:
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
     }
-    for key, value in optimizer.get("params", {}).items():
+    if not isinstance(optimizer["params"], dict):
+        raise ValueError(f"--deepspeed {path}: the optimizer's params are {optimizer['params']!r}, not an object.")
+    for key, value in optimizer["params"].items():
         if value != "auto" and value != flags.get(key):
             raise ValueError(
                 f"--deepspeed {path} sets optimizer {key} to {value}, the command line to {flags.get(key)}."

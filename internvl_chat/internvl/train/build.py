@@ -58,7 +58,8 @@ def build_model(
     """Load the checkpoint, fit it to the flags, freeze and wrap it."""
     check_towers(model_args, training_args)
     source = model_args.model_name_or_path or f"{model_args.vision_path} and {model_args.llm_path}"
-    with reported(f"the checkpoint {source}"), data_alone(deepspeed=False):
+    beside = " as DeepSpeed is configured" if training_args.deepspeed else ""
+    with reported(f"the checkpoint {source}{beside}"), data_alone(deepspeed=False):
         model = load_model(model_args, data_args, training_args, tokenizer, model_class)
     set_seed(training_args.seed)  # the same adapters to begin with, whatever loading drew
     set_trainable(model, model_args)

@@ -59,6 +59,7 @@ class ScheduledTrainer(SkippingTrainer):
         super().__init__(*args, **kwargs)
         self.schedule, self.accept_changed_data = schedule, accept_changed_data
         self.epoch, self.first_step = 0, 0  # the current epoch, and the number of steps before it
+        self.loader: DataLoader | None = None
         self.went_on_at: tuple[int, int] | None = None  # epoch and step in it that a checkpoint was made at
 
     def get_train_dataloader(self) -> DataLoader:
@@ -66,7 +67,7 @@ class ScheduledTrainer(SkippingTrainer):
         cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         workers = min(self.args.dataloader_num_workers, cores)  # the order is the same with any number
         batches = PlannedBatches(self.schedule, self.args.process_index, epoch=lambda: self.epoch)
-        return DataLoader(
+        self.loader = DataLoader(
             self.train_dataset,
             batch_sampler=batches,
             collate_fn=self.data_collator,
@@ -78,6 +79,7 @@ class ScheduledTrainer(SkippingTrainer):
             generator=torch.Generator(),  # for its workers: a run that goes on makes them once more
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
+        return self.loader
 
     # -- epochs --------------------------------------------------------------------------------------------------------
 
@@ -100,7 +102,13 @@ class ScheduledTrainer(SkippingTrainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         if resume_from_checkpoint:
             self.go_on_from(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            if self.loader:
+                # Workers end now: left to the garbage collector, which may take their queues first, each is waited for
+                # in vain for 5 s, killed, and leaves a folder in the temporary folder.
+                self.loader._iterator = None
 
     def go_on_from(self, checkpoint: Path) -> None:
         """Let the schedule begin where the checkpoint was made.
