@@ -236,9 +236,9 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
         return any((self.training and weight.requires_grad) or hasattr(weight, "ds_id") for weight in weights)
 
     def _smallest_picture(self) -> torch.Tensor:
-        """Black, of one visual token."""
+        """Black, of one visual token. Asks no weight by name, which ZeRO-3 would gather: not all ranks come here."""
         side = self.config.vision_config.patch_size * round(1 / self.downsample_ratio)
-        weight = plain(self.vision_model).embeddings.patch_embedding.weight
+        weight = next(plain(self.vision_model).embeddings.patch_embedding.parameters())
         return torch.zeros(1, 3, side, side, dtype=weight.dtype, device=weight.device)
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
