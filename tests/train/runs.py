@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import psutil
 import torch
+from ranks import Ranks
 from safetensors.torch import load_file
 
 from internvl.dist_utils import free_port
@@ -46,35 +47,45 @@ def composed(parts: Path) -> list[str]:
 
 
 def run(
-    tiny: Path, output: Path, *flags: str, ranks: int = 1, status: int = 0, entry: Path = ENTRY
+    tiny: Path, output: Path, *flags: str, ranks: int = 1, status: int = 0, entry: Path = ENTRY, launcher: bool = False
 ) -> subprocess.CompletedProcess:
-    """Train in `ranks` processes of their own; a single one is started without a launcher."""
-    command, env = started(tiny, output, *flags, ranks=ranks, entry=entry)
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    """Train in `ranks` processes of their own: forked, or with a `launcher` by torchrun, a single one by Python."""
+    if launcher or torch.cuda.is_available():  # CUDA cannot be used after a fork
+        command, env = started(tiny, output, *flags, ranks=ranks, entry=entry)
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    else:
+        with TemporaryDirectory() as folder:
+            done = forked(Path(folder), tiny, output, *flags, ranks=ranks, entry=entry).wait()
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-5000:]
     return done
 
 
 def run_until(there: Path, tiny: Path, output: Path, *flags: str, ranks: int = 1) -> None:
     """Train as `run` does, and kill all processes without a warning as soon as `there` exists."""
-    command, env = started(tiny, output, *flags, ranks=ranks)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = psutil.Popen(command, env=env, **quiet)
-    while not there.exists():
-        assert process.poll() is None, f"it ended before {there} was written"
-        time.sleep(0.01)
-    family = [process, *process.children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
+    with TemporaryDirectory() as folder:
+        run = forked(Path(folder), tiny, output, *flags, ranks=ranks)
+        while not there.exists():
+            assert run.running(), f"it ended before {there} was written: {run.wait().stderr[-5000:]}"
+            time.sleep(0.01)
+        run.kill()
+
+
+def forked(folder: Path, tiny: Path, output: Path, *flags: str, ranks: int, entry: Path = ENTRY) -> Ranks:
+    """A run whose output goes to `folder`."""
+    command = [str(entry), *flags_of(tiny, output, ranks), *map(str, flags)]
+    return Ranks(command, environment(tiny), ranks, free_port(), folder)
 
 
 def started(tiny: Path, output: Path, *flags: str, ranks: int, entry: Path = ENTRY) -> tuple[list[str], dict]:
-    """Command line and environment of a run."""
+    """Command line and environment of a run with a launcher."""
     torchrun = [ROOT / "shell/torchrun.py", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
     command = [sys.executable, *(torchrun if ranks > 1 else []), entry, *flags_of(tiny, output, ranks), *flags]
+    return list(map(str, command)), environment(tiny)
+
+
+def environment(tiny: Path) -> dict[str, str]:
     ours = {"PYTHONPATH": str(ROOT / "internvl_chat"), "OMP_NUM_THREADS": "1", "INTERNVL_CACHE": str(tiny / "cache")}
-    return list(map(str, command)), os.environ | ours
+    return os.environ | ours
 
 
 def history(output: Path) -> list[dict]:

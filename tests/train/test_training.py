@@ -26,9 +26,9 @@ from internvl.train.constants import SPECIAL_TOKENS
 
 @pytest.fixture(scope="module")
 def lora_run(tiny, tmp_path_factory):
-    """Two ranks, both adapters, no DeepSpeed."""
+    """Two ranks that torchrun started, both adapters, no DeepSpeed."""
     output = tmp_path_factory.mktemp("runs") / "lora"
-    return output, run(tiny, output, *LORA, ranks=2).stdout
+    return output, run(tiny, output, *LORA, ranks=2, launcher=True).stdout
 
 
 def test_a_lora_run_moves_adapters_and_nothing_else(tiny, lora_run):
