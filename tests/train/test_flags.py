@@ -284,6 +284,8 @@ CHECKED = {
     DataTrainingArguments: [*SAMPLE, *PACKED, "down_sample_ratio", "max_seq_length", "max_bad_samples", "meta_path"]
     + ["use_data_resampling", "pad2square", "normalize_type"],
 }
+CHECKED[ModelArguments] += ["allow_pickle"]  # test_strange_checkpoints.py
+CHECKED[DataTrainingArguments] += ["allow_outside_root"]  # test_strange_data.py
 
 
 @pytest.mark.parametrize("kind", CHECKED)
