@@ -75,7 +75,8 @@ def test_nothing_left_is_a_row_that_trains_nothing(rows, key):
 
 
 def test_only_bad_samples_are_caught(make):
-    dataset = make({"image": "nowhere://bucket/a.png", "conversations": turns("What?", "A.")}, meta={"root": ""})
+    record = {"image": "nowhere://bucket/a.png", "conversations": turns("What?", "A.")}
+    dataset = make(record, meta={"root": ""}, allow_outside_root=True)
     with pytest.raises(ValueError, match="cannot be opened by fsspec: Protocol not known: nowhere"):
         PackedDataset([dataset])[0, 0]
 

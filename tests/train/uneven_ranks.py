@@ -95,4 +95,4 @@ if __name__ == "__main__":
     with shared_end():
         join_ranks(["--ddp_timeout", "60"])
         main(Path(sys.argv[1]), json.loads(sys.argv[2]))
-    leave()
+    leave(0)
