@@ -18,16 +18,16 @@ from transformers import TrainerCallback
 SHARED = Path("/dev/shm")
 
 
-def held() -> dict[str, int]:
-    """What this process holds that it could leak; segments of shared memory are this user's."""
+def held(pids: set[int]) -> dict[str, int]:
+    """What this process holds that it could leak; `pids`: of all processes that it had, whose shared memory counts."""
     process = psutil.Process()
-    mine = [file for file in SHARED.iterdir() if file.stat().st_uid == os.getuid()]
+    made = [name.split("_")[1] for name in os.listdir(SHARED) if name.startswith("torch_")]
     return {
         "open files": process.num_fds(),
         "child processes": len(process.children(recursive=True)),
         "threads": process.num_threads(),
-        "files in /dev/shm": len([file for file in mine if file.name.startswith(("torch_", "sem.", "psm_"))]),
-        "folders in the temporary folder": len(list(Path(os.environ["TMPDIR"]).iterdir())),
+        "files in /dev/shm": len([pid for pid in made if pid.isdecimal() and int(pid) in pids]),
+        "folders in the temporary folder": len(os.listdir(os.environ["TMPDIR"])),
     }
 
 
@@ -42,10 +42,11 @@ class Watch(TrainerCallback):
     """Writes down memory and open files at every `window` steps."""
 
     def __init__(self, window: int):
-        self.window, self.seen = window, []
+        self.window, self.seen, self.pids = window, [], {os.getpid()}
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.window == 0:
+            self.pids |= {child.pid for child in psutil.Process().children(recursive=True)}
             self.seen.append({"step": state.global_step, **memory(), "open files": psutil.Process().num_fds()})
 
 
@@ -70,13 +71,18 @@ def soak(tiny: Path, output: Path, steps: int, window: int) -> dict:
     trainer = prepare([*flags_of(tiny, output), *LORA, *flags])
     watch = Watch(window)
     trainer.add_callback(watch)
-    before = held()
+    before = held(watch.pids)
     trainer.train()
     trainer.save_model()
     assert trainer.state.global_step == steps
     del trainer
     gc.collect()
-    return {"before": before, "seen": watch.seen, "after": held(), "kept": sorted(p.name for p in output.iterdir())}
+    return {
+        "before": before,
+        "seen": watch.seen,
+        "after": held(watch.pids),
+        "kept": sorted(p.name for p in output.iterdir()),
+    }
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def test_more_cases_in_this_process(source):
 @pytest.mark.slow
 @pytest.mark.parametrize("kinds", [["zero"], HERE], ids=["zero", "others"])
 def test_cases_as_processes(source, kinds):
-    assert not findings(fuzz(source, 2, range(5), kinds, outcome_of_process))
+    assert not findings(fuzz(source, 2, range(4), kinds, outcome_of_process))
 
 
 def config(**fields):
@@ -77,7 +77,7 @@ FOUND = {
     "a type": (config(max_window_layers=1e-9), "", "error: the checkpoint .*expected int, got float"),
     "a probability": (config(attention_dropout=2), "", "error: .*attention_dropout 2 in config.json is no probability"),
     "a list for a class": (edited("model/tokenizer_config.json", tokenizer_class=[]), "", "error: the tokenizer in"),
-    "a list for a config": (lambda f: (f / "model/config.json").write_text("[]"), "", "error: the checkpoint .*not list"),
+    "a list for a config": (lambda f: (f / "model/config.json").write_text("[]"), "", "error: the checkpoint .*list"),
     "a number for ZeRO": (edited("zero.json", zero_optimization=9), "--deepspeed zero.json", "error: .*9 is no object"),
     "a number for AdamW": (edited("zero.json", optimizer=2), "--deepspeed zero.json", "error: .*2 is no object"),
     "no UTF-8 for ZeRO": (
