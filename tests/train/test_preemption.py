@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import LORA, ROOT, flags_of, losses, prepare, run, started, weights
+from runs import ENTRY, LORA, ROOT, flags_of, losses, prepare, run, started, weights
 
 from internvl.train.arguments import parse_args
 from internvl.train.intact import newest_whole
@@ -19,9 +19,9 @@ from internvl.train.preemption import PREEMPTED
 STEPS = ["--max_steps", "40", "--save_steps", "1000", "--save_total_limit", "1"]
 
 
-def start(tiny: Path, output: Path, *flags: str, ranks: int) -> subprocess.Popen:
+def start(tiny: Path, output: Path, *flags: str, ranks: int, entry: Path = ENTRY) -> subprocess.Popen:
     """A run in a process group of its own, with its output in a file beside its folder."""
-    command, env = started(tiny, output, *flags, ranks=ranks)
+    command, env = started(tiny, output, *flags, ranks=ranks, entry=entry)
     with open(log_of(output), "w") as log:
         return subprocess.Popen(
             command, env=env | {"PYTHONUNBUFFERED": "1"}, stdout=log, stderr=log, start_new_session=True
@@ -136,12 +136,13 @@ def test_a_checkpoint_for_which_there_is_no_time_is_not_begun(tiny, tmp_path, mo
 # -- before the first step ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("seconds", [0.3, 4])
-def test_before_the_first_step_there_is_nothing_to_save(tiny, tmp_path, ranks, seconds):
-    """At 0.3 s Python itself starts, or torchrun; at 4 s torch is imported."""
-    output = tmp_path / "out"
-    process = start(tiny, output, *LORA, *STEPS, ranks=ranks)
+@pytest.mark.parametrize(
+    ("seconds", "ranks", "program"), [(0.3, 1, "finetune"), (0.3, 2, "mpo"), (2, 1, "pretrain"), (4, 2, "finetune")]
+)
+def test_before_the_first_step_there_is_nothing_to_save(tiny, tmp_path, seconds, ranks, program):
+    """At 0.3 s Python itself starts, or torchrun; later torch is imported. Every program listens."""
+    output, entry = tmp_path / "out", ENTRY.with_name(f"internvl_chat_{program}.py")
+    process = start(tiny, output, *LORA, *STEPS, ranks=ranks, entry=entry)
     time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == PREEMPTED, log_of(output).read_text()
