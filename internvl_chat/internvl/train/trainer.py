@@ -69,13 +69,9 @@ class InternVLTrainer(MeteredTrainer):
     # -- step --------------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """AdamW with a group a part; where DeepSpeed offloads its states, accelerate makes a DeepSpeedCPUAdam of it."""
         if self.optimizer is None:
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.hf_ds_config.is_offload():
-                from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-                optimizer_class = DeepSpeedCPUAdam  # the one that steps states which are not on the device
-                kwargs = {key: kwargs[key] for key in ("lr", "betas", "eps")}
             groups = parameter_groups(self.model, self.args)
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
