@@ -97,7 +97,11 @@ class ScheduledTrainer(CheckpointingTrainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         if resume_from_checkpoint:
             self.go_on_from(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint, **kwargs)
+        # Nobody else holds it: its workers end now. Found later, among garbage, it would wait 5 seconds for each of
+        # them, since its queues, through which it tells them, are closed first.
+        self.callback_handler.train_dataloader = None
+        return result
 
     def go_on_from(self, checkpoint: Path) -> None:
         """Let the schedule begin where the checkpoint was made.
