@@ -21,7 +21,7 @@ def cache(tiny, monkeypatch):
 
 
 def test_the_loss_of_a_step_is_that_of_its_tokens_in_any_layout(tiny, tmp_path):
-    """All 13 samples in one step: packed or not, in whatever micro-batches, with one empty. `test_equality.py`: on several ranks."""
+    """All 13 samples in one step: packed or not, in whatever micro-batches, with one empty."""
     layouts = {
         "apart": ["--gradient_accumulation_steps", "13"],
         "of_5": ["--per_device_train_batch_size", "5", "--gradient_accumulation_steps", "3"],
