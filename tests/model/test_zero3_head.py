@@ -28,6 +28,7 @@ CONFIG = {
 GATHERED = {"trained": [2, 1, 1, 1, 1], "tied": [4, 1, 1, 1, 1], "frozen": [1] * STEPS}
 
 
+@pytest.mark.slow
 def test_the_head_is_gathered_once_a_step_and_losses_stay(tmp_path):
     mp.spawn(_on_rank, args=(f"file://{tmp_path}/store",), nprocs=RANKS)
 

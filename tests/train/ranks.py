@@ -84,5 +84,6 @@ def _run(command: list[str], env: dict[str, str], said: list[Path]) -> None:
     os.environ.update(env)
     for number, file in enumerate(said, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    multiprocessing.set_start_method(None, force=True)  # the program's own processes start as they always do
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")

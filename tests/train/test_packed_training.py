@@ -21,7 +21,7 @@ def cache(tiny, monkeypatch):
 
 
 def test_the_loss_of_a_step_is_that_of_its_tokens_in_any_layout(tiny, tmp_path):
-    """All 13 samples in one step: packed or not, in whatever micro-batches, one of them empty."""
+    """All 13 samples in one step: packed or not, in whatever micro-batches, with one empty."""
     layouts = {
         "apart": ["--gradient_accumulation_steps", "13"],
         "of_5": ["--per_device_train_batch_size", "5", "--gradient_accumulation_steps", "3"],
@@ -37,7 +37,7 @@ def test_the_loss_of_a_step_is_that_of_its_tokens_in_any_layout(tiny, tmp_path):
     expected = weights(tmp_path / "apart")
     start = weights(tiny / "model")
     assert any((expected[name] - start[name]).abs().max() > 1e-4 for name in expected)
-    for name in [*layouts][1:]:
+    for name in list(layouts)[1:]:
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "apart"), rel=1e-5), name
         assert [step["grad_norm"] for step in history(tmp_path / name)] == pytest.approx(
             [step["grad_norm"] for step in history(tmp_path / "apart")], rel=1e-4

@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from runs import (
@@ -68,11 +69,15 @@ def test_zero_3_composes_resizes_and_grows_alike(tiny, parts, tmp_path):
     assert {name: tensor.shape for name, tensor in sliced.items()} == {n: tensor.shape for n, tensor in whole.items()}
 
 
-def test_the_number_of_workers_changes_no_loss(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
-    run_here(tiny, tmp_path / "none", *FULL, "--max_steps", "3")
-    run_here(tiny, tmp_path / "two", *FULL, "--max_steps", "3", "--dataloader_num_workers", "2")
-    assert losses(tmp_path / "none") == losses(tmp_path / "two")
+def test_the_number_of_ranks_and_of_workers_changes_no_loss(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+    trainer = prepare([*flags_of(tiny, tmp_path / "one"), *FULL, "--dataloader_num_workers", "2"])
+    before = psutil.Process().children()
+    trainer.train()
+    trainer.save_state()
+    assert psutil.Process().children() == before, "workers end when the training does"
+    run(tiny, tmp_path / "two", *FULL, ranks=2)
+    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5, rtol=0)
 
 
 def test_resume_equals_unbroken(tiny, lora_run, tmp_path):

@@ -15,6 +15,10 @@ for name in """
     deepspeed.runtime.superoffload.superoffload_stage3 deepspeed.checkpoint.ds_to_universal
 """.split():
     importlib.import_module(name)
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+
 Image.init()
+for name in ("CPUAdamBuilder", "ShareMemCommBuilder"):  # compiled once a machine
+    get_accelerator().create_op_builder(name).load()
 torch.set_num_threads(1)
 gc.freeze()  # a collection in a fork need not look at all this, nor copy its pages
