@@ -64,7 +64,6 @@ if os.environ.get("INTERNVL_ALL_LIVES") == "1":
     LIVES = list(itertools.product(MIXES, STAGES))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("mix", "stage"), LIVES)
 def test_a_life(tiny, tmp_path, monkeypatch, mix, stage):
     flags, tokenizer, ranks = [*MIXES[mix], *STAGES[stage]], load_tokenizer(tiny / "model"), 1 + (stage != "no ZeRO")

@@ -44,7 +44,6 @@ def test_the_loss_of_a_step_is_that_of_its_tokens_in_any_layout(tiny, tmp_path):
         ), name
 
 
-@pytest.mark.slow
 def test_killed_on_two_ranks_goes_on_there_as_if_nothing_was_and_elsewhere_with_the_rest(tiny, tmp_path):
     """The recipe's kind of run, ZeRO-2, in steps of 2 rows, a sample split: resumed in the middle of an epoch."""
     flags = [
