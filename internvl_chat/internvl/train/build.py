@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from internvl.dist_utils import from_first_rank, init_deepspeed
+from internvl.dist_utils import collective_failed, from_first_rank, init_deepspeed
 from internvl.model.checkpoint import add_special_tokens, compose, load_projector, resize_image
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.checkpoint_keys import folder_of
@@ -59,7 +59,7 @@ def build_model(
     check_towers(model_args, training_args)
     source = model_args.model_name_or_path or f"{model_args.vision_path} and {model_args.llm_path}"
     beside = " as DeepSpeed is configured" if training_args.deepspeed else ""
-    with reported(f"the checkpoint {source}{beside}"), data_alone(deepspeed=False):
+    with reported(f"the checkpoint {source}{beside}", collective_failed), data_alone(deepspeed=False):
         model = load_model(model_args, data_args, training_args, tokenizer, model_class)
     set_seed(training_args.seed)  # the same adapters to begin with, whatever loading drew
     set_trainable(model, model_args)

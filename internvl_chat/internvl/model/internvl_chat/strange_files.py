@@ -5,7 +5,7 @@ elsewhere; names of code on a hub. Beside `from_pretrained`, which asks here fir
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,13 +51,16 @@ def refuse_pickles(folder: Path, pattern: str = "*.bin") -> None:
 
 
 @contextmanager
-def reported(what: str) -> Iterator[None]:
-    """What libraries raise when files are wrong, which may be anything, as a ValueError of one sentence on `what`."""
+def reported(what: str, passing: Callable[[Exception], bool] = lambda error: False) -> Iterator[None]:
+    """What libraries raise when files are wrong, which may be anything, as a ValueError of one sentence on `what`; but
+    for errors that files are not to blame for, which are `passing`."""
     try:
         yield
     except (AssertionError, ValueError, OSError):
         raise
     except Exception as error:
+        if passing(error):
+            raise
         said = " ".join(str(error).split())
         raise ValueError(f"{what} cannot be loaded: {type(error).__name__}: {said}") from error
 
