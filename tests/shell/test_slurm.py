@@ -241,7 +241,8 @@ def test_a_task_that_fails_ends_the_others(cluster, tmp_path):
     done = from_outside(cluster, **entry(tmp_path, ONE_FAILS))
     assert time.monotonic() - start < 20
     assert done.returncode == 128 + 15 and "task 1: Exited with exit code 3" in done.stdout  # the highest of both
-    assert from_outside(cluster, **entry(tmp_path, "import sys; sys.exit(3)")).returncode == 3
+    both = from_outside(cluster, **entry(tmp_path, "import sys; sys.exit(3)"))
+    assert both.returncode in (3, 128 + 15), "143 where one ends so late that srun ends it"
 
 
 def test_jobs_share_nodes_and_a_port_that_is_taken_is_told(cluster, tmp_path):

@@ -22,7 +22,7 @@ with open(ROOT / "tests/recipes.tsv", newline="") as table:
 NOT_SHIPPED = {path for path, row in ROWS.items() if row["entry"].startswith("tools/")}  # they run the data pipeline
 RECIPES = {path: row for path, row in ROWS.items() if path not in NOT_SHIPPED}
 OURS = ["launch.sh", "setup.sh", "torchrun.py", "quickstart.sh", "internvl2.5/*_vit_lora.sh", "data/*.json"]
-OURS += ["internvl3_5.sh", "*/common.sh"]  # what the recipes of a folder share
+OURS += ["slurm/*", "internvl3_5.sh", "*/common.sh"]  # what the recipes of a folder share
 
 # What upstream's scripts pass without a column of its own, unless `other` says something else.
 COMMON = {

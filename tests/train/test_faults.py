@@ -203,7 +203,8 @@ def test_a_full_disk_ends_all_ranks_with_one_sentence(tiny, disk, tmp_path):
     disk("remount,size=700k")
     done = run(tiny, tmp_path / "out", *COSINE, "--save_steps", "1", ranks=2, status=1)
     assert re.search(
-        "error: checkpoint-[0-9] cannot be written: .*; the same command goes on from checkpoint-", done.stderr
+        "error on rank 0: checkpoint-[0-9] cannot be written: .*; the same command goes on from checkpoint-",
+        done.stderr,
     )
     newest = newest_whole(tmp_path / "out", tell=print)
     assert newest and newest.name == done.stderr.split("goes on from ")[1].split()[0]

@@ -85,6 +85,7 @@ FOUND = {
         "--deepspeed zero.json",
         "error: --deepspeed zero.json is not valid JSON",
     ),
+    "a rank beyond all layers": (lambda f: None, "--use_mlp_lora 99999999999999999999", "error: .*is at most 65,536"),
     "a zero byte in a path": (first_line(image="a\0.png"), "", "trained"),
     "half a pair in a path": (first_line(image="\ud800.png"), "", "trained"),
 }  # fmt: skip

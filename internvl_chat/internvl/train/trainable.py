@@ -18,6 +18,7 @@ from internvl.train.arguments import ModelArguments, TrainingArguments
 from internvl.train.part_arguments import LORA, NAMES, RATES, given
 
 logger = logging.getLogger(__name__)
+HIGHEST_RANK = 2**16  # of adapters; no published layer is as wide
 
 
 def set_trainable(model: nn.Module, args: ModelArguments) -> None:
@@ -64,6 +65,8 @@ def add_lora(model: nn.Module, part: str, args: ModelArguments) -> None:
     rank, asked = getattr(args, RANKS[part]), given(args, FLAGS[part], LORA)
     if rank < 0:
         raise ValueError(f"--{RANKS[part]} {rank}: a LoRA rank is positive, or 0 for none.")
+    if rank > HIGHEST_RANK:
+        raise ValueError(f"--{RANKS[part]} {rank}: a LoRA rank is at most {HIGHEST_RANK:,}.")
     if asked and not rank:
         flag, value = next(iter(asked.items()))
         raise ValueError(f"--{FLAGS[part]}_{flag} {value} acts on adapters, which --{RANKS[part]} 0 does not add.")
