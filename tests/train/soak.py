@@ -5,6 +5,7 @@ One process trains with dataloader workers and writes checkpoints, of which two 
 """
 
 import argparse
+import faulthandler
 import gc
 import json
 import os
@@ -16,6 +17,7 @@ from runs import LORA, flags_of, prepare
 from transformers import TrainerCallback
 
 SHARED = Path("/dev/shm")
+PATIENCE = 540  # seconds, of which a quiet machine takes 60; then what hangs tells where
 
 
 def held(pids: set[int]) -> dict[str, int]:
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=100)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
     report = soak(args.tiny, args.output, args.steps, args.window)
     (args.output / "soak.json").write_text(json.dumps(report, indent=1))
     for entry in report["seen"]:
