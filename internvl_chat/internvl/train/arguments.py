@@ -6,7 +6,7 @@ upstream's recipes still pass are declared here, so that every recipe parses unc
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from internvl.train.fault_arguments import FaultArguments
+from internvl.train.fault_arguments import FaultArguments, option
 from internvl.train.part_arguments import LoraArguments, RateArguments
 from internvl.train.refused import DROPPED, refuse
 
@@ -23,10 +23,6 @@ if not ZERO_CONFIGS.is_dir():  # laid over an upstream checkout, they lie where 
     ZERO_CONFIGS = Path(__file__).resolve().parents[2]
 
 BLOCKS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")  # of a DeepSpeed configuration
-
-
-def option(default, help: str):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
