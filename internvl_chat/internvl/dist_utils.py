@@ -78,6 +78,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def cores() -> int:
+    """CPU cores for each rank of this node: of those that this process may use, its share."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def gathered(value: Any) -> list:
     """`value` of every rank, in rank order, on every rank. A collective: all ranks must call it."""
     if world_size() == 1:

@@ -40,7 +40,7 @@ def main(argv=None):
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     report = Path(args.report)
     model_args, data_args, training_args = parse_args(["--meta_path", args.meta, "--output_dir", str(report), *flags])
-    check(model_args, data_args)
+    check(model_args, data_args, training_args)
     config = InternVLChatConfig.from_pretrained(model_args.model_name_or_path or "")
     config.force_image_size = data_args.force_image_size
     tokenizer = build_tokenizer(model_args, data_args)

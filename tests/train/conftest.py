@@ -87,7 +87,7 @@ def parse(tiny, tmp_path, monkeypatch):
 def build(parse):
     def build(*flags: str) -> InternVLChatModel:
         model_args, data_args, training_args = parse(*flags)
-        check(model_args, data_args)
+        check(model_args, data_args, training_args)
         return build_model(model_args, data_args, training_args, build_tokenizer(model_args, data_args))
 
     return build

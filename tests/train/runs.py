@@ -122,7 +122,7 @@ def run_here(tiny: Path, output: Path, *flags: str) -> None:
 def prepare(argv: list[str]):
     """What `main` does before the first step, in this process."""
     model_args, data_args, training_args = parse_args(argv)
-    check(model_args, data_args)
+    check(model_args, data_args, training_args)
     resume_point(training_args)
     tokenizer = build_tokenizer(model_args, data_args)
     model = build_model(model_args, data_args, training_args, tokenizer)

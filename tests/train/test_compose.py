@@ -18,7 +18,7 @@ from internvl.train.check import check
 
 def build(argv: list[str]) -> InternVLChatModel:
     model_args, data_args, training_args = parse_args(argv)
-    check(model_args, data_args)
+    check(model_args, data_args, training_args)
     return build_model(model_args, data_args, training_args, build_tokenizer(model_args, data_args))
 
 

@@ -4,16 +4,22 @@ import json
 import math
 import re
 import shutil
+import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from runs import LORA, flags_of, history, prepare, run
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from internvl.model.tokenizer import load_tokenizer
+from internvl.train.arguments import parse_args
+from internvl.train.check import check
+from internvl.train.ending import report_on
 from internvl.train.intact import faults, newest_whole
 
 COSINE = [*LORA, "--lr_scheduler_type", "cosine", "--max_steps", "8"]
@@ -121,6 +127,44 @@ def test_weights_that_are_not_finite_are_not_written(here, tmp_path):
     with pytest.raises(ValueError, match="weights are not finite after step 1 .* and [0-9]+ more.: none are written"):
         here("--learning_rate", "1e39", "--save_steps", "1")
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+# -- dataloader workers ------------------------------------------------------------------------------------------------
+
+
+def test_tmpdir_has_room_for_the_sockets_of_workers(tiny, tmp_path, monkeypatch):
+    """In the longest folder that is let through, a socket can be; in the next longer one, none."""
+    flags = [*flags_of(tiny, tmp_path / "out"), "--dataloader_num_workers"]
+    for length, fits in ((75, True), (76, False)):
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder, socket.socket(socket.AF_UNIX) as of_worker:
+            temporary = Path(folder, "a" * (length - len(folder) - 1))
+            path = temporary / "pymp-12345678/listener-12345678"
+            path.parent.mkdir(parents=True)
+            monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+            check(*parse_args([*flags, "0"]))
+            if fits:
+                of_worker.bind(str(path))
+                check(*parse_args([*flags, "1"]))
+            else:
+                with pytest.raises(OSError, match="AF_UNIX path too long"):
+                    of_worker.bind(str(path))
+                with pytest.raises(ValueError, match=f"TMPDIR {temporary} is 1 bytes too long .*workers 1: set TMPDIR"):
+                    check(*parse_args([*flags, "1"]))
+
+
+class Wrong(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        try:
+            raise ValueError("the cause: it is not told")
+        except ValueError as error:
+            raise (ValueError, KeyError)[index]("ValueError: 3 is not 4") from error
+
+
+def test_an_error_in_a_worker_is_told_without_its_trace():
+    for index, expected in enumerate(["ValueError: 3 is not 4", "KeyError: 'ValueError: 3 is not 4'"]):
+        with pytest.raises((ValueError, KeyError)) as caught:
+            next(iter(DataLoader(Wrong(), sampler=[index], num_workers=1)))
+        assert report_on(caught.value).words == expected
 
 
 # -- disks -------------------------------------------------------------------------------------------------------------

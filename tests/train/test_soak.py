@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -16,8 +18,7 @@ GROWTH = 8e6  # bytes of a process from steps 200-400 to the last 200: half a ti
 
 @pytest.mark.slow
 def test_2000_steps_leave_nothing_behind(tiny, tmp_path):
-    output, temporary = tmp_path / "out", tmp_path / "tmp"
-    temporary.mkdir()
+    output, temporary = tmp_path / "out", Path(tempfile.mkdtemp())  # a short path, as sockets in it need
     command = [
         sys.executable,
         Path(__file__).with_name("soak.py"),
@@ -42,6 +43,7 @@ def test_2000_steps_leave_nothing_behind(tiny, tmp_path):
         assert report["after"][what] <= count, what
     assert {name for name in report["kept"] if name.startswith("checkpoint")} == {"checkpoint-1900", "checkpoint-2000"}
     assert not [path for path in temporary.iterdir() if path.name != f"torchinductor_{Path.home().name}"]
+    shutil.rmtree(temporary)
 
 
 def test_dataloader_workers_end_with_the_training(tiny, tmp_path, monkeypatch):

@@ -1,13 +1,12 @@
 """Arguments -> data: the data sets of a meta file, opened and measured. Beside `build.py`, which makes the rest."""
 
 import logging
-import os
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from internvl.dist_utils import gathered, rank, world_size
+from internvl.dist_utils import cores, gathered, rank, world_size
 from internvl.train.arguments import DataTrainingArguments, TrainingArguments
 from internvl.train.constants import BadSample
 from internvl.train.dataset import LazySupervisedDataset, load_meta
@@ -81,8 +80,7 @@ def measure_data(
         for name, meta in load_meta(data_args.meta_path).items()
     ]
     ranks = Ranks(rank(), world_size(), gathered)
-    processes = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    measured = [measure(dataset, processes, progress=rank() == 0, ranks=ranks) for dataset in datasets]
+    measured = [measure(dataset, cores(), progress=rank() == 0, ranks=ranks) for dataset in datasets]
     bad = [
         Bad(dataset.ds_name, dataset.records.path, dataset.line(index), reason)
         for dataset, found in zip(datasets, measured, strict=True)

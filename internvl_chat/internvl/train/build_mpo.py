@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_preference(model_args: ModelArguments, data_args: PreferenceDataArguments, args: DPOConfig) -> None:
-    """Refuse what can be seen to be wrong from the command line alone."""
-    check(model_args, data_args)
+    """Refuse what can be seen to be wrong from the command line and the environment alone."""
+    check(model_args, data_args, args)
     for name, value in {"use_packed_ds": False, "loss_reduction": "token", "loss_reduction_all_gather": False}.items():
         if getattr(data_args, name) != value:
             raise ValueError(f"--{name} {getattr(data_args, name)} does not act on pairs of answers: leave it out.")

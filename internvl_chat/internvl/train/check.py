@@ -4,6 +4,8 @@
 """
 
 import logging
+import os
+import tempfile
 from pathlib import Path
 
 from internvl.conversation import conv_templates
@@ -13,10 +15,12 @@ from internvl.train.intact import STATE, faults, found_first, newest_whole
 
 logger = logging.getLogger(__name__)
 AUTO = "auto"  # --resume_from_checkpoint: what happens without the flag
+SOCKET = "/pymp-12345678/listener-12345678"  # in TMPDIR, by which a dataloader worker hands over tensors
+LONGEST = 107  # bytes of the path of a socket (unix(7)); behind a longer one, what a worker read would never arrive
 
 
-def check(model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
-    """Refuse what can be seen to be wrong from the command line alone.
+def check(model_args: ModelArguments, data_args: DataTrainingArguments, training_args: TrainingArguments) -> None:
+    """Refuse what can be seen to be wrong from the command line and the environment alone.
 
     Raises:
         ValueError: one sentence with the flag and its value.
@@ -46,6 +50,12 @@ def check(model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
     ratio = data_args.down_sample_ratio
     if not 0 < ratio <= 1 or 1 / ratio != round(1 / ratio):
         raise ValueError(f"--down_sample_ratio {ratio}: 1 over it is the side of a token in patches, a whole number.")
+    temporary = tempfile.gettempdir()
+    if training_args.dataloader_num_workers and (excess := len(os.fsencode(temporary + SOCKET)) - LONGEST) > 0:
+        raise ValueError(
+            f"TMPDIR {temporary} is {excess} bytes too long for the sockets of --dataloader_num_workers "
+            f"{training_args.dataloader_num_workers}: set TMPDIR to a shorter folder, such as /tmp."
+        )
 
 
 def check_source(args: ModelArguments) -> None:

@@ -12,7 +12,6 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import BrokenExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,12 +23,16 @@ from internvl.lifeline import Lifeline, Report, speaks_for_rank_0
 from internvl.switchboard import say
 from internvl.train.preemption import preemption
 
+FEWER = "fewer --dataloader_num_workers need less"
 # What ends a run though the program has no error, by class and text -> what to do.
 CAUSES = [
     (torch.OutOfMemoryError, "", "smaller micro-batches or rows, --grad_checkpoint True or ZeRO-3 need less"),
-    (MemoryError, "", "fewer --dataloader_num_workers need less"),
-    (BrokenExecutor, "", "it measures the data; if memory ran out, fewer CPUs for each rank need less"),
-    (RuntimeError, "DataLoader worker", "it reads data; if memory ran out, fewer --dataloader_num_workers need less"),
+    (MemoryError, "", FEWER),
+    (
+        RuntimeError,
+        "DataLoader worker (pid",
+        f"it reads data; if memory ran out, {FEWER} (measuring: fewer CPUs)",
+    ),
 ]
 lifeline: Lifeline | None = None  # of this process, as the process group is
 
@@ -102,11 +105,13 @@ def report_on(error: BaseException) -> Report:
     if meant and os.environ.get("INTERNVL_TRACEBACK") != "1":
         trace = ""
     name = type(error).__name__
-    words = str(error) if isinstance(error, (ValueError, OSError)) else f"{name}: {first_line(error)}".rstrip(": ")
+    # A dataloader worker's error comes with its whole trace as its text.
+    text = re.sub(rf"(?ms)\ACaught \w+ in DataLoader worker .*^[\w.]*{name}: ", "", str(error)).strip()
+    words = text if isinstance(error, (ValueError, OSError)) else f"{name}: {first_line(text)}".rstrip(": ")
     return Report("cut" if cut else "error", f"{words.rstrip('. ')}; {advice}." if advice else words, trace)
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """Of its text, without the place in C++ that gloo and c10d put in front, and gloo's guess about the cause."""
     line = str(error).strip().partition("\n")[0]
     return re.sub(r"^\[\S+:\d+\] ", "", line.partition(". This is typically caused by")[0])

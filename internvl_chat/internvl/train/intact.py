@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from internvl.dist_utils import from_first_rank, gathered, rank, world_size
+from internvl.dist_utils import cores, from_first_rank, gathered, rank, world_size
 
 MANIFEST = "manifest.json"
 BLOCK = 2**26  # bytes
@@ -184,8 +184,7 @@ def _checksum(file: Path, number: int, block: int) -> str:
 def _in_threads(work: Callable, items: Iterable) -> list:
     """Reading and checksums leave Python's lock to others."""
     items = list(items)
-    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if len(items) < 2 or share < 2:
+    if len(items) < 2 or cores() < 2:
         return [work(item) for item in items]
-    with ThreadPoolExecutor(min(8, share, len(items))) as pool:
+    with ThreadPoolExecutor(min(8, cores(), len(items))) as pool:
         return list(pool.map(work, items))

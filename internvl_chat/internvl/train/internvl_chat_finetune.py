@@ -32,7 +32,7 @@ def train() -> int:
         join_ranks()
         model_args, data_args, training_args = parse_args()
         set_up_logging(training_args)
-        check(model_args, data_args)
+        check(model_args, data_args, training_args)
         checkpoint = resume_point(training_args)
         tokenizer = build_tokenizer(model_args, data_args)
         model = build_model(model_args, data_args, training_args, tokenizer)

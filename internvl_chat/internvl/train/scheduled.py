@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 
+from internvl.dist_utils import cores
 from internvl.train.plan import Lengths
 from internvl.train.preemption import outlive_first_signal
 from internvl.train.schedule import Schedule
@@ -64,8 +65,7 @@ class ScheduledTrainer(SkippingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Each rank reads its own column of the plan, so accelerate must not split the batches once more."""
-        cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        workers = min(self.args.dataloader_num_workers, cores)  # the order is the same with any number
+        workers = min(self.args.dataloader_num_workers, cores())  # the order is the same with any number
         batches = PlannedBatches(self.schedule, self.args.process_index, epoch=lambda: self.epoch)
         self.loader = DataLoader(
             self.train_dataset,
