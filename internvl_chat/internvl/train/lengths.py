@@ -10,14 +10,16 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
-from multiprocessing import get_context, parent_process
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import chain, islice
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from internvl.train.constants import BadSample
@@ -26,7 +28,7 @@ from internvl.train.files import cache_folder, is_remote, stamp, write_whole
 from internvl.train.plan import Lengths
 
 VERSION = 3  # of the files; to be raised whenever samples of the same data change
-CHUNK = 256  # samples a process measures at a time
+CHUNK = 256  # samples that a process measures at a time
 ROUND = 16384  # samples of a rank after which what is measured is written down
 WORTH_A_PROCESS = 4000  # samples for which it pays to start one, which takes seconds
 UNKNOWN = -1  # tokens of a sample that is yet to be measured
@@ -140,53 +142,55 @@ def _measured(
     dataset, first: np.ndarray, todo: np.ndarray, processes: int, progress: bool, ranks: Ranks
 ) -> Iterator[tuple[np.ndarray, list[tuple]]]:
     """(records, [(tokens, trained, tiles, digest, stamp, reason or None)]) of all ranks, round after round."""
-    processes = min(processes, len(todo) // ranks.world_size // WORTH_A_PROCESS)
-    bar = tqdm(total=len(todo), desc=f"measuring {dataset.ds_name}", unit="sample", disable=not progress)
-    with bar, _pool(dataset, processes) as measure_all:
+    results = _results(dataset, first[todo[ranks.rank :: ranks.world_size]].tolist(), processes)
+    with tqdm(total=len(todo), desc=f"measuring {dataset.ds_name}", unit="sample", disable=not progress) as bar:
         for start in range(0, len(todo), ROUND * ranks.world_size):
             together = todo[start : start + ROUND * ranks.world_size]
             mine = []
-            for results in measure_all(first[together[ranks.rank :: ranks.world_size]].tolist()):
-                mine += results
-                bar.update(len(results) if ranks.world_size == 1 else 0)
-            for rank, results in enumerate(ranks.gathered(mine)):
-                yield together[rank :: ranks.world_size], results
+            for result in islice(results, len(together[ranks.rank :: ranks.world_size])):
+                mine.append(result)
+                bar.update(ranks.world_size == 1)
+            for rank, theirs in enumerate(ranks.gathered(mine)):
+                yield together[rank :: ranks.world_size], theirs
             bar.update(len(together) if ranks.world_size > 1 else 0)
 
 
-@contextmanager
-def _pool(dataset: LazySupervisedDataset, processes: int):
-    """A function from samples to their measurements, in chunks: on so many processes, or here."""
-    if processes < 2:
-        yield lambda samples: ([_measure_one(dataset, sample)] for sample in samples)
-        return
-    # Spawned, not forked: tokenizers and CUDA have threads that do not survive a fork.
-    context = get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_Worker.start, initargs=(dataset,)) as pool:
-        yield lambda samples: pool.map(
-            _Worker.measure, [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
-        )
+def _results(dataset: LazySupervisedDataset, samples: list[int], processes: int) -> Iterator[tuple]:
+    """The measurements of these samples, in their order, from so many processes or from this one."""
+    processes = min(processes, len(samples) // WORTH_A_PROCESS)
+    several = processes > 1
+    loader = DataLoader(
+        _Measurements(dataset),
+        sampler=samples,
+        batch_size=CHUNK if several else 1,
+        collate_fn=list,
+        num_workers=processes if several else 0,
+        # Spawned, not forked: tokenizers and CUDA have threads that do not survive a fork.
+        multiprocessing_context="spawn" if several else None,
+        worker_init_fn=_end_with_parent,
+        generator=torch.Generator(),  # leaves the one of the run as it is
+    )
+    return chain.from_iterable(loader)
 
 
-class _Worker:
-    """A process of the pool: receives the data set once."""
+class _Measurements(Dataset):
+    """Sample -> its measurement."""
 
-    dataset: LazySupervisedDataset
+    def __init__(self, dataset: LazySupervisedDataset):
+        self.dataset = dataset
 
-    @classmethod
-    def start(cls, dataset: LazySupervisedDataset) -> None:
-        cls.dataset = dataset
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    @classmethod
-    def measure(cls, samples: Sequence[int]) -> list[tuple]:
-        return [_measure_one(cls.dataset, sample) for sample in samples]
+    def __getitem__(self, sample: int) -> tuple:
+        return _measure_one(self.dataset, sample)
 
 
-def _end_with_parent() -> None:
-    """A pool does not notice by itself that whoever feeds it was killed."""
-    parent_process().join()
-    os._exit(1)
+def _end_with_parent(_: int) -> None:
+    """A worker that is still starting when its parent is killed does not notice by itself."""
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _measure_one(dataset: LazySupervisedDataset, sample: int) -> tuple:
