@@ -25,6 +25,7 @@ from internvl.train.intact import faults, newest_whole
 COSINE = [*LORA, "--lr_scheduler_type", "cosine", "--max_steps", "8"]
 COSINE += ["--backbone_lora_dropout", "0", "--llm_lora_dropout", "0"]
 STAGES = {"none": [], **{f"zero{n}": ["--deepspeed", f"zero_stage{n}_config.json"] for n in (1, 2, 3)}}
+STAGES["offload"] = ["--deepspeed", "zero_stage3_config_100b_1e7_offload.json"]
 SKIPPED = re.compile(r"step (\d+) is skipped: (.*)")
 
 
