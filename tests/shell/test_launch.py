@@ -146,6 +146,21 @@ def test_slurm_in_an_allocation(dry_run, shell):
     assert not any("gres" in word for word in start), "a step inherits the GPUs of its allocation"
 
 
+@pytest.mark.parametrize("restarts", [2, 3])
+def test_a_job_goes_on_by_itself_so_many_times(bash, tmp_path, restarts):
+    """`scontrol requeue` ends a job that may go on."""
+    (scontrol := tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
+    scontrol.chmod(0o755)
+    (recipe := tmp_path / "recipe.sh").write_text("exit 85")
+    env = {"RECIPE": recipe, "SLURM_JOB_ID": 7, "SLURM_RESTART_COUNT": restarts, "MAX_REQUEUES": 3}
+    done = bash(ROOT / "shell/slurm/8b_vit_lora.sbatch", **env, PATH=f"{tmp_path}:/usr/bin:/bin")
+    if restarts < 3:
+        assert (done.returncode, done.stdout) == (0, "requeue 7\n")
+    else:
+        assert (done.returncode, done.stdout) == (85, "")
+        assert done.stderr.startswith("this job went on 3 times, as MAX_REQUEUES allows")
+
+
 def test_slurm_inside_a_task(dry_run):
     commands = [dry_run(RECIPE, **TASK | {"SLURM_PROCID": rank}) for rank in (0, 7)]
     assert commands[0] == commands[1], "one port for all"
