@@ -23,8 +23,6 @@ ANSWER = 10.0  # seconds in which rank 0 tells what it decided, or does not answ
 # Seconds until a rank leaves that has not failed itself. An agent (torchrun's) that sees the one that failed end first
 # takes its exit status, and ends the others itself.
 LINGER = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.5
-
-
 HOLD = 0.5  # seconds until a rank tells that rank 0 is dead: a signal may be about to end them all
 
 
@@ -83,11 +81,11 @@ class Lifeline:
         self.depart()
 
     def last_message(self) -> dict | None:
-        """What rank 0 says last; None if it ends without a word."""
+        """What rank 0 says last; None if it ends without a word, or within one."""
         try:
             with self.line.makefile("r") as lines:
                 return json.loads(next(lines, "null"))
-        except OSError:
+        except (OSError, ValueError):
             return None
 
     def fail(self, report: Report, status: int) -> None:

@@ -57,10 +57,7 @@ def build_model(
 ) -> InternVLChatModel:
     """Load the checkpoint, fit it to the flags, freeze and wrap it."""
     check_towers(model_args, training_args)
-    source = model_args.model_name_or_path or f"{model_args.vision_path} and {model_args.llm_path}"
-    beside = " as DeepSpeed is configured" if training_args.deepspeed else ""
-    with reported(f"the checkpoint {source}{beside}", collective_failed), data_alone(deepspeed=False):
-        model = load_model(model_args, data_args, training_args, tokenizer, model_class)
+    model = load_model(model_args, data_args, training_args, tokenizer, model_class)
     set_seed(training_args.seed)  # the same adapters to begin with, whatever loading drew
     set_trainable(model, model_args)
     if not training_args.deepspeed or training_args.lora_fp32:  # else DeepSpeed keeps fp32 master weights by itself
@@ -83,9 +80,20 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     model_class: type[InternVLChatModel] = InternVLChatModel,
 ) -> InternVLChatModel:
-    """The checkpoint, fitted to tokenizer and tile size; nothing frozen, no adapters added."""
+    """The checkpoint, fitted to tokenizer and tile size; nothing frozen, no adapters added.
+
+    Raises:
+        ValueError: whatever a file of it is to blame for.
+    """
+    source = model_args.model_name_or_path or f"{model_args.vision_path} and {model_args.llm_path}"
+    beside = " as DeepSpeed is configured" if training_args.deepspeed else ""
     if training_args.deepspeed:
         init_deepspeed()
+    with reported(f"the checkpoint {source}{beside}", collective_failed), data_alone(deepspeed=False):
+        return _loaded(model_args, data_args, training_args, tokenizer, model_class)
+
+
+def _loaded(model_args, data_args, training_args, tokenizer, model_class) -> InternVLChatModel:
     half = torch.bfloat16 if training_args.bf16 or training_args.lora_fp32 else torch.float16
     dtype = half if training_args.bf16 or training_args.fp16 or training_args.lora_fp32 else torch.float32
     more = quantization(model_args, training_args, dtype)
