@@ -77,7 +77,7 @@ class Host:
             "encoding": "utf-8",
             "errors": "replace",
             "stdin": subprocess.DEVNULL,
-            "timeout": 120,
+            "timeout": 300,  # a first run compiles an op of DeepSpeed
         } | options
         return subprocess.run(self.command(*words), **options)
 
