@@ -28,11 +28,7 @@ FEWER = "fewer --dataloader_num_workers need less"
 CAUSES = [
     (torch.OutOfMemoryError, "", "smaller micro-batches or rows, --grad_checkpoint True or ZeRO-3 need less"),
     (MemoryError, "", FEWER),
-    (
-        RuntimeError,
-        "DataLoader worker (pid",
-        f"it reads data; if memory ran out, {FEWER} (measuring: fewer CPUs)",
-    ),
+    (RuntimeError, "DataLoader worker (pid", f"it reads data; if memory ran out, {FEWER} (measuring: fewer CPUs)"),
 ]
 lifeline: Lifeline | None = None  # of this process, as the process group is
 

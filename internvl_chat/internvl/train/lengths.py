@@ -157,16 +157,16 @@ def _measured(
 
 def _results(dataset: LazySupervisedDataset, samples: list[int], processes: int) -> Iterator[tuple]:
     """The measurements of these samples, in their order, from so many processes or from this one."""
-    processes = min(processes, len(samples) // WORTH_A_PROCESS)
-    several = processes > 1
+    workers = min(processes, len(samples) // WORTH_A_PROCESS)
+    workers = workers if workers > 1 else 0
     loader = DataLoader(
         _Measurements(dataset),
         sampler=samples,
-        batch_size=CHUNK if several else 1,
+        batch_size=CHUNK if workers else 1,
         collate_fn=list,
-        num_workers=processes if several else 0,
+        num_workers=workers,
         # Spawned, not forked: tokenizers and CUDA have threads that do not survive a fork.
-        multiprocessing_context="spawn" if several else None,
+        multiprocessing_context="spawn" if workers else None,
         worker_init_fn=_end_with_parent,
         generator=torch.Generator(),  # leaves the one of the run as it is
     )
