@@ -75,6 +75,7 @@ _internvl_install() { # root, environment, content of its stamp
                 _internvl_stop "$env needs 10 GB of disk, $free GB are free: INTERNVL_VENV=PATH puts it elsewhere"
         fi
         _internvl_say "installing requirements.txt into $env with Python $version (once, some minutes)"
+        python=$("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))') # not $env's
         rm -f "$env"/bin/python* # a link to a Python that is gone would stay
         "$python" -m venv "$env" || _internvl_stop "'$python -m venv $env' failed, see above"
         python=$env/bin/python3

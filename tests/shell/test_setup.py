@@ -86,6 +86,14 @@ def test_once_then_silent_and_instant(repository, tools):
     assert again.stderr.count("\n") == 1
 
 
+def test_what_is_newly_required_is_installed_from_a_shell_in_which_the_environment_is_active(repository):
+    more = 'echo "# more" >>"$0/requirements.txt"'
+    done = setup(repository, f'source "$0/shell/setup.sh"; {more}; {SHOW}')
+    assert done.returncode == 0 and done.stderr.count("\n") == 2, done.stderr
+    assert done.stdout.startswith(f"{repository}/.venv {repository}/.venv/bin/python3 ")
+    assert setup(repository).stderr == "", "it is installed"
+
+
 def test_two_jobs_install_one_after_the_other(repository):
     with (repository / "requirements.txt").open("r+") as file:
         subprocess.run(["flock", str(file.fileno())], pass_fds=[file.fileno()], check=True)
