@@ -191,6 +191,8 @@ def _weighted_sum(
     through_states = learning and states.requires_grad
 
     def sweep(states, count):
+        if len(states) and hasattr(head, "sweep"):  # a kernel for it (`liger.py`)
+            return head.sweep(head, states, targets, weights, count, through_states, trained)
         chunks = zip(*(whole.tensor_split(count) for whole in (states, targets, weights)), strict=True)
         return _sweep(lambda chunk: scale(head.forward(chunk)), chunks, through_states, trained)
 

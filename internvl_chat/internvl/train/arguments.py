@@ -56,7 +56,7 @@ class ModelArguments(LoraArguments):
     drop_path_rate: float = option(0.0, "stochastic depth of the vision encoder")
     ps_version: Literal["v1", "v2"] = option("v2", "pixel shuffle version")
     use_fast_tokenizer: bool = option(False, "accepted for upstream's recipes; every tokenizer here is a fast one")
-    use_liger: bool = option(False, "Liger kernels in the language model (CUDA)")
+    use_liger: bool = option(False, "Liger kernels in the language model and its loss (CUDA)")
     use_custom_flash_attn: bool = option(
         False, "accepted for InternVL 3.5's recipes; attention is transformers' fastest with either value"
     )
