@@ -32,7 +32,7 @@ def use_liger_kernels(model: InternVLChatModel) -> None:
         raise ValueError("--use_liger True needs a CUDA device: Liger's kernels are written in Triton.")
     llm = plain(model.language_model)
     if llm.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        experts = hasattr(llm.config, "num_experts")  # stay as they are: their adapters are made for these
+        experts = hasattr(llm.config, "num_experts_per_tok")  # stay as they are: their adapters are made for these
         own_loss = {"cross_entropy": False, "fused_linear_cross_entropy": False}
         _apply_liger_kernel_to_instance(model=llm, swiglu=not experts, **own_loss)
     else:
