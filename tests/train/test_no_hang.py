@@ -15,10 +15,11 @@ HERE = Path(__file__).parent
 WITHOUT_A_WORD = r"error: rank {} ended without a word: killed, for instance where memory ran out, or crashed\n"
 TRACE = r"Traceback \(most recent call last\):\n(  .*\n)+"
 BUG = TRACE + r"KeyError: 'no such key'\nerror on rank {}: KeyError: 'no such key'\n"
-# What gloo says of a connection that is gone depends on whether it was waiting, reading or writing.
-LEFT = r"error: rank {} left the training, and took no part in what rank \d waited for: RuntimeError: .+\n"
+# What gloo says of a connection that is gone depends on whether it was waiting, reading or writing; it is no timeout.
+BROKEN = r"RuntimeError: (?!Timed out).+\n"
+LEFT = r"error: rank {} left the training, and took no part in what rank \d waited for: " + BROKEN
 LATE = r"error: rank {} did not take part in what rank \d waited for: RuntimeError: Timed out waiting \d+ms.*\n"
-GONE = r"error: rank 0 {}; rank 1 waited for it: RuntimeError: .+\n"
+GONE = r"error: rank 0 {}; rank 1 waited for it: "
 
 # fault, rank -> status of that rank, all that is written, seconds until the last rank has ended
 ENDS = {
@@ -33,14 +34,14 @@ ENDS = {
     ("crashed", 1): (-11, WITHOUT_A_WORD.format(1), 9),
     ("exit without a word", 1): (0, WITHOUT_A_WORD.format(1), 9),
     ("exit", 1): (3, r"error: rank 1 left the training with exit status 3 while others were in it\n", 9),
-    ("exit", 0): (3, GONE.format("left the training with exit status 3"), 9),
+    ("exit", 0): (3, GONE.format("left the training with exit status 3") + BROKEN, 9),
     ("exit in words", 1): (1, r"error on rank 1: no more\n", 9),
     ("exit by all", -1): (3, "", 9),
     ("leaves early", 1): (0, LEFT.format(1), 9),
     ("asleep", 1): (1, LATE.format(1), 18),
     ("asleep", 0): (1, LATE.format(0), 18),
     ("stopped", 1): ("stopped", LATE.format(1), 18),
-    ("stopped", 0): ("stopped", GONE.format("does not answer any more"), 30),
+    ("stopped", 0): ("stopped", GONE.format("does not answer any more") + r"RuntimeError: .+\n", 30),
     ("absent", 1): ("absent", r"(.*\n)*error on rank 0: rank 0 of 3 did not find all others at .* in 6 s: .*\n", 30),
     ("nothing", 1): (0, "", 9),
 }
