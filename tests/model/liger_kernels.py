@@ -1,18 +1,16 @@
 """Liger's kernels against the computation without them; `test_liger.py` runs it, in Triton's interpreter if need be."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
 from liger_kernel.ops import rms_norm
-from test_token_loss import HEADS, IDS, LABELS, POSITIONS, assert_equal, gradients
-from tiny_models import LLM, LLMS, VITS
+from test_token_loss import HEADS, IDS, LABELS, POSITIONS, assert_equal, gradients, random_model
+from tiny_models import LLM, LLMS
 from triton.runtime import interpreter
 
 from internvl.model import token_loss
-from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.liger import use_liger_kernels
 from internvl.model.lora import plain
 
@@ -41,29 +39,19 @@ def interpreter_without_gaps(monkeypatch):
 @pytest.mark.parametrize(("kind", "way", "reductions"), CASES, ids=str)
 def test_losses_and_gradients_are_those_without_liger(kind, way, reductions, monkeypatch):
     monkeypatch.setattr(token_loss, "CHUNK_BYTES", 3 * 4 * LLM["vocab_size"])
-    expected = outcomes(prepared(kind, way), reductions)
-    model = prepared(kind, way, use_liger_kernels)
+    expected = outcomes(random_model(kind, WAYS[way]), reductions)
+    model = random_model(kind, use_liger_kernels, WAYS[way])
     assert hasattr(model.get_output_embeddings(), "sweep") == (way != "adapted")
     assert ("Liger" in str(plain(model.language_model))) == (not kind.startswith("internlm2"))
     for found, wanted in zip(outcomes(model, reductions), expected, strict=True):
         assert_equal(found, wanted, 1e-5)
 
 
-def prepared(kind: str, way: str, change: Callable = lambda model: None) -> InternVLChatModel:
-    torch.manual_seed(0)
-    model = InternVLChatModel(InternVLChatConfig(VITS["300M"], LLM | LLMS[kind], template="internvl2_5"))
-    change(model)
-    WAYS[way](model)
-    with torch.no_grad():
-        for parameter in model.language_model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2)
-    return model.train().to(DEVICE)
-
-
 def outcomes(model: InternVLChatModel, reductions: list[str]) -> list[tuple]:
     """The loss and its gradients for each way to weigh documents, and the loss without gradients."""
     batch = {"input_ids": IDS, "position_ids": POSITIONS, "labels": LABELS}
     batch = {name: value.to(DEVICE) for name, value in batch.items()}
+    model.train().to(DEVICE)
     found = []
     for model.loss_reduction in reductions:
         model.zero_grad()

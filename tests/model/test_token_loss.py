@@ -1,6 +1,7 @@
 """The loss found chunk by chunk, gradients and all, is that of the full logits: of every language model and head."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -51,12 +52,7 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_those_of_the_full_logits(kind, head, small_chunks):
     prepare, trained = HEADS[head]
-    torch.manual_seed(0)
-    model = InternVLChatModel(InternVLChatConfig(VITS["300M"], LLM | KINDS[kind], template="internvl2_5"))
-    prepare(model)
-    with torch.no_grad():
-        for parameter in model.language_model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2)
+    model = random_model(kind, prepare)
     parts = dict(model.get_output_embeddings().named_parameters())
     assert {name for name, weight in parts.items() if weight.requires_grad} == trained & parts.keys()
     for reduction in REDUCTIONS:
@@ -67,6 +63,18 @@ def test_loss_and_gradients_are_those_of_the_full_logits(kind, head, small_chunk
         assert result.logits is None
         result.loss.backward()
         assert_equal((result.loss, gradients(model.language_model)), whole)
+
+
+def random_model(kind: str, *changes: Callable) -> InternVLChatModel:
+    """A chat model, changed, whose language model has the same weights each time, adapters included."""
+    torch.manual_seed(0)
+    model = InternVLChatModel(InternVLChatConfig(VITS["300M"], LLM | KINDS[kind], template="internvl2_5"))
+    for change in changes:
+        change(model)
+    with torch.no_grad():
+        for parameter in model.language_model.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2)
+    return model
 
 
 def of_full_logits(model: InternVLChatModel, reduction: str):

@@ -15,10 +15,11 @@ HERE = Path(__file__).parent
 WITHOUT_A_WORD = r"error: rank {} ended without a word: killed, for instance where memory ran out, or crashed\n"
 TRACE = r"Traceback \(most recent call last\):\n(  .*\n)+"
 BUG = TRACE + r"KeyError: 'no such key'\nerror on rank {}: KeyError: 'no such key'\n"
-# What gloo says of a connection that is gone depends on whether it was waiting, reading or writing; it is no timeout.
-BROKEN = r"RuntimeError: (?!Timed out).+\n"
+# What gloo says of a connection that is gone depends on whether it was waiting, reading or writing.
+BROKEN = r"RuntimeError: .*(Connection|Socket|[Bb]roken pipe).*\n"
 LEFT = r"error: rank {} left the training, and took no part in what rank \d waited for: " + BROKEN
-LATE = r"error: rank {} did not take part in what rank \d waited for: RuntimeError: Timed out waiting \d+ms.*\n"
+TIMED_OUT = r"RuntimeError: Timed out waiting \d+ms.*\n"
+LATE = r"error: rank {} did not take part in what rank \d waited for: " + TIMED_OUT
 GONE = r"error: rank 0 {}; rank 1 waited for it: "
 
 # fault, rank -> status of that rank, all that is written, seconds until the last rank has ended
@@ -41,7 +42,7 @@ ENDS = {
     ("asleep", 1): (1, LATE.format(1), 18),
     ("asleep", 0): (1, LATE.format(0), 18),
     ("stopped", 1): ("stopped", LATE.format(1), 18),
-    ("stopped", 0): ("stopped", GONE.format("does not answer any more") + r"RuntimeError: .+\n", 30),
+    ("stopped", 0): ("stopped", GONE.format("does not answer any more") + f"({TIMED_OUT}|{BROKEN})", 30),
     ("absent", 1): ("absent", r"(.*\n)*error on rank 0: rank 0 of 3 did not find all others at .* in 6 s: .*\n", 30),
     ("nothing", 1): (0, "", 9),
 }
