@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -166,6 +170,47 @@ def test_an_error_in_a_worker_is_told_without_its_trace():
         with pytest.raises((ValueError, KeyError)) as caught:
             next(iter(DataLoader(Wrong(), sampler=[index], num_workers=1)))
         assert report_on(caught.value).words == expected
+
+
+class Leaving(torch.utils.data.Dataset):
+    """Its samples cannot be had: the worker waits at the first, is cut off in the middle of the second."""
+
+    def __getitem__(self, index):
+        return self if index else time.sleep(60)
+
+    def __reduce__(self):
+        return (cut_off, ())
+
+
+def cut_off():
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+@pytest.mark.parametrize("waited_for", [True, False])
+def test_a_killed_worker_is_told_alike_whether_it_is_waited_for_or_not(waited_for):
+    with pytest.raises(RuntimeError) as caught:
+        batches = iter(DataLoader(Leaving(), sampler=[0], num_workers=1))
+        worker = batches._workers[0].pid
+        if waited_for:
+            threading.Timer(0.5, os.kill, (worker, signal.SIGKILL)).start()
+            next(batches)
+        os.kill(worker, signal.SIGKILL)
+        time.sleep(60)
+    words = report_on(caught.value).words
+    assert words.startswith(
+        f"RuntimeError: DataLoader worker (pid {worker}) is killed by signal: Killed; a process that"
+    )
+
+
+def test_a_worker_killed_while_a_tensor_is_taken_from_it_is_told_as_such():
+    with pytest.raises(ConnectionResetError) as caught:
+        next(iter(DataLoader(Leaving(), sampler=[1], num_workers=1, collate_fn=list)))
+    assert report_on(caught.value).words.startswith(
+        "[Errno 104] Connection reset by peer; a process that reads data has"
+    )
+    with pytest.raises(ConnectionResetError) as caught:
+        cut_off()
+    assert report_on(caught.value).words == "[Errno 104] Connection reset by peer"
 
 
 # -- disks -------------------------------------------------------------------------------------------------------------

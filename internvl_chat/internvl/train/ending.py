@@ -24,12 +24,12 @@ from internvl.switchboard import say
 from internvl.train.preemption import preemption
 
 FEWER = "fewer --dataloader_num_workers need less"
-# What ends a run though the program has no error, by class and text -> what to do.
+# What ends a run though the program has no error, by class -> what to do.
 CAUSES = [
-    (torch.OutOfMemoryError, "", "smaller micro-batches or rows, --grad_checkpoint True or ZeRO-3 need less"),
-    (MemoryError, "", FEWER),
-    (RuntimeError, "DataLoader worker (pid", f"it reads data; if memory ran out, {FEWER} (measuring: fewer CPUs)"),
+    (torch.OutOfMemoryError, "smaller micro-batches or rows, --grad_checkpoint True or ZeRO-3 need less"),
+    (MemoryError, FEWER),
 ]
+READER_ENDED = f"a process that reads data has ended; if memory ran out, {FEWER} (measuring: fewer CPUs)"
 lifeline: Lifeline | None = None  # of this process, as the process group is
 
 
@@ -95,16 +95,25 @@ def end(report: Report, status: int) -> None:
 def report_on(error: BaseException) -> Report:
     """What to tell about an error."""
     cut = isinstance(error, NotJoined) or collective_failed(error)
-    advice = next((a for kind, text, a in CAUSES if isinstance(error, kind) and text in str(error)), None)
+    advice = READER_ENDED if reader_ended(error) else next((a for kind, a in CAUSES if isinstance(error, kind)), None)
     meant = isinstance(error, (ValueError, OSError, KeyboardInterrupt)) or advice is not None
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__.tb_next))  # without `shared_end`
     if meant and os.environ.get("INTERNVL_TRACEBACK") != "1":
         trace = ""
+    if reader_ended(error.__cause__):
+        error = error.__cause__  # which tells the signal
     name = type(error).__name__
     # A dataloader worker's error comes with its whole trace as its text.
     text = re.sub(rf"(?ms)\ACaught \w+ in DataLoader worker .*^[\w.]*{name}: ", "", str(error)).strip()
     words = text if isinstance(error, (ValueError, OSError)) else f"{name}: {first_line(text)}".rstrip(": ")
     return Report("cut" if cut else "error", f"{words.rstrip('. ')}; {advice}." if advice else words, trace)
+
+
+def reader_ended(error: BaseException | None) -> bool:
+    """Whether a DataLoader's worker ended, by any of the errors that come of it where torch was waiting for the worker,
+    was taking a tensor from it, or did something else."""
+    waiting = error and any(frame.name == "_try_get_data" for frame in traceback.extract_tb(error.__traceback__))
+    return "DataLoader worker (pid" in str(error) or bool(waiting) and isinstance(error, (ConnectionError, EOFError))
 
 
 def first_line(error: BaseException | str) -> str:
