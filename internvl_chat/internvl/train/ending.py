@@ -112,8 +112,8 @@ def report_on(error: BaseException) -> Report:
 def reader_ended(error: BaseException | None) -> bool:
     """Whether a DataLoader's worker ended, by any of the errors that come of it where torch was waiting for the worker,
     was taking a tensor from it, or did something else."""
-    waiting = error and any(frame.name == "_try_get_data" for frame in traceback.extract_tb(error.__traceback__))
-    return "DataLoader worker (pid" in str(error) or bool(waiting) and isinstance(error, (ConnectionError, EOFError))
+    frames = traceback.walk_tb(error.__traceback__) if isinstance(error, (ConnectionError, EOFError)) else ()
+    return "DataLoader worker (pid" in str(error) or any(f.f_code.co_name == "_try_get_data" for f, _ in frames)
 
 
 def first_line(error: BaseException | str) -> str:
