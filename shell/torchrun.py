@@ -14,7 +14,7 @@ import threading
 import psutil
 
 from internvl.launchers import check_address, port_is_taken
-from internvl.train.preemption import PREEMPTED, SIGNALS
+from internvl.runtime.signals import PREEMPTED, SIGNALS
 
 told: list[signal.Signals] = []  # what has been passed on
 

@@ -90,7 +90,7 @@ for module, names in json.loads(sys.argv[1]).items():
     found = importlib.import_module(module)
     assert found.__file__.startswith(sys.argv[2]), found.__file__
     missing += [f"{module}.{name}" for name in names if not hasattr(found, name)]
-from internvl.train.arguments import ZERO_CONFIGS
+from internvl.arguments.training import ZERO_CONFIGS
 missing += [name for name in ("zero_stage1_config.json",) if not (ZERO_CONFIGS / name).is_file()]
 print(json.dumps(missing))
 """

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import internvl.patch
+from internvl.data import collators
 from internvl.patch.train_sampler_patch import LengthGroupedSampler, get_length_grouped_indices, split_to_even_chunks
-from internvl.train import collator
 
 
 def test_every_name_is_there_and_the_collators_are_the_real_ones():
     from internvl.patch.pad_data_collator import concat_pad_data_collator, dpo_concat_pad_data_collator
 
-    assert concat_pad_data_collator is collator.concat_pad_data_collator is internvl.patch.concat_pad_data_collator
-    assert dpo_concat_pad_data_collator is collator.dpo_concat_pad_data_collator
-    assert internvl.patch.pad_data_collator is collator.pad_data_collator, "the function, not the module of its name"
+    assert concat_pad_data_collator is collators.concat_pad_data_collator is internvl.patch.concat_pad_data_collator
+    assert dpo_concat_pad_data_collator is collators.dpo_concat_pad_data_collator
+    assert internvl.patch.pad_data_collator is collators.pad_data_collator, "the function, not the module of its name"
     for name in internvl.patch.__all__:
         if name.startswith(("replace_", "apply_")):
             assert getattr(internvl.patch, name)() is None

@@ -15,9 +15,9 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.datasets import load_digits
 
+from internvl.constants import SPECIAL_TOKENS
 from internvl.conversation import get_conv_template
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train.constants import SPECIAL_TOKENS
+from internvl.model.tokenizers.loading import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "internvl_chat/tools/quickstart"))

@@ -6,7 +6,7 @@ import torch
 
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.lora import RANKS, is_wrapped
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.tokenizers.loading import load_tokenizer
 
 WIDTH = 32
 LLM = {

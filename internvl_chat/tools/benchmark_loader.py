@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from internvl.arguments.training import DataTrainingArguments
 from internvl.command_line import command
-from internvl.train.arguments import DataTrainingArguments
-from internvl.train.collator import row_collator
-from internvl.train.constants import SPECIAL_TOKENS
-from internvl.train.dataset import LazySupervisedDataset
-from internvl.train.dataset_packed import PackedDataset
+from internvl.constants import SPECIAL_TOKENS
+from internvl.data.collators import row_collator
+from internvl.data.supervised_dataset import LazySupervisedDataset
+from internvl.planning.packed_dataset import PackedDataset
 
 PICTURES = 64
 WORDS = "the cat sits on a red chair near an old window while two dogs sleep under it and nobody is there".split()

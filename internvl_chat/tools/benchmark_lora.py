@@ -23,10 +23,10 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2Model
 
 from internvl.command_line import command
+from internvl.metrics.step_timer import peak_memory
 from internvl.model.internvl_chat.configuration_intern_vit import InternVisionConfig
 from internvl.model.internvl_chat.modeling_intern_vit import InternVisionModel
 from internvl.model.lora import LLM_TARGETS, VISION_TARGETS, LoraSettings, Targets, wrap
-from internvl.train.metrics import peak_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

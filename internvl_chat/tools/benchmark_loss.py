@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from internvl.command_line import command
-from internvl.model.token_loss import IGNORE_INDEX, token_loss
-from internvl.train.metrics import peak_memory
+from internvl.metrics.step_timer import peak_memory
+from internvl.model.internvl_chat.documents import IGNORE_INDEX
+from internvl.model.token_loss import token_loss
 
 SIZES = {"tokens": [4096, 16384], "vocabulary": 32768, "hidden": 256}
 FULL = {"tokens": [8192, 32768], "vocabulary": 151674, "hidden": 896}

@@ -2,9 +2,9 @@
 planning takes. `python tools/benchmark_plan.py` prints one table and draws one picture.
 
 The mixture is the joint histogram of tiles and tokens of four public sets (OmniBal, arXiv 2407.20761), alone and half
-and half with text. `ours` is `internvl/train/plan.py`. Beside it: upstream's packing (first fit into a buffer of
-20 rows), the best fit by tokens alone in falling order, cut where it breaks the limit of tiles, and padding samples
-that come in random order. Those deal their rows to ranks as they come.
+and half with text. `ours` is `internvl/planning/epoch_plan.py`. Beside it: upstream's packing (first fit into a
+buffer of 20 rows), the best fit by tokens alone in falling order, cut where it breaks the limit of tiles, and padding
+samples that come in random order. Those deal their rows to ranks as they come.
 """
 
 import argparse
@@ -19,9 +19,9 @@ import numpy as np
 from tools.benchmark.sizes import SIZES, config_of
 
 from internvl.command_line import command
-from internvl.train.flops import Passes, step_cost
-from internvl.train.plan import Layout, Lengths, Plan, plan_epoch
-from internvl.train.summary import fill, idle
+from internvl.planning.epoch_plan import Layout, Lengths, Plan, plan_epoch
+from internvl.planning.plan_report import fill, idle
+from internvl.planning.sample_cost import Passes, step_cost
 
 ROOM = {"max_tokens": 8192, "max_tiles": 40}
 BUFFER = 20

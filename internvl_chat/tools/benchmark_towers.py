@@ -19,11 +19,10 @@ import torch
 from tools.benchmark.memory import start_counting_memory
 
 from internvl.command_line import command
-from internvl.model.compiled import compile_layers
+from internvl.metrics.step_timer import peak_memory
+from internvl.model.activation_checkpointing import compile_layers, recompute
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.recompute import recompute
-from internvl.model.varlen import use_varlen_attention
-from internvl.train.metrics import peak_memory
+from internvl.model.varlen_attention import use_varlen_attention
 
 VOCABULARY, IMAGE = 8000, 7  # the id of an image token
 RANK = 16

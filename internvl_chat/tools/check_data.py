@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
+from internvl.arguments.training import parse_args
+from internvl.arguments.validate import check
 from internvl.command_line import command
 from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.configuration_internvl_chat import image_tokens
-from internvl.train.arguments import parse_args
-from internvl.train.build import build_tokenizer
+from internvl.planning.epoch_plan import Layout, plan_epoch
+from internvl.planning.plan_report import summary
+from internvl.planning.sample_cost import Passes, step_cost
 from internvl.train.build_data import Data, measure_data
-from internvl.train.check import check
-from internvl.train.flops import Passes, step_cost
-from internvl.train.plan import Layout, plan_epoch
-from internvl.train.summary import summary
+from internvl.train.build_model import build_tokenizer
 
 LORA_PASSES = Passes(vision=3, llm=3)  # adapters in both towers, activations computed again
 BARS = 12  # lines of a histogram

@@ -11,9 +11,9 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from internvl.command_line import command, new_folder
-from internvl.model.adapter_files import refuse_adapters
+from internvl.model.adapter_io import refuse_adapters
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.tokenizers.loading import load_tokenizer
 
 MODEL, OUT = "OpenGVLab/InternVL-Chat-V1-5", "release/InternVL-Chat-V1-5-Int8"
 

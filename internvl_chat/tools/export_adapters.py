@@ -12,11 +12,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
-from internvl.model.adapter_files import read_adapters, refuse_not_finite
-from internvl.model.hf_adapter import to_hf_adapter
-from internvl.model.hf_config import to_hf_config
+from internvl.model.adapter_io import read_adapters, refuse_not_finite
+from internvl.model.hf.adapter import to_hf_adapter
+from internvl.model.hf.config import to_hf_config
 from internvl.model.internvl_chat import InternVLChatConfig
-from internvl.model.internvl_chat.merging import without_adapters
+from internvl.model.internvl_chat.merge import without_adapters
 from internvl.model.lora import RANKS
 
 

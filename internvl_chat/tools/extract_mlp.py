@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from internvl.command_line import CHAT, checkpoint_folder, command
-from internvl.model.adapter_files import is_plain
+from internvl.model.adapter_io import is_plain
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.internvl_chat.merging import merge_adapters
-from internvl.model.tensor_files import Checkpoint
+from internvl.model.internvl_chat.merge import merge_adapters
+from internvl.model.safetensors_io import Checkpoint
 
 PREFIX = "mlp1."
 

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from internvl.command_line import command
-from internvl.train.constants import BadSample
-from internvl.train.video import get_frame_indices, read_frames
+from internvl.constants import BadSample
+from internvl.data.videos import get_frame_indices, read_frames
 
 # Type of question -> folder of its films.
 ROOTS = {

@@ -10,7 +10,7 @@ import torch
 
 from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.merging import merge_adapters
+from internvl.model.internvl_chat.merge import merge_adapters
 
 
 @command

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from internvl.command_line import command
-from internvl.train.image import load_image
+from internvl.data.images import load_image
 
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 COLUMNS, WIDTH, HEIGHT = 3, 896, 448

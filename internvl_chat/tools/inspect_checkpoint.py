@@ -14,7 +14,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from internvl.command_line import CHAT, command
-from internvl.model.adapter_files import part_folders
+from internvl.model.adapter_io import part_folders
 from internvl.model.lora import RANKS
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}

@@ -18,15 +18,15 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
-from internvl.model.adapter_files import is_plain
-from internvl.model.combine import save_merged
-from internvl.model.hf_config import to_hf_config
-from internvl.model.hf_format import is_tied, newer_name, to_hf
-from internvl.model.hf_processor import IMAGE_TOKEN, save_processor
+from internvl.model.adapter_io import is_plain
+from internvl.model.combine_adapters import save_merged
+from internvl.model.hf.config import to_hf_config
+from internvl.model.hf.processor import IMAGE_TOKEN, save_processor
+from internvl.model.hf.weights import is_tied, newer_name, to_hf
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.internvl_chat.merging import merge_adapters
-from internvl.model.tensor_files import Checkpoint, Tensors, compute_l2_distance, save_tensors
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.internvl_chat.merge import merge_adapters
+from internvl.model.safetensors_io import Checkpoint, Tensors, compute_l2_distance, save_tensors
+from internvl.model.tokenizers.loading import load_tokenizer
 
 
 def convert_keys_to_hf(custom_state_dict: Tensors, llm_config=None) -> dict[str, torch.Tensor]:

@@ -12,12 +12,12 @@ import torch
 from transformers import GenerationConfig, InternVLConfig
 
 from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
-from internvl.model.hf_config import to_chat_config
-from internvl.model.hf_format import to_custom
-from internvl.model.hf_processor import save_chat_tokenizer
+from internvl.model.hf.config import to_chat_config
+from internvl.model.hf.processor import save_chat_tokenizer
+from internvl.model.hf.weights import to_custom
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.tensor_files import Checkpoint, Tensors, compute_l2_distance, save_tensors
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.safetensors_io import Checkpoint, Tensors, compute_l2_distance, save_tensors
+from internvl.model.tokenizers.loading import load_tokenizer
 
 
 def convert_keys_back(hf_state_dict: Tensors, llm_config=None) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import argparse
 import json
 
 from internvl.command_line import command
-from internvl.train.jsonl import Jsonl
+from internvl.data.annotations import Jsonl
 
 
 @command

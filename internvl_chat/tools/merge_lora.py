@@ -16,13 +16,13 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
-from internvl.model.adapter_files import refuse_not_finite
-from internvl.model.combine import COMBINATIONS, combine_adapters, save_merged
+from internvl.data.images import build_transform
+from internvl.model.adapter_io import refuse_not_finite
+from internvl.model.combine_adapters import COMBINATIONS, combine_adapters, save_merged
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.internvl_chat.merging import merge_adapters
+from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.lora import RANKS, is_wrapped
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train.image import build_transform
+from internvl.model.tokenizers.loading import load_tokenizer
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 TOKENS = 32  # generated for the comparison

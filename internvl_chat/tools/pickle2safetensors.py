@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from internvl.command_line import command, new_folder
-from internvl.model.internvl_chat.trained import ADAPTER
-from internvl.model.tensor_files import save_tensors
+from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER
+from internvl.model.safetensors_io import save_tensors
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
-from internvl.model.adapter_files import refuse_adapters
-from internvl.model.checkpoint import add_special_tokens, compose
+from internvl.constants import SPECIAL_TOKENS
+from internvl.model.adapter_io import refuse_adapters
+from internvl.model.compose import add_special_tokens, compose
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.tensor_files import Checkpoint
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train.constants import SPECIAL_TOKENS
+from internvl.model.safetensors_io import Checkpoint
+from internvl.model.tokenizers.loading import load_tokenizer
 
 # What a chat checkpoint's configuration says about the vision encoder and the pictures, not about the language model.
 KEPT = (

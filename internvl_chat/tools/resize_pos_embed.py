@@ -9,10 +9,10 @@ import argparse
 import torch
 
 from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
-from internvl.model.checkpoint import resize_image
+from internvl.model.compose import resize_image
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.merging import merge_adapters
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.internvl_chat.merge import merge_adapters
+from internvl.model.tokenizers.loading import load_tokenizer
 
 
 @command

@@ -11,12 +11,13 @@ from triton.runtime import interpreter
 
 from internvl.model import token_loss
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.liger import use_liger_kernels
+from internvl.model.internvl_chat.documents import REDUCTIONS
+from internvl.model.liger_kernels import use_liger_kernels
 from internvl.model.lora import plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [*((kind, "trained", ["square"]) for kind in LLMS), ("qwen2", "adapters", ["square"])]
-CASES += [("internlm2", way, list(token_loss.REDUCTIONS)) for way in HEADS]
+CASES += [("internlm2", way, list(REDUCTIONS)) for way in HEADS]
 WAYS = {name: prepare for name, (prepare, _) in HEADS.items()}
 WAYS["adapters"] = lambda model: model.wrap_llm_lora(r=4, lora_alpha=8, lora_dropout=0.0)
 

@@ -9,7 +9,7 @@ from tiny_models import EXPERTS, LLM, VITS
 
 from internvl.model.internlm2 import modeling_internlm2 as internlm2
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.internvl_chat.merging import merge_adapters
+from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.lora import is_wrapped, plain
 from internvl.model.phi3 import modeling_phi3 as phi3
 

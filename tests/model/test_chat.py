@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from transformers import LogitsProcessor
 
 from internvl.conversation import get_conv_template
-from internvl.model.checkpoint import add_special_tokens
+from internvl.model.compose import add_special_tokens
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.tokenizers.loading import load_tokenizer
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from internvl.conversation import get_conv_template
 from internvl.model import load_model_and_tokenizer
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.tokenizers.loading import load_tokenizer
 
 FILES = ["configuration_internvl_chat", "modeling_internvl_chat", "configuration_llm", "modeling_llm"]
 FILES += ["tokenization_internlm2"]

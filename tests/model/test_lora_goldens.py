@@ -8,7 +8,7 @@ from model_cases import Case, check_norms, close, gradient_norms
 from safetensors.torch import load_file
 
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.merging import merge_adapters
+from internvl.model.internvl_chat.merge import merge_adapters
 
 PARTS = {"use_backbone_lora": "vision_model", "use_llm_lora": "language_model"}
 

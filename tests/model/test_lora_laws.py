@@ -10,8 +10,8 @@ from model_cases import Case
 from safetensors.torch import load_file, save_file
 
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.merging import merge_adapters
-from internvl.model.internvl_chat.trained import note_of_base, save_trained, trained_state
+from internvl.model.internvl_chat.adapter_checkpoint import note_of_base, save_trained, trained_state
+from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.lora import plain
 
 PARTS = {"vision": ("vision_model",), "llm": ("language_model",), "both": ("vision_model", "language_model")}

@@ -11,9 +11,9 @@ from model_cases import Case
 from safetensors.torch import load_file, save_file
 
 from internvl.model import load_model_and_tokenizer, split_model
-from internvl.model.checkpoint import add_special_tokens, resize_image
+from internvl.model.compose import add_special_tokens, resize_image
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.tokenizers.loading import load_tokenizer
 
 PACKAGE = Path(__file__).parents[2] / "internvl_chat"
 

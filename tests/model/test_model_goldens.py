@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers
 from model_cases import check_norms, close, gradient_norms
 
-from internvl.model.token_loss import REDUCTIONS, document_weights
+from internvl.model.internvl_chat.documents import REDUCTIONS, document_weights
 
 # Ids generated from embeddings alone begin, in transformers 4, with a placeholder; so do the recorded ones.
 PLACEHOLDER = 0 if transformers.__version__.startswith("4.") else 1

@@ -7,7 +7,7 @@ import pytest
 import transformers
 from test_tokenization_internlm2 import assert_recorded
 
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.tokenizers.loading import load_tokenizer
 
 # Class in tokenizer_config.json: what it becomes, and what its class in transformers 4 reads beside the configuration.
 CLASSES = {

@@ -12,8 +12,9 @@ from torch import nn
 
 from internvl.model import token_loss as module
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.internvl_chat.documents import REDUCTIONS, document_weights
 from internvl.model.lora import plain
-from internvl.model.token_loss import REDUCTIONS, document_weights, logits_of, token_loss
+from internvl.model.token_loss import logits_of, token_loss
 
 # Those of InternVL, and one of each thing a head may have: a bias, each scale of LOGIT_SCALES.
 MORE = ("CohereForCausalLM", "Gemma2ForCausalLM", "GraniteForCausalLM", "PhiForCausalLM")

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from internvl.model.internlm2.tokenization_internlm2 import InternLM2Tokenizer
 from internvl.model.internlm2.tokenization_internlm2_fast import InternLM2TokenizerFast
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.tokenizers.loading import load_tokenizer
 
 INTERNLM2 = ["tokenizer_internlm2", "tokenizer_internlm2_prefix"]
 FOLDERS = ["tokenizer", "tokenizer_phi3", "tokenizer_phi3_fast", *INTERNLM2]

@@ -8,8 +8,8 @@ import pytest
 import sentencepiece
 from test_tokenization_internlm2 import assert_recorded, rows
 
-from internvl.model.tokenization_llama import LlamaTokenizer
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.tokenizers.llama import LlamaTokenizer
+from internvl.model.tokenizers.loading import load_tokenizer
 
 NAME = "tokenizer_phi3"
 

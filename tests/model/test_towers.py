@@ -9,12 +9,11 @@ from tiny_models import LLM, LLMS, VITS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internvl.model.compiled import compile_layers
+from internvl.model.activation_checkpointing import KEPT, compile_layers, layers_of, recompute, recomputed_share
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.modeling_intern_vit import PatchEmbedding
 from internvl.model.lora import plain
-from internvl.model.recompute import KEPT, layers_of, recompute, recomputed_share
-from internvl.model.varlen import use_varlen_attention
+from internvl.model.varlen_attention import use_varlen_attention
 
 IMAGE = 7
 LENGTHS = (9, 15)  # of the documents of the row

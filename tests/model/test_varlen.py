@@ -8,8 +8,8 @@ from tiny_models import LLM, VITS
 
 from internvl.model import varlen
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.token_loss import document_bounds
-from internvl.model.varlen import use_varlen_attention, varlen_attention
+from internvl.model.internvl_chat.documents import document_bounds
+from internvl.model.varlen_attention import use_varlen_attention, varlen_attention
 
 # 5 + 7 tokens, and 12; windows of 8 slide over the last.
 POSITIONS = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.arange(12)])

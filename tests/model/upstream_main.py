@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.internvl_chat.merging import merge_adapters
+from internvl.model.internvl_chat.merge import merge_adapters
 
 
 def test_the_pins_are_what_runs():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from internvl.train.arguments import FINETUNE, MPO, parse_args
+from internvl.arguments.preference import MPO
+from internvl.arguments.training import FINETUNE, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRIES = ROOT / "internvl_chat/internvl/train"

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from internvl.train.arguments import FINETUNE, MPO, parse_args
+from internvl.arguments.preference import MPO
+from internvl.arguments.training import FINETUNE, parse_args
 
 from .conftest import ROOT
 

@@ -14,8 +14,8 @@ from tools.benchmark.traffic import Network, counted, seconds
 from tools.benchmark_step import main
 from transformers import InternVLForConditionalGeneration
 
-from internvl.model.hf_config import to_hf_config
-from internvl.model.hf_format import to_hf
+from internvl.model.hf.config import to_hf_config
+from internvl.model.hf.weights import to_hf
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 
 SIZE = SIZES["test"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.lora import LoraSettings, Targets, wrap
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.tokenizers.loading import load_tokenizer
 
 PARTS = {"vision_model": (2, 4), "mlp1": (3, 3), "language_model": (4, 6)}  # ranks and alphas that differ
 

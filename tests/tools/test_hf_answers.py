@@ -9,9 +9,9 @@ from PIL import Image
 from tools.internvl_custom2hf import main as custom2hf
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from internvl.data.images import build_transform, dynamic_preprocess
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train.image import build_transform, dynamic_preprocess
+from internvl.model.tokenizers.loading import load_tokenizer
 
 
 class Written:

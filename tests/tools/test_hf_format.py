@@ -13,11 +13,11 @@ from tools.internvl_hf2custom import convert_keys_back
 from tools.internvl_hf2custom import main as hf2custom
 from transformers import AutoModelForImageTextToText, InternVLForConditionalGeneration
 
-from internvl.model.hf_config import to_hf_config
-from internvl.model.hf_format import to_hf
+from internvl.model.hf.config import to_hf_config
+from internvl.model.hf.weights import to_hf
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.tensor_files import Checkpoint, save_tensors
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.safetensors_io import Checkpoint, save_tensors
+from internvl.model.tokenizers.loading import load_tokenizer
 
 REAL_CONFIGS = sorted((Path(__file__).parents[1] / "real_configs").glob("internvl*.json"))
 CASES = {llm: {"llm": llm} for llm in LLMS}

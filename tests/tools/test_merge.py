@@ -10,9 +10,9 @@ from tiny_models import make, save_adapters
 from tools.merge_lora import main as merge_lora
 
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.trained import note_of_base, save_trained, trained_state
+from internvl.model.internvl_chat.adapter_checkpoint import note_of_base, save_trained, trained_state
 from internvl.model.lora import LoraSettings, Targets, wrap
-from internvl.model.tokenizer import load_tokenizer
+from internvl.model.tokenizers.loading import load_tokenizer
 
 LAYER = "language_model.model.layers.1.mlp.up_proj"
 

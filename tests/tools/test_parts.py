@@ -12,13 +12,13 @@ from tools.replace_llm import main as replace_llm
 from tools.resize_pos_embed import main as resize_pos_embed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from internvl.model.checkpoint import compose, load_projector
+from internvl.constants import SPECIAL_TOKENS
+from internvl.model.compose import compose, load_projector
 from internvl.model.internvl_chat import InternVisionModel, InternVLChatModel
-from internvl.model.internvl_chat.merging import merge_adapters
-from internvl.model.internvl_chat.trained import note_of_base, save_trained, trained_state
+from internvl.model.internvl_chat.adapter_checkpoint import note_of_base, save_trained, trained_state
+from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.lora import RANKS, LoraSettings
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train.constants import SPECIAL_TOKENS
+from internvl.model.tokenizers.loading import load_tokenizer
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from PIL import Image
 from runs import copy_model, flags_of, without_image_tokens, write_meta
 from samples import tokenizer_of
 
+from internvl.arguments.training import DataTrainingArguments, parse_args
+from internvl.arguments.validate import check
+from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.train.arguments import DataTrainingArguments, parse_args
-from internvl.train.build import build_model, build_tokenizer
-from internvl.train.check import check
-from internvl.train.dataset import LazySupervisedDataset
+from internvl.train.build_model import build_model, build_tokenizer
 
 
 @pytest.fixture

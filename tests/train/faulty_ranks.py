@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from internvl.dist_utils import free_port, rank
-from internvl.train.ending import join_ranks, say_goodbye, shared_end
+from internvl.runtime.shutdown import join_ranks, say_goodbye, shared_end
 
 TIMEOUT = 6  # --ddp_timeout
 AT_ONCE = 7  # cases

@@ -28,8 +28,8 @@ from accelerate.state import AcceleratorState
 from mutations import WORDS, change
 from runs import FULL, LORA, ROOT, copy_model, flags_of, prepare, started, write_meta
 
-from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments
-from internvl.train.part_arguments import LoraArguments, RateArguments
+from internvl.arguments.per_part import LoraArguments, RateArguments
+from internvl.arguments.training import DataTrainingArguments, ModelArguments, TrainingArguments
 
 SECONDS = 120  # after which a case hangs
 # Of transformers' own flags, those that a training depends on and that reach nothing outside.

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from internvl.dist_utils import free_port
+from internvl.runtime.signals import preemption
 from internvl.train.internvl_chat_finetune import main
-from internvl.train.preemption import preemption
 
 LONGEST = 5.0  # seconds until a kill
 

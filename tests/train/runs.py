@@ -13,13 +13,15 @@ import torch
 from ranks import Ranks
 from safetensors.torch import load_file
 
+from internvl.arguments.training import parse_args
+from internvl.arguments.validate import check
+from internvl.checkpoint.resume import resume_point
+from internvl.constants import SPECIAL_TOKENS
 from internvl.dist_utils import free_port
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.train.arguments import parse_args
-from internvl.train.build import build_model, build_tokenizer, build_trainer
 from internvl.train.build_data import build_data
-from internvl.train.check import check, resume_point
-from internvl.train.constants import SPECIAL_TOKENS
+from internvl.train.build_model import build_model, build_tokenizer
+from internvl.train.build_trainer import build_trainer
 
 ROOT = Path(__file__).parents[2]
 ENTRY = ROOT / "internvl_chat/internvl/train/internvl_chat_finetune.py"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train.arguments import DataTrainingArguments
-from internvl.train.dataset import LazySupervisedDataset
+from internvl.arguments.training import DataTrainingArguments
+from internvl.data.supervised_dataset import LazySupervisedDataset
+from internvl.model.tokenizers.loading import load_tokenizer
 
 # Fields of a recorded configuration that are fields of ours.
 SHARED = (

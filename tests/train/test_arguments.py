@@ -5,8 +5,9 @@ from dataclasses import fields
 
 import pytest
 
-from internvl.train.arguments import ZERO_CONFIGS, DataTrainingArguments, ModelArguments, parse_args
-from internvl.train.part_arguments import LoraArguments
+from internvl.arguments.deepspeed_config import ZERO_CONFIGS
+from internvl.arguments.per_part import LoraArguments
+from internvl.arguments.training import DataTrainingArguments, ModelArguments, parse_args
 
 MODEL_DEFAULTS = {
     "model_name_or_path": None,

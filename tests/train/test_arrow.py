@@ -7,9 +7,9 @@ import datasets
 import pytest
 from samples import samples_equal, turns
 
-from internvl.train.arrow import Table, is_table
-from internvl.train.dataset import LazySupervisedDataset
-from internvl.train.lengths import measure
+from internvl.data.annotations import Table, is_table
+from internvl.data.supervised_dataset import LazySupervisedDataset
+from internvl.planning.sample_lengths import measure
 
 RECORDS = [
     {"id": 1, "image": "a.png", "conversations": turns("<image>\nWhat is it?", "A house.")},

@@ -10,8 +10,12 @@ from functools import partial
 import pytest
 import torch
 
-from internvl.train.collator import concat_pad_data_collator, dpo_concat_pad_data_collator, pad_data_collator
-from internvl.train.dataset_packed import packed_collate_fn
+from internvl.data.collators import (
+    concat_pad_data_collator,
+    dpo_concat_pad_data_collator,
+    packed_collate_fn,
+    pad_data_collator,
+)
 from internvl.train.internvl_chat_finetune import len2weight
 
 

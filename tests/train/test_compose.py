@@ -9,11 +9,11 @@ import torch
 from runs import composed, flags_of
 from safetensors.torch import load_file, save_file
 
-from internvl.model.checkpoint import compose, load_projector
+from internvl.arguments.training import parse_args
+from internvl.arguments.validate import check
+from internvl.model.compose import compose, load_projector
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.train.arguments import parse_args
-from internvl.train.build import build_model, build_tokenizer
-from internvl.train.check import check
+from internvl.train.build_model import build_model, build_tokenizer
 
 
 def build(argv: list[str]) -> InternVLChatModel:

@@ -15,8 +15,8 @@ import torch
 import torchvision
 from samples import ANSWER, BAD, QUESTION, recorded_configs, recorded_dataset, recorded_items, samples_equal, turns
 
-from internvl.train.constants import BadSample
-from internvl.train.dataset import LazySupervisedDataset
+from internvl.constants import BadSample
+from internvl.data.supervised_dataset import LazySupervisedDataset
 
 SAME_ARITHMETIC = PIL.__version__ == "13.0.0" and torchvision.__version__.startswith("0.29.1")
 GREY_LEVELS = 0.04  # two steps of 1 / 255, normalised: where another Pillow rounds otherwise while it resizes

@@ -17,7 +17,7 @@ import pytest
 from agreement import check_agreement, check_trained
 from runs import flags_of, history, prepare, run, run_here
 
-from internvl.train.plan import plan_epoch
+from internvl.planning.epoch_plan import plan_epoch
 
 FROZEN = "--freeze_backbone True --freeze_llm True --freeze_mlp True".split()
 VISION = "--use_backbone_lora 4 --backbone_lora_dropout 0".split()

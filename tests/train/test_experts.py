@@ -8,9 +8,9 @@ from runs import LORA, losses, run, weights, write_meta
 from tiny_models import make as make_model
 from tools.merge_lora import main as merge_lora
 
+from internvl.constants import IMG_CONTEXT_TOKEN
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train.constants import IMG_CONTEXT_TOKEN
+from internvl.model.tokenizers.loading import load_tokenizer
 
 
 @pytest.fixture(params=["qwen3_moe", "gpt_oss"])

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train.arguments import parse_args
-from internvl.train.check import check
-from internvl.train.ending import report_on
-from internvl.train.intact import faults, newest_whole
+from internvl.arguments.training import parse_args
+from internvl.arguments.validate import check
+from internvl.checkpoint.manifest import faults, newest_whole
+from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.runtime.shutdown import report_on
 
 COSINE = [*LORA, "--lr_scheduler_type", "cosine", "--max_steps", "8"]
 COSINE += ["--backbone_lora_dropout", "0", "--llm_lora_dropout", "0"]

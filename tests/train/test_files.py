@@ -14,11 +14,12 @@ import torch
 from films import film, gif
 from samples import samples_equal, turns
 
-from internvl.train.constants import BadSample
-from internvl.train.dataset import TCSLoader, load_meta
-from internvl.train.files import MissingPackage, cache_folder, join, local_copy
-from internvl.train.jsonl import Jsonl
-from internvl.train.lengths import measure
+from internvl.constants import BadSample
+from internvl.data.annotations import Jsonl
+from internvl.data.file_io import MissingPackage, cache_folder, join, local_copy
+from internvl.data.schema import load_meta
+from internvl.planning.sample_lengths import measure
+from internvl.train.dataset import TCSLoader
 
 ANSWER = {"conversations": turns("What?", "A.")}
 RECORDS = [

@@ -12,12 +12,12 @@ import torch
 from runs import composed, flags_of, prepare
 from samples import turns
 
+from internvl.arguments.per_part import LoraArguments
+from internvl.arguments.training import DataTrainingArguments, ModelArguments
+from internvl.model.activation_checkpointing import layers_of, recomputed_share
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.lora import is_wrapped
-from internvl.model.recompute import layers_of, recomputed_share
-from internvl.train.arguments import DataTrainingArguments, ModelArguments
-from internvl.train.build import allowed_bad_samples, build_tokenizer
-from internvl.train.part_arguments import LoraArguments
+from internvl.train.build_model import allowed_bad_samples, build_tokenizer
 
 PATHS = {"model_name_or_path": "model", "vision_path": "vit", "llm_path": "llm", "mlp_path": "mlp_projector.pth"}
 

@@ -11,8 +11,8 @@ import torchvision
 from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
-from internvl.train.constants import BadSample
-from internvl.train.image import (
+from internvl.constants import BadSample
+from internvl.data.images import (
     build_transform,
     dynamic_preprocess,
     expand2square,

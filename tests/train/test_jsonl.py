@@ -7,9 +7,9 @@ import pickle
 import numpy as np
 import pytest
 
-from internvl.train import jsonl
-from internvl.train.constants import BadSample
-from internvl.train.jsonl import Jsonl
+from internvl.constants import BadSample
+from internvl.data import annotations
+from internvl.data.annotations import Jsonl
 
 
 def write(path, text: str) -> str:
@@ -21,7 +21,7 @@ def write(path, text: str) -> str:
 @pytest.mark.parametrize("end", ["", "\n", "\n\n"])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_same_records_as_a_plain_reading(tmp_path, monkeypatch, newline, end, chunk):
-    monkeypatch.setattr(jsonl, "CHUNK", chunk)  # offsets must not depend on how the file is scanned
+    monkeypatch.setattr(annotations, "CHUNK", chunk)  # offsets must not depend on how the file is scanned
     records = [{"id": i, "text": "天空 é\u2028\\n" * i} for i in range(9)]
     lines = [json.dumps(record, ensure_ascii=i % 2 == 0) for i, record in enumerate(records)]
     lines.insert(4, "")  # blank lines hold no record but count as lines
@@ -64,12 +64,12 @@ def test_wrong_path_is_one_sentence(tmp_path, name, reason):
 
 def test_offsets_of_a_large_file_are_found_once_and_not_handed_to_workers(tmp_path, monkeypatch):
     monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(jsonl, "LARGE", 1000)
+    monkeypatch.setattr(annotations, "LARGE", 1000)
     path = write(tmp_path / "a.jsonl", "".join(f'{{"id": {i}}}\n\n' for i in range(500)))
     first = Jsonl(path)
     (table,) = (tmp_path / "cache").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(jsonl, "_line_table", None)  # it would fail
+        patch.setattr(annotations, "_line_table", None)  # it would fail
         again = Jsonl(path)
         copy = pickle.loads(pickle.dumps(again))
     assert len(pickle.dumps(again)) < 1000 and isinstance(again._table, np.memmap)

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from samples import BAD, recorded_configs, recorded_dataset, turns
 
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train import lengths
-from internvl.train.constants import BadSample
-from internvl.train.lengths import fingerprint, measure
+from internvl.constants import BadSample
+from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.planning import sample_lengths
+from internvl.planning.sample_lengths import fingerprint, measure
 
 DECODING_ONLY = ("truncated PNG", "truncated JPEG")  # their headers are whole
 
@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def same(one: lengths.Measured, other: lengths.Measured) -> bool:
+def same(one: sample_lengths.Measured, other: sample_lengths.Measured) -> bool:
     arrays = zip((*one.lengths, one.digests), (*other.lengths, other.digests), strict=True)
     return all(np.array_equal(a, b) for a, b in arrays) and one.bad == other.bad
 
@@ -118,8 +118,8 @@ def test_processes_measure_the_same(make, monkeypatch):
     records[11] = {"image": "absent.png", "conversations": turns("What?", "A.")}
     dataset = make(*records)
     alone = measure(dataset, progress=False, cache_dir=dataset.root + "/one")
-    monkeypatch.setattr(lengths, "WORTH_A_PROCESS", 10)
-    monkeypatch.setattr(lengths, "CHUNK", 4)
+    monkeypatch.setattr(sample_lengths, "WORTH_A_PROCESS", 10)
+    monkeypatch.setattr(sample_lengths, "CHUNK", 4)
     assert same(alone, measure(dataset, processes=2, progress=False, cache_dir=dataset.root + "/two"))
     assert [index for index, _ in alone.bad] == [11]
 
@@ -134,8 +134,8 @@ def counted(make, monkeypatch):
     bad = {"image": "late.png", "conversations": turns("What?", "A.")}
     dataset = make(good, good, bad, good, good, good)
     looked_at = []
-    plain = lengths._measure_one
-    monkeypatch.setattr(lengths, "_measure_one", lambda d, record: looked_at.append(record) or plain(d, record))
+    plain = sample_lengths._measure_one
+    monkeypatch.setattr(sample_lengths, "_measure_one", lambda d, record: looked_at.append(record) or plain(d, record))
     return dataset, looked_at
 
 
@@ -186,16 +186,16 @@ def test_an_interrupted_measurement_goes_on(counted, cache, monkeypatch):
     dataset, looked_at = counted
     whole = measure(dataset, progress=False, cache_dir=str(cache / "whole"))
     looked_at.clear()
-    counting = lengths._measure_one
+    counting = sample_lengths._measure_one
 
     def stop(dataset, record):
         if record == 4:
             raise KeyboardInterrupt
         return counting(dataset, record)
 
-    monkeypatch.setattr(lengths, "ROUND", 2)
+    monkeypatch.setattr(sample_lengths, "ROUND", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(lengths, "_measure_one", stop)
+        patch.setattr(sample_lengths, "_measure_one", stop)
         with pytest.raises(KeyboardInterrupt):
             measure(dataset, progress=False)
     assert looked_at == [0, 1, 2, 3] and len(list(cache.glob("lengths-*.part.npy"))) == 1
@@ -218,7 +218,7 @@ def test_ranks_measure_together(counted, cache):
         return found
 
     def on(rank: int):
-        together = lengths.Ranks(rank, ranks, partial(gathered, rank))
+        together = sample_lengths.Ranks(rank, ranks, partial(gathered, rank))
         return measure(dataset, progress=False, cache_dir=str(cache / str(rank)), ranks=together)
 
     looked_at.clear()

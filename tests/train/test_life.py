@@ -15,10 +15,10 @@ from tools.internvl_custom2hf import main as custom2hf
 from tools.internvl_hf2custom import main as hf2custom
 from transformers import InternVLForConditionalGeneration
 
+from internvl.constants import IMG_CONTEXT_TOKEN
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.trained import fingerprint, plain_name
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train.constants import IMG_CONTEXT_TOKEN
+from internvl.model.internvl_chat.adapter_checkpoint import fingerprint, plain_name
+from internvl.model.tokenizers.loading import load_tokenizer
 
 FULL = ["--save_full_model", "True"]
 FROZEN = "--freeze_backbone True --freeze_llm True --freeze_mlp True".split()

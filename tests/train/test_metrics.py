@@ -11,12 +11,12 @@ import pytest
 import torch
 from runs import FULL, LORA, flags_of, history, prepare, run, run_here, run_until
 
-from internvl.train.collectives import covered
-from internvl.train.device_peak import PEAKS, device_peak, named_peak
-from internvl.train.metered import METRICS
-from internvl.train.metrics import Stopwatch, forget_after
-from internvl.train.model_flops import model_flops
-from internvl.train.plan import plan_epoch
+from internvl.metrics.comm_profiler import covered
+from internvl.metrics.device_peak import PEAKS, device_peak, named_peak
+from internvl.metrics.model_flops import model_flops
+from internvl.metrics.step_timer import Stopwatch, forget_after
+from internvl.planning.epoch_plan import plan_epoch
+from internvl.train.trainer_metered import METRICS
 
 PACKED = "--use_packed_ds True --max_packed_tokens 200 --num_images_expected 13".split()
 ALWAYS = """step_seconds tokens_per_second trained_tokens_per_second tiles_per_second padding_percent data_wait_percent

@@ -6,13 +6,13 @@ from tiny_models import LLM, LLMS, VITS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from internvl.metrics.model_flops import ModelFlops, model_flops
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.decoder import decode
 from internvl.model.lora import LoraSettings, plain
 from internvl.model.lora_linear import LoraLinear
-from internvl.model.varlen import use_varlen_attention
-from internvl.train.flops import forward_flops
-from internvl.train.model_flops import ModelFlops, model_flops
+from internvl.model.varlen_attention import use_varlen_attention
+from internvl.planning.sample_cost import forward_flops
 
 DOCUMENTS, TILES, TRAINED = [37, 3, 120], 3, 24  # labels: 11, 2, 11
 PARTS = ("vision_model", "mlp1", "language_model")

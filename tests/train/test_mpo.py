@@ -11,16 +11,19 @@ import torch
 from runs import FULL, LORA, copy_model, history, write_meta
 from safetensors.torch import load_file
 
+from internvl.arguments.preference import MPO, DPOConfig, PreferenceDataArguments
+from internvl.arguments.training import parse_args
+from internvl.arguments.validate import check_preference
+from internvl.data.preference_dataset import PreferenceDataset, pair_collator
+from internvl.metrics.model_flops import model_flops
 from internvl.model import internvl_chat
-from internvl.train.arguments import MPO, DPOConfig, PreferenceDataArguments, parse_args
-from internvl.train.build import build_model, build_tokenizer, build_trainer
 from internvl.train.build_data import build_data
-from internvl.train.build_mpo import build_reference, check_preference
-from internvl.train.metered import METRICS
-from internvl.train.model_flops import model_flops
-from internvl.train.preference import PreferenceDataset, pair_collator
+from internvl.train.build_model import build_model, build_tokenizer
+from internvl.train.build_trainer import build_trainer
+from internvl.train.internvl_chat_mpo import build_reference
 from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
+from internvl.train.trainer_metered import METRICS
 
 ENTRY = runs.ENTRY.with_name("internvl_chat_mpo.py")
 RECIPE = "--loss_type sigmoid,bco_pair --sigmoid_loss_weight 0.8 --bco_pair_loss_weight 0.2 --rpo_alpha 1".split()

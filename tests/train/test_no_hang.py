@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from internvl.train.arguments import parse_args
-from internvl.train.ending import seconds_to_wait
+from internvl.arguments.training import parse_args
+from internvl.runtime.shutdown import seconds_to_wait
 
 HERE = Path(__file__).parent
 WITHOUT_A_WORD = r"error: rank {} ended without a word: killed, for instance where memory ran out, or crashed\n"

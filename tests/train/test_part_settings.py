@@ -9,12 +9,12 @@ from peft import PeftModel
 from runs import losses, run, run_here
 from safetensors.torch import load_file
 
+from internvl.arguments.per_part import LORA, LoraArguments, RateArguments
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.merging import merge_adapters
-from internvl.model.internvl_chat.trained import note_of_base, save_trained, trained_state
+from internvl.model.internvl_chat.adapter_checkpoint import note_of_base, save_trained, trained_state
+from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.lora import FLAGS, RANKS, VARIANTS
-from internvl.train.part_arguments import LORA, LoraArguments, RateArguments
-from internvl.train.trainable import parameter_groups
+from internvl.train.param_groups import parameter_groups
 
 FROZEN = "--freeze_backbone True --freeze_llm True --freeze_mlp True".split()
 TARGETS = {"vision_model": "attn.qkv", "mlp1": "3", "language_model": "q_proj"}

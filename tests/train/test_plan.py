@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl.train.plan import Cost, Layout, Lengths, Plan, plan_epoch
-from internvl.train.summary import fill, idle
+from internvl.planning.epoch_plan import Cost, Layout, Lengths, Plan, plan_epoch
+from internvl.planning.plan_report import fill, idle
 
 CASES = [
     (n, world, micro, accumulation, grouped)

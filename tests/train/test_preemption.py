@@ -12,9 +12,9 @@ import pytest
 import torch
 from runs import ENTRY, LORA, ROOT, flags_of, losses, prepare, run, started, weights
 
-from internvl.train.arguments import parse_args
-from internvl.train.intact import newest_whole
-from internvl.train.preemption import PREEMPTED
+from internvl.arguments.training import parse_args
+from internvl.checkpoint.manifest import newest_whole
+from internvl.runtime.signals import PREEMPTED
 
 STEPS = ["--max_steps", "40", "--save_steps", "1000", "--save_total_limit", "1"]
 
@@ -52,7 +52,7 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
 # A process as a run makes them, around `busy`: its main thread is in one call of C for 3 seconds, which no signal ends.
 PROCESS = """
 import ctypes, multiprocessing, os, signal, sys, time
-from internvl.train.preemption import outlive_first_signal, preemption
+from internvl.runtime.signals import outlive_first_signal, preemption
 def busy():
     signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
     print("ready", flush=True)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from samples import samples_equal
 
+from internvl.arguments.preference import MPO
+from internvl.arguments.training import parse_args
+from internvl.constants import BadSample
+from internvl.data.preference_dataset import PreferenceDataset, pair_collator
 from internvl.model import internvl_chat
-from internvl.train.arguments import MPO, parse_args
-from internvl.train.constants import BadSample
-from internvl.train.dataset_packed import PackedDataset
-from internvl.train.lengths import measure
-from internvl.train.preference import PreferenceDataset, pair_collator
+from internvl.planning.packed_dataset import PackedDataset
+from internvl.planning.sample_lengths import measure
 from internvl.train.preference_loss import LOSSES, InternVLChatModel, PreferenceLoss, label_log_probs
 
 RECIPE = "--loss_type sigmoid,bco_pair --sigmoid_loss_weight 0.8 --bco_pair_loss_weight 0.2 --rpo_alpha 1".split()

@@ -14,11 +14,11 @@ import json
 import pytest
 import torch
 
+from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, BadSample
 from internvl.conversation import conv_templates, get_conv_template
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train import preprocess
-from internvl.train.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, BadSample
-from internvl.train.preprocess import tokenize_turns
+from internvl.data import chat_tokenization
+from internvl.data.chat_tokenization import tokenize_turns
+from internvl.model.tokenizers.loading import load_tokenizer
 
 OPTIONS = ("text_only", "group_by_length", "use_packed_ds", "num_image")
 RECORDED = [name for name in conv_templates if name != "internvl3_5_gpt_oss"]  # which is younger than the record
@@ -38,7 +38,7 @@ def tokenizer(goldens, request):
 def call(row, goldens):
     tokenizer = tokenizer_at(goldens / row["tokenizer"])
     tokenizer.model_max_length = row["model_max_length"]
-    function = getattr(preprocess, row["function"])
+    function = getattr(chat_tokenization, row["function"])
     options = {key: row[key] for key in OPTIONS}
     return function(row["template"], [row["conversations"]], tokenizer, row["num_image_token_list"], **options)
 

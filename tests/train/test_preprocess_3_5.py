@@ -5,11 +5,11 @@ import re
 import pytest
 from samples import ANSWER, QUESTION
 
+from internvl.constants import IGNORE_INDEX, BadSample
 from internvl.conversation import get_conv_template
-from internvl.model.tokenizer import load_tokenizer
+from internvl.data.chat_tokenization import tokenize_turns
+from internvl.model.tokenizers.loading import load_tokenizer
 from internvl.train import dataset
-from internvl.train.constants import IGNORE_INDEX, BadSample
-from internvl.train.preprocess import tokenize_turns
 
 TEMPLATE = "internvl3_5_gpt_oss"
 MARKERS = ["<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>"]

@@ -3,7 +3,8 @@
 import pytest
 from samples import ANSWER, QUESTION
 
-from internvl.train.dataset import LazySupervisedDataset, load_meta
+from internvl.data.schema import load_meta
+from internvl.data.supervised_dataset import LazySupervisedDataset
 
 
 @pytest.mark.parametrize(

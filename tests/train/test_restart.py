@@ -11,9 +11,9 @@ import pytest
 import torch
 from runs import ENTRY, LORA, losses, run, started, weights
 
-from internvl.train.arguments import parse_args
-from internvl.train.check import resume_point
-from internvl.train.intact import MANIFEST, faults, write_manifest
+from internvl.arguments.training import parse_args
+from internvl.checkpoint.manifest import MANIFEST, faults, write_manifest
+from internvl.checkpoint.resume import resume_point
 
 ADAPTER = "vision_model/adapter_model.safetensors"
 

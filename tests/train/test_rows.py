@@ -8,10 +8,10 @@ import torch
 from samples import recorded_configs, recorded_dataset, samples_equal, turns
 from torch.utils.data import DataLoader
 
-from internvl.train.collator import row_collator
-from internvl.train.dataset_packed import PackedDataset
-from internvl.train.lengths import measure
-from internvl.train.plan import Layout, Lengths, plan_epoch
+from internvl.data.collators import row_collator
+from internvl.planning.epoch_plan import Layout, Lengths, plan_epoch
+from internvl.planning.packed_dataset import PackedDataset
+from internvl.planning.sample_lengths import measure
 
 TENSORS = ("input_ids", "labels", "position_ids", "pixel_values", "image_flags")
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl.train.plan import Cost, Layout, Lengths
-from internvl.train.schedule import Schedule
+from internvl.planning.data_schedule import Schedule
+from internvl.planning.epoch_plan import Cost, Layout, Lengths
 
 ROOM = {"max_tokens": 900, "max_tiles": 9}
 

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import recorded_configs, recorded_dataset
 
-from internvl.train.arguments import DataTrainingArguments
+from internvl.arguments.training import DataTrainingArguments
+from internvl.constants import BadSample
+from internvl.planning.oversized_samples import MIN_TRAINED, Image, images_in, split
+from internvl.planning.packed_dataset import PackedDataset
+from internvl.planning.sample_lengths import ALONE, measure
 from internvl.train.build_data import Data, fit_into_rows
-from internvl.train.constants import BadSample
-from internvl.train.dataset_packed import PackedDataset
-from internvl.train.lengths import ALONE, measure
-from internvl.train.splitting import MIN_TRAINED, Image, images_in, split
 
 MARKS = {"begin": 7, "context": 8, "end": 9}  # ids of <img>, <IMG_CONTEXT>, </img>
 TOKENS_OF_A_TILE = 3

@@ -16,13 +16,13 @@ from runs import FULL, LORA, flags_of, losses, prepare, run, run_here
 from safetensors.torch import load_file, save_file
 from tools.pickle2safetensors import main as pickle2safetensors
 
-from internvl.model.adapter_files import lora_config
-from internvl.model.checkpoint import compose, load_projector
+from internvl.checkpoint.optimizer_state import shards_in
+from internvl.checkpoint.safe_load import data_alone, refuse_code
+from internvl.model.adapter_io import lora_config
+from internvl.model.compose import compose, load_projector
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.tensor_files import Checkpoint
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train.optimizer_state import shards_in
-from internvl.train.pickles import data_alone, refuse_code
+from internvl.model.safetensors_io import Checkpoint
+from internvl.model.tokenizers.loading import load_tokenizer
 
 
 class Attack:

@@ -10,10 +10,10 @@ from films import film
 from PIL import Image
 from samples import ANSWER, QUESTION
 
-from internvl.train.constants import BadSample
-from internvl.train.files import inside
-from internvl.train.lengths import measure
-from internvl.train.video import count_frames, read_frames
+from internvl.constants import BadSample
+from internvl.data.file_io import inside
+from internvl.data.videos import count_frames, read_frames
+from internvl.planning.sample_lengths import measure
 
 TURNS = [QUESTION, ANSWER]
 FRAMES = [QUESTION | {"value": "<video>\nWhat happens?"}, ANSWER]

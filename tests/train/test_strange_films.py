@@ -9,8 +9,8 @@ import pytest
 from films import film
 from PIL import Image
 
-from internvl.train.constants import BadSample
-from internvl.train.video import FRAME_PIXELS, read_frames
+from internvl.constants import BadSample
+from internvl.data.videos import FRAME_PIXELS, read_frames
 
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{0}\n#EXT-X-ENDLIST\n"
 SESSION = (

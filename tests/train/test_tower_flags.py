@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from internvl.arguments.validate import check_towers
+from internvl.model.activation_checkpointing import layers_of
 from internvl.model.lora import plain
-from internvl.model.recompute import layers_of
-from internvl.train.towers import check_towers
 
 REFUSED = {
     "no layer": (["--checkpoint_every", "0"], "--checkpoint_every 0: every n-th layer, n at least 1"),

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from internvl.arguments.training import ModelArguments, TrainingArguments
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.train.arguments import ModelArguments, TrainingArguments
-from internvl.train.trainable import parameter_groups, set_trainable, trainable_table, watch_gradients
+from internvl.train.gradient_check import watch_gradients
+from internvl.train.param_groups import parameter_groups
+from internvl.train.trainable_parameters import set_trainable, trainable_table
 
 FROZEN = {"freeze_backbone": True, "freeze_llm": True, "freeze_mlp": True}
 

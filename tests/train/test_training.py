@@ -21,8 +21,8 @@ from runs import (
     write_meta,
 )
 
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train.constants import SPECIAL_TOKENS
+from internvl.constants import SPECIAL_TOKENS
+from internvl.model.tokenizers.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")

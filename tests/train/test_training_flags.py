@@ -13,12 +13,12 @@ import torch
 import transformers
 from runs import flags_of, prepare
 
-from internvl.train.arguments import TrainingArguments, parse_args
-from internvl.train.check import resume_point
-from internvl.train.fault_arguments import FaultArguments
-from internvl.train.part_arguments import RateArguments
-from internvl.train.refused import DROPPED, ONLY, REFUSED
-from internvl.train.run import train_and_save
+from internvl.arguments.fault_tolerance import FaultArguments
+from internvl.arguments.per_part import RateArguments
+from internvl.arguments.training import TrainingArguments, parse_args
+from internvl.arguments.unsupported_flags import DROPPED, ONLY, REFUSED
+from internvl.checkpoint.resume import resume_point
+from internvl.train.run_training import train_and_save
 
 # -- how a run goes: what this package does with transformers' flags ---------------------------------------------------
 

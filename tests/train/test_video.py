@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from films import TOTAL, film, folder, gif, number
 
-from internvl.train.constants import BadSample
-from internvl.train.dataset import TCSLoader, read_frames_decord, read_frames_folder, read_frames_gif
-from internvl.train.video import count_frames, get_frame_indices, read_frames, sort_frames
+from internvl.constants import BadSample
+from internvl.data.supervised_dataset import TCSLoader, read_frames_decord, read_frames_folder, read_frames_gif
+from internvl.data.videos import count_frames, get_frame_indices, read_frames, sort_frames
 
 
 def test_recorded_frame_indices(goldens):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import LORA, history, started, write_meta
 
-from internvl.train.watchdog import Watchdog
+from internvl.runtime.watchdog import Watchdog
 
 PATIENCE = 120  # seconds until what still runs counts as hanging
 
@@ -110,7 +110,7 @@ def test_a_file_that_one_rank_waits_for(tiny, goldens, tmp_path):
         assert re.fullmatch(rf"\[rank {rank}\] goes on after \d+\.\d s", mine[-1])
     reading = [re.search(r"rank (\d)\]   process \d+ .*, which reads data", line) for line in told]
     assert {match[1] for match in reading if match} == {"0", "1"}
-    in_file = {line[6] for line in told if "internvl/train/image.py" in line}
+    in_file = {line[6] for line in told if "internvl/data/images.py" in line}
     assert len(in_file) == 1, "one rank waits for the file"
     assert any(line[6] not in in_file and "distributed" in line for line in told), "the other for that rank"
     assert len(history(output)) == 40

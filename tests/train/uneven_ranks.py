@@ -17,9 +17,9 @@ from runs import flags_of, prepare
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from internvl.dist_utils import gathered, rank
-from internvl.train.checkpointing import barrier
-from internvl.train.ending import join_ranks, shared_end
-from internvl.train.run import leave
+from internvl.runtime.shutdown import join_ranks, shared_end
+from internvl.train.run_training import leave
+from internvl.train.trainer_checkpoint import barrier
 
 TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
 SHOWN = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A thing."}]

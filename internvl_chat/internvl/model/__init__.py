@@ -4,9 +4,6 @@ import math
 
 import torch
 
-from .internvl_chat import InternVLChatConfig, InternVLChatModel
-from .tokenizer import load_tokenizer
-
 __all__ = ["load_model_and_tokenizer", "split_model"]
 
 
@@ -29,6 +26,9 @@ def load_model_and_tokenizer(args):
 
     `args` has `checkpoint`, `auto` (spread over all GPUs), `load_in_8bit` and `load_in_4bit` (with bitsandbytes).
     """
+    from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+    from internvl.model.tokenizers.loading import load_tokenizer
+
     tokenizer = load_tokenizer(args.checkpoint)
     options = {"low_cpu_mem_usage": True, "torch_dtype": torch.bfloat16}
     quantized = args.load_in_8bit or args.load_in_4bit

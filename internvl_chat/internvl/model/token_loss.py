@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-IGNORE_INDEX = -100
+from internvl.model.internvl_chat.documents import trained_positions
+
 # The float32 logits of a chunk are at most this large; about twice as much is in use at a time.
 CHUNK_BYTES = 2**28
 
@@ -53,40 +54,6 @@ def balance_loss(llm: PreTrainedModel, router_logits: tuple, attention_mask: tor
 
     loss = load_balancing_loss_func(router_logits, llm.num_experts, llm.num_experts_per_tok, attention_mask)
     return llm.router_aux_loss_coef * loss
-
-
-def document_begins(position_ids: torch.Tensor) -> torch.Tensor:
-    """Boolean (B, L): a document begins at every position 0, and with every row."""
-    begins = position_ids == 0
-    begins[:, 0] = True
-    return begins
-
-
-def document_bounds(position_ids: torch.Tensor) -> list[int]:
-    """Where documents begin in B rows laid end to end, and the number of all tokens: (B, L) -> [0, ..., B L]."""
-    return [*document_begins(position_ids).flatten().nonzero().flatten().tolist(), position_ids.numel()]
-
-
-# --loss_reduction -> weight of each of the n trained tokens of a document.
-REDUCTIONS = {
-    "token": lambda n: n**0.0,
-    "sample": lambda n: 1 / n,
-    "square": lambda n: n**-0.5,
-}
-
-
-def document_weights(labels: torch.Tensor, position_ids: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Weight (B, L), float32, of each label by the number of labels of its document, which begins at position 0."""
-    document = document_begins(position_ids).flatten().cumsum(0) - 1
-    counted = (labels != IGNORE_INDEX).flatten().float()
-    counts = torch.zeros_like(counted).scatter_add(0, document, counted)[document]
-    return (REDUCTIONS[reduction](counts.clamp(min=1)) * counted).view_as(labels)
-
-
-def trained_positions(labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-    """Boolean (B, L - 1): whether position i is trained to predict label i + 1 (never across two documents)."""
-    trained = labels[:, 1:] != IGNORE_INDEX
-    return trained if position_ids is None else trained & (position_ids[:, 1:] != 0)
 
 
 def token_loss(

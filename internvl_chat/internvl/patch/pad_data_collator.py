@@ -1,5 +1,5 @@
-"""Upstream's place of the collators; they live in `internvl/train/collator.py`."""
+"""Upstream's place of the collators; they live in `internvl/data/collators.py`."""
 
-from internvl.train.collator import concat_pad_data_collator, dpo_concat_pad_data_collator, pad_data_collator
+from internvl.data.collators import concat_pad_data_collator, dpo_concat_pad_data_collator, pad_data_collator
 
 __all__ = ["concat_pad_data_collator", "dpo_concat_pad_data_collator", "pad_data_collator"]

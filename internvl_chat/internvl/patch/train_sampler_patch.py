@@ -1,6 +1,7 @@
 """Upstream's sampler of samples of similar length, for code that uses it by itself.
 
-Training here does not: `--group_by_length` is a plan (`internvl/train/plan.py`), whose ranks wait less for each other.
+Training here does not: `--group_by_length` is a plan (`internvl/planning/epoch_plan.py`), whose ranks
+wait less for each other.
 """
 
 from collections.abc import Iterator, Sequence

@@ -6,14 +6,15 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from internvl.arguments.training import DataTrainingArguments, TrainingArguments
+from internvl.constants import BadSample
+from internvl.data.schema import load_meta
+from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.dist_utils import cores, gathered, rank, world_size
-from internvl.train.arguments import DataTrainingArguments, TrainingArguments
-from internvl.train.constants import BadSample
-from internvl.train.dataset import LazySupervisedDataset, load_meta
-from internvl.train.dataset_packed import PackedDataset
-from internvl.train.lengths import Ranks, measure
-from internvl.train.plan import Lengths
-from internvl.train.splitting import Part, images_in, split
+from internvl.planning.epoch_plan import Lengths
+from internvl.planning.oversized_samples import Part, images_in, split
+from internvl.planning.packed_dataset import PackedDataset
+from internvl.planning.sample_lengths import Ranks, measure
 from internvl.train.trainer import too_many_bad_samples
 
 logger = logging.getLogger(__name__)

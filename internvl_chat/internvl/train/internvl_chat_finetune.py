@@ -6,19 +6,21 @@
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds: a signal may come at any time
-    from internvl.train.preemption import preemption
+    from internvl.runtime.signals import preemption
 
     preemption.listen()
 
-from internvl.train.arguments import DataTrainingArguments, ModelArguments, TrainingArguments, parse_args  # noqa: F401
-from internvl.train.build import build_model, build_tokenizer, build_trainer
+from internvl.arguments.training import DataTrainingArguments, ModelArguments, TrainingArguments, parse_args  # noqa: F401
+from internvl.arguments.validate import check
+from internvl.checkpoint.resume import resume_point
+from internvl.constants import IGNORE_INDEX  # noqa: F401
+from internvl.data.collators import len2weight  # noqa: F401
+from internvl.data.supervised_dataset import LazySupervisedDataset  # noqa: F401
+from internvl.runtime.shutdown import join_ranks, shared_end
 from internvl.train.build_data import build_data
-from internvl.train.check import check, resume_point
-from internvl.train.constants import IGNORE_INDEX  # noqa: F401
-from internvl.train.dataset import LazySupervisedDataset  # noqa: F401
-from internvl.train.dataset_packed import len2weight  # noqa: F401
-from internvl.train.ending import join_ranks, shared_end
-from internvl.train.run import leave, set_up_logging, train_and_save
+from internvl.train.build_model import build_model, build_tokenizer
+from internvl.train.build_trainer import build_trainer
+from internvl.train.run_training import leave, set_up_logging, train_and_save
 
 
 def main() -> None:

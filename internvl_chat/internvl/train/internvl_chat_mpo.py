@@ -5,26 +5,38 @@
 The program of `internvl_chat_finetune.py` on pairs of answers.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
+from internvl.arguments.preference import DPOConfig, PreferenceDataArguments
+from internvl.arguments.training import ModelArguments
+from internvl.model.internvl_chat import InternVLChatConfig
+from internvl.model.lora import RANKS
+from internvl.train.build_model import build_tokenizer, load_model
+from internvl.train.preference_loss import InternVLChatModel
+
 if __name__ == "__main__":  # before the imports below, which take seconds: a signal may come at any time
-    from internvl.train.preemption import preemption
+    from internvl.runtime.signals import preemption
 
     preemption.listen()
 
-from internvl.train.arguments import MPO, DPOConfig, ModelArguments, parse_args  # noqa: F401
-from internvl.train.arguments import PreferenceDataArguments as DataTrainingArguments  # noqa: F401
-from internvl.train.build import build_model, build_tokenizer, build_trainer
+from internvl.arguments.preference import MPO  # noqa: F401
+from internvl.arguments.preference import PreferenceDataArguments as DataTrainingArguments  # noqa: F401
+from internvl.arguments.training import parse_args  # noqa: F401
+from internvl.arguments.validate import check_preference
+from internvl.checkpoint.resume import resume_point
+from internvl.data.preference_dataset import PreferenceDataset, pair_collator
+from internvl.data.preference_dataset import PreferenceDataset as LazySupervisedDataset  # noqa: F401
+from internvl.runtime.shutdown import join_ranks, shared_end
 from internvl.train.build_data import build_data
-from internvl.train.build_mpo import build_reference, check_preference
-from internvl.train.check import resume_point
-from internvl.train.ending import join_ranks, shared_end
-from internvl.train.preference import PreferenceDataset, pair_collator
-from internvl.train.preference import PreferenceDataset as LazySupervisedDataset  # noqa: F401
-from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss
-from internvl.train.run import leave, set_up_logging, train_and_save
+from internvl.train.build_model import build_model
+from internvl.train.build_trainer import build_trainer
+from internvl.train.preference_loss import PreferenceLoss
+from internvl.train.run_training import leave, set_up_logging, train_and_save
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
+
+logger = logging.getLogger(__name__)
 
 # The Python files that upstream's published checkpoints carry.
 CODE = ["conversation.py"]
@@ -72,3 +84,28 @@ def copy_code(model_args: ModelArguments, training_args: DPOConfig) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def build_reference(
+    model: InternVLChatModel, model_args: ModelArguments, data_args: PreferenceDataArguments, args: DPOConfig
+) -> InternVLChatModel | None:
+    """The model as training finds it, frozen; None if it needs no copy: it is `model` with its adapters switched off.
+
+    The copy is loaded by the same steps, with a tokenizer of its own, so that it gets the same new tokens and tiles.
+    """
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    pissa = any(settings["variant"] == "pissa" for settings in (model.config.lora_settings or {}).values())
+    apart = all("lora_" in name for name in trained) and not pissa  # PiSSA takes its beginning out of the weights
+    if args.reference_free or (apart and not had_adapters(model_args)):
+        return None
+    logger.info("loading a second copy of the model: the reference")
+    tokenizer = build_tokenizer(model_args, data_args)
+    return load_model(model_args, data_args, args, tokenizer, InternVLChatModel).requires_grad_(False).eval()
+
+
+def had_adapters(model_args: ModelArguments) -> bool:
+    """Whether the run starts from a checkpoint that holds adapters already: then these belong to the reference."""
+    if not model_args.model_name_or_path:
+        return False
+    config = InternVLChatConfig.from_pretrained(model_args.model_name_or_path)
+    return any(getattr(config, rank) for rank in RANKS.values())

@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import logsigmoid
 
+from internvl.arguments.preference import DPOConfig, PreferenceDataArguments
 from internvl.model import internvl_chat
 from internvl.model.internvl_chat.decoder import decode
+from internvl.model.internvl_chat.documents import trained_positions
 from internvl.model.lora import plain
-from internvl.model.token_loss import scaled, target_log_probs, trained_positions, unscaled
-from internvl.train.arguments import DPOConfig, PreferenceDataArguments
+from internvl.model.token_loss import scaled, target_log_probs, unscaled
 
 # -- from a batch to log-probabilities ---------------------------------------------------------------------------------
 

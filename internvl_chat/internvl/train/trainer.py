@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import torch
 
+from internvl.constants import BadSample
+from internvl.data.images import normalize
 from internvl.dist_utils import gathered
-from internvl.model.token_loss import document_weights, trained_positions
-from internvl.train.constants import BadSample
-from internvl.train.image import normalize
-from internvl.train.metered import MeteredTrainer
-from internvl.train.trainable import parameter_groups, watch_gradients
+from internvl.model.internvl_chat.documents import document_weights, trained_positions
+from internvl.train.gradient_check import watch_gradients
+from internvl.train.param_groups import parameter_groups
+from internvl.train.trainer_metered import MeteredTrainer
 
 logger = logging.getLogger(__name__)
 

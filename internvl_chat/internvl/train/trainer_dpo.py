@@ -15,9 +15,9 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from internvl.dist_utils import gathered
+from internvl.metrics.model_flops import ModelFlops, model_flops
+from internvl.model.internvl_chat.documents import trained_positions
 from internvl.model.lora import is_wrapped
-from internvl.model.token_loss import trained_positions
-from internvl.train.model_flops import ModelFlops, model_flops
 from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss
 from internvl.train.trainer import InternVLTrainer
 

@@ -10,14 +10,14 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import nn
 from transformers import InternVLForConditionalGeneration
 
-from internvl.model.adapter_files import MARK
-from internvl.model.hf_adapter import Adapter, to_hf_adapter
-from internvl.model.hf_config import to_hf_config
-from internvl.model.hf_format import to_hf
+from internvl.arguments.training import ModelArguments
+from internvl.model.adapter_io import MARK
+from internvl.model.hf.adapter import Adapter, to_hf_adapter
+from internvl.model.hf.config import to_hf_config
+from internvl.model.hf.weights import to_hf
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.varlen import use_varlen_attention
-from internvl.train.arguments import ModelArguments
-from internvl.train.towers import set_up_towers
+from internvl.model.varlen_attention import use_varlen_attention
+from internvl.train.build_model import set_up_towers
 
 from .sizes import Size, computing_in, image_token_id, random_model
 

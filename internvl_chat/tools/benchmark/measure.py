@@ -7,9 +7,9 @@ import time
 import torch
 from torch import nn
 
-from internvl.train.device_peak import named_peak
-from internvl.train.flops import Passes, step_cost
-from internvl.train.metrics import peak_memory
+from internvl.metrics.device_peak import named_peak
+from internvl.metrics.step_timer import peak_memory
+from internvl.planning.sample_cost import Passes, step_cost
 
 from .contenders import CONTENDERS, Contender
 from .memory import start_counting_memory

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from internvl.train.metrics import peak_memory
+from internvl.metrics.step_timer import peak_memory
 
 
 def start_counting_memory(device: torch.device) -> int:

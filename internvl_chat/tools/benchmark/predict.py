@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from internvl.train.flops import Passes, step_cost
-from internvl.train.summary import idle
+from internvl.planning.plan_report import idle
+from internvl.planning.sample_cost import Passes, step_cost
 
 from .contenders import ours
 from .samples import plan_of, sizes_of_samples

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from tools.benchmark_plan import HISTOGRAM, PADDED, mixture
 
+from internvl.constants import IGNORE_INDEX
+from internvl.data.collators import row_collator
 from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.configuration_internvl_chat import image_tokens
-from internvl.train.collator import row_collator
-from internvl.train.constants import IGNORE_INDEX
-from internvl.train.flops import Passes, step_cost
-from internvl.train.plan import Layout, Lengths, Plan, plan_epoch
+from internvl.planning.epoch_plan import Layout, Lengths, Plan, plan_epoch
+from internvl.planning.sample_cost import Passes, step_cost
 
 from .sizes import ROW_TILES, SPECIAL, TILE_TOKENS, image_token_id, row_tokens
 

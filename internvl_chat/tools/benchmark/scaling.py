@@ -16,7 +16,7 @@ from deepspeed.comm.comm import comms_logger, timers
 from torch import nn
 
 from internvl.dist_utils import gathered, init_deepspeed, init_dist, rank, world_size
-from internvl.train.trainable import size as numel
+from internvl.train.param_groups import size as numel
 
 from .contenders import ours
 from .measure import RATE

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from internvl.data.images import build_transform, dynamic_preprocess, load_image
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.tokenizer import load_tokenizer
-from internvl.train.image import build_transform, dynamic_preprocess, load_image
+from internvl.model.tokenizers.loading import load_tokenizer
 
 ANSWER = re.compile(r"(?:The digit is )?([0-9])\.?")
 SETTINGS = {"max_new_tokens": 12, "do_sample": False}

@@ -14,9 +14,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from internvl.constants import SPECIAL_TOKENS
 from internvl.conversation import get_conv_template
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.train.constants import SPECIAL_TOKENS
 
 TEMPLATE = "internvl2_5"
 END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"

@@ -6,7 +6,7 @@ from packaging import version
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from internvl.model.token_loss import document_bounds
+from internvl.model.internvl_chat.documents import document_bounds
 
 from .configuration_internvl_chat import InternVLChatConfig
 from .modeling_intern_vit import has_flash_attn

@@ -16,18 +16,19 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from internvl.model.internlm2.modeling_internlm2 import InternLM2ForCausalLM
+from internvl.model.internvl_chat.adapter_checkpoint import load_on_base
+from internvl.model.internvl_chat.documents import document_weights
+from internvl.model.internvl_chat.lora_mixin import AdaptingMixin
+from internvl.model.internvl_chat.safe_loading import refuse_strange_files
 from internvl.model.lora import RANKS, freeze_base, is_wrapped, plain
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
-from internvl.model.token_loss import balance_loss, document_weights, logits_of, scaled, token_loss, unscaled
+from internvl.model.token_loss import balance_loss, logits_of, scaled, token_loss, unscaled
 
-from .adapting import AdaptingMixin
 from .chat import ChatMixin, conversation_of
 from .checkpoint_keys import older_adapter_names, refuse_wrong_keys
 from .configuration_internvl_chat import InternVLChatConfig, image_tokens
 from .decoder import choose_attention, decode
 from .modeling_intern_vit import InternVisionModel
-from .strange_files import refuse_strange_files
-from .trained import load_on_base
 
 # Language models this repository brings along; every other causal language model is transformers' class of that name.
 LLM_CLASSES = {
