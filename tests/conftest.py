@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest_plugins = ["helpers.fixtures"]
 TESTS = Path(__file__).parent
 
 

@@ -4,11 +4,18 @@ import re
 import subprocess
 import sys
 
-from environments import ROOT, environ, layer
+from helpers.environments import ROOT, environ, layer
 from packaging.requirements import Requirement
 
 # `test_small_patch` has an environment of its own, whose versions are upstream's.
-TESTS = ["tests/test_conversation.py", "tests/model", "tests/train", "--ignore", "tests/model/test_small_patch.py"]
+TESTS = [
+    "tests/test_conversation.py",
+    "tests/model",
+    "tests/data",
+    "tests/train",
+    "--ignore",
+    "tests/model/test_small_patch.py",
+]
 
 
 def requirements() -> list[Requirement]:

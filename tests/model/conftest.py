@@ -4,7 +4,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from model_cases import ARCHIVE, REAL_CONFIGS, Case
+from helpers.model_cases import ARCHIVE, REAL_CONFIGS, Case
 
 from internvl.model.internvl_chat import InternVLChatConfig
 

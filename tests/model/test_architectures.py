@@ -5,7 +5,7 @@ Tiny, random, in one chat model each. Training of the mixtures of experts is in 
 
 import pytest
 import torch
-from tiny_models import EXPERTS, LLM, VITS
+from helpers.tiny_models import EXPERTS, LLM, VITS
 
 from internvl.model.internlm2 import modeling_internlm2 as internlm2
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_cases import Case
+from helpers.model_cases import Case
 
 from internvl.model.internvl_chat.modeling_intern_vit import attention, has_flash_attn
 

@@ -1,7 +1,7 @@
 """A row holds several documents; restarting positions are their only boundary. And the two ways to the same loss."""
 
 import torch
-from model_cases import close
+from helpers.model_cases import close
 
 from internvl.model.token_loss import token_loss
 

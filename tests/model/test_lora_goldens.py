@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from model_cases import Case, check_norms, close, gradient_norms
+from helpers.model_cases import Case, check_norms, close, gradient_norms
 from safetensors.torch import load_file
 
 from internvl.model.internvl_chat import InternVLChatModel

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from model_cases import Case
+from helpers.model_cases import Case
 from safetensors.torch import load_file, save_file
 
 from internvl.model.internvl_chat import InternVLChatModel

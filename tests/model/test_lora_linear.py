@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
+from model.test_lora_laws import adapters, disturb, wrap
 from peft import PeftModel
 from peft.tuners.lora import Linear
-from test_lora_laws import adapters, disturb, wrap
 from torch import nn
 
 from internvl.model import lora

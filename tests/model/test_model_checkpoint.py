@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_cases import Case
+from helpers.model_cases import Case
 from safetensors.torch import load_file, save_file
 
 from internvl.model import load_model_and_tokenizer, split_model

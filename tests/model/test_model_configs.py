@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from model_cases import REAL_CONFIGS
+from helpers.model_cases import REAL_CONFIGS
 from safetensors import safe_open
 
 from internvl.model.internlm2.configuration_internlm2 import InternLM2Config

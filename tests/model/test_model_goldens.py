@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from model_cases import check_norms, close, gradient_norms
+from helpers.model_cases import check_norms, close, gradient_norms
 
 from internvl.model.internvl_chat.documents import REDUCTIONS, document_weights
 

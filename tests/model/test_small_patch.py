@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from environments import environ, layer
+from helpers.environments import environ, layer
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "internvl_chat"
 PINS = "transformers==4.37.2 tokenizers==0.15.1 peft==0.10.0 timm==0.9.12 accelerate<1 numpy==1.26.4".split()
 PINS += ["datasets<3", "pandas<2.3", "pyarrow<20"]  # its Trainer imports datasets: one of then, built for numpy 1
 PATCH = ["model/internvl_chat", *(f"model/{name}.py" for name in ("lora", "lora_linear", "lora_dropout", "token_loss"))]
-TESTS = [HERE / name for name in ("test_model_goldens.py", "test_lora_goldens.py", "upstream_main.py")]
+TESTS = [HERE / "test_model_goldens.py", HERE / "test_lora_goldens.py", HERE.parent / "programs/upstream_main.py"]
 # Documents in a row are told apart by flash-attn and replaced attention classes there; ours by transformers 5.
 NOT_THERE = "not internlm2 and not phi3 and not packed and not bounds"
 
@@ -63,7 +63,8 @@ def checkout(tmp_path) -> Path:
 
 
 def test_the_small_patch_passes_the_goldens_with_upstreams_pins(pinned, checkout):
-    command = [pinned, "-m", "pytest", "-o", f"pythonpath={checkout}", "-p", "no:cacheprovider", "-q", "--tb=short"]
+    paths = f"pythonpath={checkout} {HERE.parent}"
+    command = [pinned, "-m", "pytest", "-o", paths, "-p", "no:cacheprovider", "-q", "--tb=short"]
     done = subprocess.run([*command, "-k", NOT_THERE, *TESTS], capture_output=True, text=True, env=environ(pinned))
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.splitlines()[-1]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_architectures import FAMILIES
-from tiny_models import LLM, LLMS, VITS
+from helpers.tiny_models import LLM, LLMS, VITS
+from model.test_architectures import FAMILIES
 from torch import nn
 
 from internvl.model import token_loss as module

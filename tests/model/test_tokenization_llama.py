@@ -6,7 +6,7 @@ import random
 
 import pytest
 import sentencepiece
-from test_tokenization_internlm2 import assert_recorded, rows
+from model.test_tokenization_internlm2 import assert_recorded, rows
 
 from internvl.model.tokenizers.llama import LlamaTokenizer
 from internvl.model.tokenizers.loading import load_tokenizer

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_token_loss import HEADS
-from tiny_models import LLM, LLMS, VITS
+from helpers.tiny_models import LLM, LLMS, VITS
+from model.test_token_loss import HEADS
 
 from internvl.model import token_loss as module
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from .conftest import ROOT
-from .hosts import PLACES, Host, find, lacking, places, two_hosts
+from helpers.network_hosts import PLACES, Host, find, lacking, places, two_hosts
+from helpers.training_runs import ROOT
 
 RECIPE = ROOT / "shell/internvl2.5/8b_vit_lora.sh"
 

@@ -8,8 +8,7 @@ import time
 
 import psutil
 import pytest
-
-from .conftest import ROOT
+from helpers.training_runs import ROOT
 
 RECIPE = ROOT / "shell/internvl2.5/8b_vit_lora.sh"
 NVIDIA_SMI = '#!/bin/sh\n[ "$1" = -L ] && printf "GPU 0: A (UUID: x)\\nGPU 1: A (UUID: y)\\n"\n'

@@ -1,8 +1,7 @@
 """Our own recipes and what holds for all: the real parser, from everywhere, with the user's word last."""
 
 import pytest
-
-from .conftest import ROOT
+from helpers.training_runs import ROOT
 
 RECIPES = sorted((ROOT / "shell").glob("*/*_vit_lora.sh"))
 VIT_LORA = {  # ZeRO stage, micro-batch, learning rate

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from .conftest import ROOT
+from helpers.training_runs import ROOT
 
 TOOLS = ("bash", "dirname", "df", "awk", "tail", "mkdir", "rm", "realpath")
 SHOW = 'source "$0/shell/setup.sh" && echo "$VIRTUAL_ENV $(command -v python3) $PYTHONPATH $-"'

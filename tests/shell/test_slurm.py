@@ -12,17 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from helpers.network_hosts import PLACES, find, places
+from helpers.slurm_cluster import Cluster, cluster_lacks, slurm_cluster, until
+from helpers.training_runs import ROOT, copy_model, losses, weights, write_meta  # noqa: E402
+from test_launchers import NODE_LISTS  # noqa: E402
 
 from internvl.launchers import first_node
-
-from .conftest import ROOT
-from .hosts import PLACES, find, places
-from .slurm_cluster import Cluster, cluster_lacks, slurm_cluster, until
-
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/train")]
-
-from runs import copy_model, losses, weights, write_meta  # noqa: E402
-from test_launchers import NODE_LISTS  # noqa: E402
 
 RECIPE = ROOT / "shell/internvl2.5/8b_vit_lora.sh"
 FLAGS = """--force_image_size 56 --max_dynamic_patch 4 --max_seq_length 512 --bf16 False --max_steps 60

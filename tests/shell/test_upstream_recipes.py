@@ -12,11 +12,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from helpers.training_runs import ROOT
 
 from internvl.arguments.preference import MPO
 from internvl.arguments.training import FINETUNE, parse_args
-
-from .conftest import ROOT
 
 with open(ROOT / "tests/recipes.tsv", newline="") as table:
     ROWS = {row["path"].split("/shell/")[1]: row for row in csv.DictReader(table, delimiter="\t")}

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-
-from .conftest import ROOT
+from helpers.training_runs import ROOT
 
 FILES = sorted((ROOT / "zero_stage_configs").glob("*.json"))
 STAGE_3 = {

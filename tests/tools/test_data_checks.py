@@ -2,13 +2,10 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "train"))
-from runs import copy_model, write_meta
+from helpers.training_runs import copy_model, write_meta
 from tools import benchmark_loader, benchmark_plan, check_data
 
 FLAGS = """--conv_style internvl2_5 --force_image_size 56 --dynamic_image_size True --use_thumbnail True

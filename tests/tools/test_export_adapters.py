@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from helpers.tiny_models import make, save_adapters
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import make, save_adapters
 from tools.export_adapters import main as export_adapters
 from tools.internvl_custom2hf import main as custom2hf
 from transformers import AutoModelForImageTextToText

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import LLMS, make
 from safetensors.torch import load_file, save_file
-from tiny_models import LLMS, make
 from tools.internvl_custom2hf import convert_keys_to_hf
 from tools.internvl_custom2hf import main as custom2hf
 from tools.internvl_hf2custom import convert_keys_back

@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
+from helpers.tiny_models import make, save_adapters
 from safetensors.torch import load_file
-from tiny_models import make, save_adapters
 from tools.export_adapters import main as export_adapters
 from tools.inspect_checkpoint import describe, headers
 from tools.inspect_checkpoint import main as inspect_checkpoint

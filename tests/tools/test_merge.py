@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from helpers.tiny_models import make, save_adapters
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import make, save_adapters
 from tools.merge_lora import main as merge_lora
 
 from internvl.model.internvl_chat import InternVLChatModel

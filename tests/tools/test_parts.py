@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from tiny_models import LLM, WIDTH, make
+from helpers.tiny_models import LLM, WIDTH, make
 from tools.convert_to_int8 import main as convert_to_int8
 from tools.extract_mlp import main as extract_mlp
 from tools.extract_vit import main as extract_vit
@@ -101,7 +101,7 @@ def test_resized_checkpoint_takes_larger_tiles(chat, tmp_path):
 
 
 def test_resizing_asks_the_config_for_the_patch_size(tmp_path, goldens, monkeypatch):
-    from tiny_models import VITS
+    from helpers.tiny_models import VITS
 
     monkeypatch.setitem(VITS, "coarse", {**VITS["6B"], "patch_size": 28})
     make(tmp_path / "chat", goldens / "tokenizer", vit="coarse")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import composed, flags_of
+from helpers.training_runs import composed, flags_of
 from safetensors.torch import load_file, save_file
 
 from internvl.arguments.training import parse_args

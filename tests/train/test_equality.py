@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from agreement import check_agreement, check_trained
-from runs import flags_of, history, prepare, run, run_here
+from helpers.agreement import check_agreement, check_trained
+from helpers.training_runs import flags_of, history, prepare, run, run_here
 
 from internvl.planning.epoch_plan import plan_epoch
 

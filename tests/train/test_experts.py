@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LORA, losses, run, weights, write_meta
-from tiny_models import make as make_model
+from helpers.tiny_models import make as make_model
+from helpers.training_runs import LORA, losses, run, weights, write_meta
 from tools.merge_lora import main as merge_lora
 
 from internvl.constants import IMG_CONTEXT_TOKEN

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LORA, flags_of, history, prepare, run
+from helpers.training_runs import LORA, flags_of, history, prepare, run
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback

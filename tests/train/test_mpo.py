@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from runs import FULL, LORA, copy_model, history, write_meta
+from helpers import training_runs
+from helpers.training_runs import FULL, LORA, copy_model, history, write_meta
 from safetensors.torch import load_file
 
 from internvl.arguments.preference import MPO, DPOConfig, PreferenceDataArguments
@@ -25,7 +25,7 @@ from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
 from internvl.train.trainer_metered import METRICS
 
-ENTRY = runs.ENTRY.with_name("internvl_chat_mpo.py")
+ENTRY = training_runs.ENTRY.with_name("internvl_chat_mpo.py")
 RECIPE = "--loss_type sigmoid,bco_pair --sigmoid_loss_weight 0.8 --bco_pair_loss_weight 0.2 --rpo_alpha 1".split()
 FEW_STEPS = ["--max_steps", "4", "--save_steps", "2", "--gradient_accumulation_steps", "1", *RECIPE]
 
@@ -89,7 +89,7 @@ def tiny(goldens, tmp_path_factory) -> Path:
 
 
 def flags_of(tiny: Path, output: Path) -> list[str]:
-    return [*runs.flags_of(tiny, output), *FEW_STEPS]
+    return [*training_runs.flags_of(tiny, output), *FEW_STEPS]
 
 
 def prepare(*argv: str) -> MultimodalDPOTrainer:
@@ -114,7 +114,7 @@ def batch_of(trainer: MultimodalDPOTrainer, *ids: int) -> dict:
 
 
 def run(tiny: Path, output: Path, *flags: str, ranks: int = 1) -> None:
-    runs.run(tiny, output, *FEW_STEPS, *flags, ranks=ranks, entry=ENTRY)
+    training_runs.run(tiny, output, *FEW_STEPS, *flags, ranks=ranks, entry=ENTRY)
 
 
 @pytest.mark.parametrize("flags", [LORA, FULL, [*FULL, "--reference_free", "True"]])
@@ -175,7 +175,7 @@ def test_switched_off_adapters_are_as_good_as_a_second_model(tiny, tmp_path, mon
 
 def test_a_reference_gets_new_tokens_tiles_and_adapters_of_the_checkpoint(tiny, tmp_path, monkeypatch):
     """Adapters that the checkpoint came with belong to the reference."""
-    from test_training import without_image_tokens
+    from helpers.training_runs import without_image_tokens
 
     monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
     lora = internvl_chat.InternVLChatModel.from_pretrained(tiny / "model")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import skip_first_batches
-from runs import FULL, LORA, flags_of, history, losses, prepare, run, run_until, weights
-from samples import samples_equal
+from helpers.samples import samples_equal
+from helpers.training_runs import FULL, LORA, flags_of, history, losses, prepare, run, run_until, weights
 
 PACKED = "--use_packed_ds True --max_packed_tokens 200 --num_images_expected 13 --strict_mode False".split()
 ONE_STEP = "--max_steps 1 --loss_reduction_all_gather True --loss_reduction square --max_grad_norm 0".split()

@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import pytest
 import torch
+from helpers.training_runs import losses, run, run_here
 from peft import PeftModel
-from runs import losses, run, run_here
 from safetensors.torch import load_file
 
 from internvl.arguments.per_part import LORA, LoraArguments, RateArguments

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from samples import samples_equal
+from helpers.samples import samples_equal
 
 from internvl.arguments.preference import MPO
 from internvl.arguments.training import parse_args

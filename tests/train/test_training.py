@@ -6,7 +6,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from runs import (
+from helpers.training_runs import (
     FULL,
     LORA,
     composed,

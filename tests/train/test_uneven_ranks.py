@@ -5,11 +5,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from helpers.training_runs import LORA, ROOT, copy_model
 from PIL import Image
-from runs import LORA, ROOT, copy_model
 
 from internvl.dist_utils import free_port
 
@@ -42,8 +41,9 @@ def train(goldens, tmp_path) -> Callable[[int, dict], dict]:
     def train(ranks: int, kinds: dict) -> dict[tuple[str, str], list[dict]]:
         runs = {f"{kind}-{way}": [*kinds[kind], *flags] for way, flags in STAGES.items() for kind in kinds}
         torchrun = [ROOT / "shell/torchrun.py", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-        command = [sys.executable, *torchrun, Path(__file__).with_name("uneven_ranks.py"), tmp_path, json.dumps(runs)]
-        env = os.environ | {"PYTHONPATH": str(ROOT / "internvl_chat"), "OMP_NUM_THREADS": "1"}
+        program = ROOT / "tests/programs/uneven_ranks.py"
+        command = [sys.executable, *torchrun, program, tmp_path, json.dumps(runs)]
+        env = os.environ | {"PYTHONPATH": f"{ROOT}/internvl_chat:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
         env["INTERNVL_CACHE"] = str(tmp_path / "cache")
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
