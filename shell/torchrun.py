@@ -13,8 +13,8 @@ import threading
 
 import psutil
 
-from internvl.launchers import check_address, port_is_taken
-from internvl.runtime.signals import PREEMPTED, SIGNALS
+from internvl.launchers import check_address, port_in_use_error
+from internvl.runtime.signals import PREEMPTED_EXIT_STATUS, SIGNALS
 
 told: list[signal.Signals] = []  # what has been passed on
 
@@ -25,7 +25,7 @@ def pass_on() -> None:
         told.append(signal.Signals(number))
         processes = psutil.Process().children()
         if not processes:
-            os._exit(PREEMPTED)
+            os._exit(PREEMPTED_EXIT_STATUS)
         for process in processes:
             process.send_signal(number)
 
@@ -46,14 +46,14 @@ def main() -> None:
     except DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        sys.exit(f"error: {port_is_taken(asked.master_port)}")
+        sys.exit(f"error: {port_in_use_error(asked.master_port)}")
     except OSError as error:
         sys.exit(f"error: {error}")
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         # One rank that left at once may have broken another one's exchange of data.
-        if told and PREEMPTED in {one.exitcode for one in error.failures.values()}:
-            sys.exit(PREEMPTED)
+        if told and PREEMPTED_EXIT_STATUS in {one.exitcode for one in error.failures.values()}:
+            sys.exit(PREEMPTED_EXIT_STATUS)
         if failure.exitcode < 0:  # it could not say anything itself
             print(f"\nerror: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)

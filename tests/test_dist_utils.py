@@ -4,14 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from internvl.dist_utils import free_port, from_first_rank, gathered
+from internvl.dist_utils import free_port, gather_objects, run_on_rank_0
 
 PACKAGE = Path(__file__).parents[1] / "internvl_chat"
 
 
 def test_one_process_shares_with_itself():
-    assert gathered("x") == ["x"]
-    assert from_first_rank(lambda: 5) == 5
+    assert gather_objects("x") == ["x"]
+    assert run_on_rank_0(lambda: 5) == 5
 
 
 SHARING = """

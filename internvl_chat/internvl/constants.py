@@ -34,5 +34,5 @@ SIGLIP_STD = (0.5, 0.5, 0.5)
 IGNORE_INDEX = -100
 
 
-class BadSample(ValueError):
+class UnusableSample(ValueError):
     """A record of the data that cannot be trained on; the message is the reason."""

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from internvl.launchers import check_address, free_port, launch_environment, port_is_taken  # noqa: F401
+from internvl.launchers import check_address, free_port, launch_environment, port_in_use_error  # noqa: F401
 
 timeout = timedelta(minutes=60)
-COLLECTIVE = re.compile(r"gloo|nccl|ProcessGroup|TCPStore|c10d", re.IGNORECASE)  # whose errors have no class
+COLLECTIVE_ERROR_WORDS = re.compile(
+    r"gloo|nccl|ProcessGroup|TCPStore|c10d", re.IGNORECASE
+)  # whose errors have no class
 
 
 def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs) -> None:
@@ -46,17 +48,17 @@ def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
-            raise port_is_taken(os.environ["MASTER_PORT"]) from error
+            raise port_in_use_error(os.environ["MASTER_PORT"]) from error
 
 
-def collective_failed(error: BaseException) -> bool:
+def is_collective_error(error: BaseException) -> bool:
     """Whether an error says that ranks did not come together, for which another of them may be to blame."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and bool(COLLECTIVE.search(str(error)))
+        isinstance(error, RuntimeError) and bool(COLLECTIVE_ERROR_WORDS.search(str(error)))
     )
 
 
-def limit_waiting(limit: timedelta) -> None:
+def set_collective_timeout(limit: timedelta) -> None:
     """Let no group wait longer, those of libraries included, which have torch's own 10 minutes (nccl) or 30."""
     for group in list(dist.distributed_c10d._world.pg_map):
         if isinstance(group, dist.ProcessGroup):
@@ -78,12 +80,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def cores() -> int:
+def num_cores() -> int:
     """CPU cores for each rank of this node: of those that this process may use, its share."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def gathered(value: Any) -> list:
+def gather_objects(value: Any) -> list:
     """`value` of every rank, in rank order, on every rank. A collective: all ranks must call it."""
     if world_size() == 1:
         return [value]
@@ -92,7 +94,7 @@ def gathered(value: Any) -> list:
     return values
 
 
-def from_first_rank(make: Callable[[], Any]) -> Any:
+def run_on_rank_0(make: Callable[[], Any]) -> Any:
     """Call `make` on rank 0 alone and hand its result, or its exception, to every rank."""
     if world_size() == 1:
         return make()

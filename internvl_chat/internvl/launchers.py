@@ -49,24 +49,24 @@ def launch_environment(env: Mapping[str, str], launcher: str | None = None) -> d
         ValueError: for an unknown launcher, one whose variables are not set, or a world whose rank 0 is nowhere told.
     """
     if launcher is None:
-        launcher = next((name for name, one in LAUNCHERS.items() if not missing(one, env)), None)
+        launcher = next((name for name, one in LAUNCHERS.items() if not missing_variables(one, env)), None)
     if launcher is None:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         return alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     if launcher not in LAUNCHERS:
         raise ValueError(f"unknown launcher {launcher!r}; known are {', '.join(LAUNCHERS)}.")
     names = LAUNCHERS[launcher]
-    if lacking := missing(names, env):
+    if lacking := missing_variables(names, env):
         raise ValueError(
             f"launcher {launcher} needs {', '.join(lacking)} in the environment; was it started by {names.command}?"
         )
     found = {ours: env[theirs] for ours, theirs in names.ranks.items()}
     found["MASTER_ADDR"] = env.get("MASTER_ADDR") or first_host(env, names)
-    found["MASTER_PORT"] = env.get("MASTER_PORT") or port_of_job(env, names)
+    found["MASTER_PORT"] = env.get("MASTER_PORT") or job_port(env, names)
     return found
 
 
-def missing(launcher: Launcher, env: Mapping[str, str]) -> list[str]:
+def missing_variables(launcher: Launcher, env: Mapping[str, str]) -> list[str]:
     return [name for name in launcher.ranks.values() if name not in env]
 
 
@@ -86,7 +86,7 @@ def first_node(nodes: str) -> str:
     return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", name)
 
 
-def port_of_job(env: Mapping[str, str], launcher: Launcher) -> str:
+def job_port(env: Mapping[str, str], launcher: Launcher) -> str:
     """The same for all ranks, which have no other way to agree on one, and another for the next job on a node."""
     told = [env[name] for name in launcher.job if name in env]
     return str(PORTS[crc32(" ".join(told).encode()) % len(PORTS)]) if told else "29500"
@@ -109,7 +109,7 @@ def check_address(address: str) -> None:
         ) from error
 
 
-def port_is_taken(port: str | int) -> OSError:
+def port_in_use_error(port: str | int) -> OSError:
     """For rank 0, which is to listen there."""
     return OSError(
         f"port {port} of {os.uname().nodename} is taken by another program: set MASTER_PORT to one that is free."

@@ -26,12 +26,12 @@ from internvl.command_line import command
 from internvl.metrics.step_timer import peak_memory
 from internvl.model.internvl_chat.configuration_intern_vit import InternVisionConfig
 from internvl.model.internvl_chat.modeling_intern_vit import InternVisionModel
-from internvl.model.lora import LLM_TARGETS, VISION_TARGETS, LoraSettings, Targets, wrap
+from internvl.model.lora import LLM_TARGETS, VISION_TARGETS, LoraSettings, LoraTargets, add_adapters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def by_peft(module: nn.Module, settings: LoraSettings, targets: Targets) -> nn.Module:
+def by_peft(module: nn.Module, settings: LoraSettings, targets: LoraTargets) -> nn.Module:
     config = LoraConfig(
         r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets.modules
     )
@@ -41,7 +41,7 @@ def by_peft(module: nn.Module, settings: LoraSettings, targets: Targets) -> nn.M
 CONTENDERS = {
     "none": lambda module, settings, targets: module.requires_grad_(False),
     "peft": by_peft,
-    "ours": wrap,
+    "ours": add_adapters,
 }
 
 

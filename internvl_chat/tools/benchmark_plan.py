@@ -19,8 +19,8 @@ import numpy as np
 from tools.benchmark.sizes import SIZES, config_of
 
 from internvl.command_line import command
-from internvl.planning.epoch_plan import Layout, Lengths, Plan, plan_epoch
-from internvl.planning.plan_report import fill, idle
+from internvl.planning.epoch_plan import EpochPlan, PlanLayout, SampleLengths, plan_epoch
+from internvl.planning.plan_report import load_imbalance, packing_efficiency
 from internvl.planning.sample_cost import Passes, step_cost
 
 ROOM = {"max_tokens": 8192, "max_tiles": 40}
@@ -32,7 +32,7 @@ COST = step_cost(config_of(SIZES["1b"]), Passes(3, 3))
 HISTOGRAM = Path(__file__).resolve().parents[2] / "tests/data/length_histogram.json"
 
 
-def mixture(cells: np.ndarray, samples: int, with_text: bool, seed: int = 0) -> Lengths:
+def mixture(cells: np.ndarray, samples: int, with_text: bool, seed: int = 0) -> SampleLengths:
     """Lengths drawn from the histogram's (C, 3) cells of tiles, tokens (the middle of 8) and samples."""
     rng = np.random.default_rng(seed)
     text = samples // 2 if with_text else 0
@@ -43,17 +43,17 @@ def mixture(cells: np.ndarray, samples: int, with_text: bool, seed: int = 0) -> 
     tiles = np.concatenate([drawn[:, 0], np.zeros(text)]).astype(np.int32)
     order = rng.permutation(samples)
     answers = np.maximum(1, (tokens - 256 * tiles) // 4).astype(np.int32)
-    return Lengths(tokens[order], answers[order], tiles[order])
+    return SampleLengths(tokens[order], answers[order], tiles[order])
 
 
 # -- planners ----------------------------------------------------------------------------------------------------------
 
 
-def ours(lengths: Lengths, world: int) -> Plan:
-    return plan_epoch(lengths, Layout(0, world, 1, 1, packed=True, **ROOM, cost=COST), 0)
+def ours(lengths: SampleLengths, world: int) -> EpochPlan:
+    return plan_epoch(lengths, PlanLayout(0, world, 1, 1, packed=True, **ROOM, cost=COST), 0)
 
 
-def first_fit(lengths: Lengths, world: int) -> Plan:
+def first_fit(lengths: SampleLengths, world: int) -> EpochPlan:
     """The first open row that has room, most tiles first; the one of most tiles is closed when over 20 are open."""
     open_rows, closed = [], []
     for sample, (tokens, tiles) in enumerate(zip(lengths.tokens.tolist(), lengths.tiles.tolist(), strict=True)):
@@ -70,7 +70,7 @@ def first_fit(lengths: Lengths, world: int) -> Plan:
     return dealt([*closed, *(row for _, _, row in open_rows)], world)
 
 
-def best_fit(lengths: Lengths, world: int) -> Plan:
+def best_fit(lengths: SampleLengths, world: int) -> EpochPlan:
     """The fullest row that has room by tokens, longest samples first; rows of too many tiles are cut."""
     rooms: list[tuple[int, int]] = []  # room and number of each row, ascending
     rows: list[list[int]] = []
@@ -91,22 +91,22 @@ def best_fit(lengths: Lengths, world: int) -> Plan:
     return dealt(cut, world)
 
 
-def padded(lengths: Lengths, world: int) -> Plan:
-    return plan_epoch(lengths, Layout(0, world, PADDED, 1), 0)
+def padded(lengths: SampleLengths, world: int) -> EpochPlan:
+    return plan_epoch(lengths, PlanLayout(0, world, PADDED, 1), 0)
 
 
-def dealt(rows: list[list[int]], world: int) -> Plan:
+def dealt(rows: list[list[int]], world: int) -> EpochPlan:
     """Rows in random order, dealt to the ranks."""
     steps = -(-len(rows) // world)
     slots = np.full(steps * world, -1)
     slots[: len(rows)] = np.random.default_rng(0).permutation(len(rows))
     starts = np.cumsum([0, *map(len, rows)])
-    return Plan(np.concatenate(rows), starts, slots.reshape(steps, 1, world, 1))
+    return EpochPlan(np.concatenate(rows), starts, slots.reshape(steps, 1, world, 1))
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
-PLANNERS: dict[str, Callable[[Lengths, int], Plan]] = {
+PLANNERS: dict[str, Callable[[SampleLengths, int], EpochPlan]] = {
     "ours": ours,
     "first fit, buffer of 20": first_fit,
     "best fit by tokens": best_fit,
@@ -114,18 +114,18 @@ PLANNERS: dict[str, Callable[[Lengths, int], Plan]] = {
 }
 
 
-def measure(name: str, lengths: Lengths) -> dict[str, float]:
+def measure(name: str, lengths: SampleLengths) -> dict[str, float]:
     """Fill, idle time at 8 and 64 ranks without the last, incomplete step, and seconds for a plan."""
     start = time.perf_counter()
     plans = {8: PLANNERS[name](lengths, 8)}
     seconds = time.perf_counter() - start
     plans[64] = PLANNERS[name](lengths, 64)
-    layout = Layout(0, 8, 1, 1, packed=not name.startswith("padded"), **ROOM)
+    layout = PlanLayout(0, 8, 1, 1, packed=not name.startswith("padded"), **ROOM)
     waiting = {
-        f"idle at {world}": idle(Plan(plan.samples, plan.starts, plan.steps[:-1]), COST.of(lengths))
+        f"idle at {world}": load_imbalance(EpochPlan(plan.samples, plan.starts, plan.steps[:-1]), COST.of(lengths))
         for world, plan in plans.items()
     }
-    return {"fill": fill(plans[8], lengths, layout), **waiting, "seconds": seconds}
+    return {"fill": packing_efficiency(plans[8], lengths, layout), **waiting, "seconds": seconds}
 
 
 @command

@@ -20,7 +20,7 @@ from tools.benchmark.memory import start_counting_memory
 
 from internvl.command_line import command
 from internvl.metrics.step_timer import peak_memory
-from internvl.model.activation_checkpointing import compile_layers, recompute
+from internvl.model.activation_checkpointing import apply_gradient_checkpointing, compile_layers
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.varlen_attention import use_varlen_attention
 
@@ -71,7 +71,7 @@ def build(way: Way, args: argparse.Namespace) -> InternVLChatModel:
     model.wrap_llm_lora(RANK, 2 * RANK)
     model.language_model.get_base_model().disable_input_require_grads()
     for tower in (model.vision_model, model.language_model):
-        recompute(tower, way.every, way.keep)
+        apply_gradient_checkpointing(tower, way.every, way.keep)
         if way.compiled:
             compile_layers(tower)
     return model

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from internvl.arguments.training import parse_args
-from internvl.arguments.validate import check
+from internvl.arguments.validate import validate_arguments
 from internvl.command_line import command
 from internvl.model.internvl_chat import InternVLChatConfig
-from internvl.model.internvl_chat.configuration_internvl_chat import image_tokens
-from internvl.planning.epoch_plan import Layout, plan_epoch
-from internvl.planning.plan_report import summary
+from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
+from internvl.planning.epoch_plan import PlanLayout, plan_epoch
+from internvl.planning.plan_report import format_plan
 from internvl.planning.sample_cost import Passes, step_cost
-from internvl.train.build_data import Data, measure_data
+from internvl.train.build_data import TrainingData, measure_data
 from internvl.train.build_model import build_tokenizer
 
 LORA_PASSES = Passes(vision=3, llm=3)  # adapters in both towers, activations computed again
@@ -40,18 +40,18 @@ def main(argv=None):
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     report = Path(args.report)
     model_args, data_args, training_args = parse_args(["--meta_path", args.meta, "--output_dir", str(report), *flags])
-    check(model_args, data_args, training_args)
+    validate_arguments(model_args, data_args, training_args)
     config = InternVLChatConfig.from_pretrained(model_args.model_name_or_path or "")
     config.force_image_size = data_args.force_image_size
     tokenizer = build_tokenizer(model_args, data_args)
-    data = measure_data(data_args, training_args, tokenizer, image_tokens(config))
+    data = measure_data(data_args, training_args, tokenizer, count_image_tokens(config))
 
     report.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(bad._asdict(), ensure_ascii=False) for bad in data.bad_samples]
     (report / "bad_samples.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     sections = [data_sets(data), *offenders(data)]
     if data.usable.any():
-        layout = Layout(
+        layout = PlanLayout(
             training_args.seed,
             args.ranks,
             training_args.per_device_train_batch_size,
@@ -63,7 +63,7 @@ def main(argv=None):
             step_cost(config, LORA_PASSES),
         )
         plan = plan_epoch(data.lengths, layout, 0, weights=data.weights)
-        sections.append("an epoch\n" + summary(data.lengths, plan, layout, len(data.bad_samples)))
+        sections.append("an epoch\n" + format_plan(data.lengths, plan, layout, len(data.bad_samples)))
         sections += [histogram(name, values[data.usable]) for name, values in data.lengths._asdict().items()]
         draw(data, report / "lengths.png")
     text = "\n\n".join(sections)
@@ -73,7 +73,7 @@ def main(argv=None):
     sys.exit(1 if data.bad_samples else 0)
 
 
-def data_sets(data: Data) -> str:
+def data_sets(data: TrainingData) -> str:
     """A line a data set."""
     lines = [f"{'data set':24}{'samples':>10}{'bad':>8}{'tokens':>14}{'trained':>9}{'tiles':>10}{'no tile':>9}"]
     position = np.searchsorted(data.rows.ends, data.rows.origin(), side="right")
@@ -88,7 +88,7 @@ def data_sets(data: Data) -> str:
     return "\n".join(lines)
 
 
-def offenders(data: Data) -> list[str]:
+def offenders(data: TrainingData) -> list[str]:
     """The samples at the ends of each scale, and the bad ones."""
     usable = np.flatnonzero(data.usable)
     tokens, trained, tiles = (values[usable] for values in data.lengths)
@@ -121,7 +121,7 @@ def histogram(name: str, values: np.ndarray) -> str:
     return "\n".join([f"{name} of a sample: mean {values.mean():.1f}, median {np.median(values):.0f}", *lines])
 
 
-def draw(data: Data, path: Path) -> None:
+def draw(data: TrainingData, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

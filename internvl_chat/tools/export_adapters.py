@@ -17,7 +17,7 @@ from internvl.model.hf.adapter import to_hf_adapter
 from internvl.model.hf.config import to_hf_config
 from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.merge import without_adapters
-from internvl.model.lora import RANKS
+from internvl.model.lora import LORA_RANK_FIELDS
 
 
 @command
@@ -25,20 +25,22 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input_path", help="chat checkpoint with adapters")
     parser.add_argument("output_path", help="folder for the adapter")
-    parser.add_argument("--parts", nargs="+", choices=RANKS, help="whose adapters (default: all that there are)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=LORA_RANK_FIELDS, help="whose adapters (default: all that there are)"
+    )
     parser.add_argument("--base", help="written into the adapter as the model it stands on: a folder or a hub's id")
     args = parser.parse_args(argv)
 
     source = checkpoint_folder(args.input_path, CHAT)
     config = InternVLChatConfig.from_pretrained(source)
-    found = {part: adapter for part in RANKS if (adapter := read_adapters(source, part, config))}
+    found = {part: adapter for part in LORA_RANK_FIELDS if (adapter := read_adapters(source, part, config))}
     wanted = args.parts or list(found)
-    if lacking := [part for part in wanted if part not in found] or ([] if found else list(RANKS)):
+    if lacking := [part for part in wanted if part not in found] or ([] if found else list(LORA_RANK_FIELDS)):
         raise ValueError(f"{source} has no adapters of {', '.join(lacking)}")
     llm_config = config.llm_config
     native = to_hf_config(without_adapters(config), image_token_id=0, tied=False)
     # Its own scale for the language model, if that is among them: `to_hf_adapter` keeps the first one's.
-    adapters = {part: found[part] for part in sorted(wanted, key=list(RANKS).index, reverse=True)}
+    adapters = {part: found[part] for part in sorted(wanted, key=list(LORA_RANK_FIELDS).index, reverse=True)}
     settings, tensors = to_hf_adapter(adapters, llm_config, native)
     settings.base_model_name_or_path = args.base
     refuse_not_finite(tensors, source)

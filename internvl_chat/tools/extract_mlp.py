@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from internvl.command_line import CHAT, checkpoint_folder, command
-from internvl.model.adapter_io import is_plain
+from internvl.model.adapter_io import has_plain_weights
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.safetensors_io import Checkpoint
@@ -38,7 +38,7 @@ def main(argv=None):
 
 def projector_of(source: Path) -> dict[str, torch.Tensor]:
     """The projector's state dict, its adapters merged if it has some."""
-    if not is_plain(InternVLChatConfig.from_pretrained(source)):
+    if not has_plain_weights(InternVLChatConfig.from_pretrained(source)):
         return merge_adapters(InternVLChatModel.from_pretrained(source, dtype=torch.bfloat16)).mlp1.state_dict()
     tensors = Checkpoint(source)
     return {name.removeprefix(PREFIX): tensors[name] for name in tensors if name.startswith(PREFIX)}

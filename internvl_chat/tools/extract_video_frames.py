@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from internvl.command_line import command
-from internvl.constants import BadSample
+from internvl.constants import UnusableSample
 from internvl.data.videos import get_frame_indices, read_frames
 
 # Type of question -> folder of its films.
@@ -64,7 +64,7 @@ def _seconds(film: Path, first: int, last: int) -> tuple[float, float]:
         with av.open(str(film)) as container:
             fps = float(container.streams.video[0].average_rate)
     except (OSError, IndexError) as error:
-        raise BadSample(f"video {film} cannot be read: {error}") from error
+        raise UnusableSample(f"video {film} cannot be read: {error}") from error
     return (first + 0.25) / fps, (last + 0.5) / fps
 
 
@@ -76,7 +76,7 @@ def fetch_images_parallel(
     def fetch(item: dict) -> tuple[str, str | None]:
         try:
             fetch_images(item, roots, output)
-        except BadSample as error:
+        except UnusableSample as error:
             return item["question_id"], str(error)
         return item["question_id"], None
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from internvl.command_line import CHAT, command
 from internvl.model.adapter_io import part_folders
-from internvl.model.lora import RANKS
+from internvl.model.lora import LORA_RANK_FIELDS
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 NATIVE = "internvl"
@@ -62,7 +62,7 @@ def describe(folder: Path) -> list[tuple[str, str]]:
     config, sizes, adapters = _json(folder / "config.json"), sizes_of(folder), adapters_of(folder)
     kind = kind_of(folder, config, sizes, adapters)
     lines = [("folder", str(folder)), ("kind", kind), ("base", _base(config, adapters)), *_model(config)]
-    for part in [*RANKS, "other"]:
+    for part in [*LORA_RANK_FIELDS, "other"]:
         told = {what: words for what, words in HELD.items() if (what, part) in sizes}
         if part in adapters:
             told["adapters"] = "adapters: {variant}, rank {r}, alpha {alpha}".format(**adapters[part])
@@ -121,12 +121,12 @@ def headers(file: Path) -> list[tuple[str, int, int]]:
 def adapters_of(folder: Path) -> dict[str, dict]:
     """Part -> r, alpha and variant of its adapters, as config.json or PEFT's own files tell."""
     config = _json(folder / "config.json")
-    ranks = {part: config.get(rank) for part, rank in RANKS.items()}
+    ranks = {part: config.get(rank) for part, rank in LORA_RANK_FIELDS.items()}
     found = {part: {"r": r, "alpha": 2 * r, "variant": "lora"} for part, r in ranks.items() if r}
     files = {part: _json(place / "adapter_config.json") for part, place in part_folders(folder).items()}
     if not config and (alone := _json(folder / "adapter_config.json")):
         parts = {part for what, part in sizes_of(folder) if what == "adapters"}
-        files = dict.fromkeys(sorted(parts, key=[*RANKS, "other"].index), alone)
+        files = dict.fromkeys(sorted(parts, key=[*LORA_RANK_FIELDS, "other"].index), alone)
     found |= {part: {"r": c["r"], "alpha": c["lora_alpha"], "variant": _variant(c)} for part, c in files.items()}
     for part, settings in (config.get("lora_settings") or {}).items():
         found[part] = found.get(part, {}) | {key: settings[key] for key in ("r", "alpha", "variant")}

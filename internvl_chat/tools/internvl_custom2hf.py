@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
-from internvl.model.adapter_io import is_plain
+from internvl.model.adapter_io import has_plain_weights
 from internvl.model.combine_adapters import save_merged
 from internvl.model.hf.config import to_hf_config
 from internvl.model.hf.processor import IMAGE_TOKEN, save_processor
@@ -53,7 +53,7 @@ def main(argv=None):
 @contextmanager
 def merged(source: Path, beside: Path) -> Iterator[Path]:
     """The checkpoint itself, or where it carries adapters a merged copy that is there for a while."""
-    if is_plain(InternVLChatConfig.from_pretrained(source)):
+    if has_plain_weights(InternVLChatConfig.from_pretrained(source)):
         yield source
         return
     beside.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import argparse
 import json
 
 from internvl.command_line import command
-from internvl.data.annotations import Jsonl
+from internvl.data.annotations import JsonlFile
 
 
 @command
@@ -18,7 +18,7 @@ def main(argv=None):
     if not path.endswith(".jsonl"):
         raise ValueError(f"{path} is not named *.jsonl")
 
-    file = Jsonl(path)
+    file = JsonlFile(path)
     records = [file[index] for index in range(len(file))]  # all of them before a line is written: one may be wrong
     with open(path.removesuffix(".jsonl") + "_new.jsonl", "x", encoding="utf-8") as out:
         for index, record in enumerate(records):

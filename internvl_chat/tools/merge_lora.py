@@ -21,7 +21,7 @@ from internvl.model.adapter_io import refuse_not_finite
 from internvl.model.combine_adapters import COMBINATIONS, combine_adapters, save_merged
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
-from internvl.model.lora import RANKS, is_wrapped
+from internvl.model.lora import LORA_RANK_FIELDS, is_peft_model
 from internvl.model.tokenizers.loading import load_tokenizer
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -38,7 +38,7 @@ def main(argv=None):
     model = InternVLChatModel.from_pretrained(source, dtype=compute)
     if args.adapter or args.weight != 1:
         combine_adapters(model, args.adapter, args.weight, args.combination, args.density)
-    if not any(is_wrapped(getattr(model, part)) for part in RANKS):
+    if not any(is_peft_model(getattr(model, part)) for part in LORA_RANK_FIELDS):
         raise ValueError(f"{source} has no adapters, and no --adapter brings some")
     refuse_not_finite(dict(model.named_parameters()), source)
     tokenizer = load_tokenizer(source)

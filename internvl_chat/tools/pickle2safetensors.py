@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from internvl.command_line import command, new_folder
-from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER
+from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE
 from internvl.model.safetensors_io import save_tensors
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")
@@ -34,7 +34,7 @@ def main(argv=None):
         if model:
             save_tensors(tensors_of(model), folder)
         if adapter:
-            save_file(dict(tensors_of(adapter)), folder / ADAPTER, metadata={"format": "pt"})
+            save_file(dict(tensors_of(adapter)), folder / ADAPTER_FILE, metadata={"format": "pt"})
         for file in (file for pattern in COPIED for file in source.glob(pattern)):
             if not file.name.endswith(".bin.index.json"):
                 shutil.copyfile(file, folder / file.name)

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from internvl.arguments.deepspeed_config import ZERO_CONFIGS
+from internvl.arguments.deepspeed_config import ZERO_CONFIG_DIR
 from internvl.arguments.per_part import LoraArguments
 from internvl.arguments.training import DataTrainingArguments, ModelArguments, parse_args
 
@@ -112,7 +112,7 @@ def test_a_json_file_of_arguments(tmp_path):
     assert parse_args([str(file)])[0].use_backbone_lora == 4
 
 
-@pytest.mark.parametrize("name", [p.name for p in sorted(ZERO_CONFIGS.glob("*.json"))])
+@pytest.mark.parametrize("name", [p.name for p in sorted(ZERO_CONFIG_DIR.glob("*.json"))])
 def test_zero_configs_resolve_by_bare_name_from_any_directory(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, _, training = parse(tmp_path, "--deepspeed", name, "--bf16", "True", "--gradient_accumulation_steps", "3")
@@ -124,7 +124,7 @@ def test_zero_configs_resolve_by_bare_name_from_any_directory(name, tmp_path, mo
 
 
 def test_there_are_eight_zero_configs():
-    assert len(list(ZERO_CONFIGS.glob("*.json"))) == 8
+    assert len(list(ZERO_CONFIG_DIR.glob("*.json"))) == 8
 
 
 WRONG = {

@@ -14,10 +14,10 @@ from helpers.training_runs import composed, flags_of, prepare
 
 from internvl.arguments.per_part import LoraArguments
 from internvl.arguments.training import DataTrainingArguments, ModelArguments
-from internvl.model.activation_checkpointing import layers_of, recomputed_share
+from internvl.model.activation_checkpointing import recomputed_layer_share, transformer_layers
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.lora import is_wrapped
-from internvl.train.build_data import allowed_bad_samples
+from internvl.model.lora import is_peft_model
+from internvl.train.build_data import count_allowed_bad_samples
 from internvl.train.build_model import build_tokenizer
 
 PATHS = {"model_name_or_path": "model", "vision_path": "vit", "llm_path": "llm", "mlp_path": "mlp_projector.pth"}
@@ -28,11 +28,11 @@ def trained(module: torch.nn.Module) -> set[str]:
 
 
 def adapter_rank(module: torch.nn.Module) -> int:
-    return module.peft_config["default"].r if is_wrapped(module) else 0
+    return module.peft_config["default"].r if is_peft_model(module) else 0
 
 
 def shares(model: InternVLChatModel) -> list[float]:
-    return [recomputed_share(tower) for tower in (model.vision_model, model.language_model)]
+    return [recomputed_layer_share(tower) for tower in (model.vision_model, model.language_model)]
 
 
 # -- which weights, and which of them train ----------------------------------------------------------------------------
@@ -60,11 +60,11 @@ MODEL = {
     "checkpoint_every": (["--checkpoint_every", "2"], lambda m: shares(m) == [0.5, 0.5]),
     "checkpoint_keep": (
         ["--checkpoint_keep", "matmul"],
-        lambda m: all("context_fn" in layer._gradient_checkpointing_func.keywords for layer in layers_of(m)),
+        lambda m: all("context_fn" in layer._gradient_checkpointing_func.keywords for layer in transformer_layers(m)),
     ),
     "compile": (
         ["--compile", "True"],
-        lambda m: all(any(part._compiled_call_impl for part in layer.modules()) for layer in layers_of(m)),
+        lambda m: all(any(part._compiled_call_impl for part in layer.modules()) for layer in transformer_layers(m)),
     ),
     "drop_path_rate": (
         ["--drop_path_rate", "0.3"],
@@ -152,8 +152,8 @@ def test_max_seq_length(parse):
 
 
 def test_max_bad_samples(parse):
-    assert allowed_bad_samples(parse("--max_bad_samples", "0.1")[1], 50) == 5
-    assert allowed_bad_samples(parse("--max_bad_samples", "7")[1], 50) == 7
+    assert count_allowed_bad_samples(parse("--max_bad_samples", "0.1")[1], 50) == 5
+    assert count_allowed_bad_samples(parse("--max_bad_samples", "7")[1], 50) == 7
 
 
 def test_meta_path(build):

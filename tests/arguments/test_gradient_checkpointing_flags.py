@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from internvl.arguments.validate import check_towers
-from internvl.model.activation_checkpointing import layers_of
-from internvl.model.lora import plain
+from internvl.arguments.validate import validate_gradient_checkpointing
+from internvl.model.activation_checkpointing import transformer_layers
+from internvl.model.lora import unwrap_peft
 
 REFUSED = {
     "no layer": (["--checkpoint_every", "0"], "--checkpoint_every 0: every n-th layer, n at least 1"),
@@ -41,24 +41,24 @@ REFUSED = {
 def test_flags_that_exclude_each_other(parse, flags, message):
     model_args, _, training_args = parse(*flags)
     with pytest.raises(ValueError, match=message):
-        check_towers(model_args, training_args)
+        validate_gradient_checkpointing(model_args, training_args)
 
 
 @pytest.mark.parametrize("flags", [[], ["--vit_grad_checkpoint", "True", "--grad_checkpoint", "False"]])
 def test_what_does_not_exclude_each_other(parse, flags):
     model_args, _, training_args = parse("--gradient_checkpointing", "True", *flags)
-    check_towers(model_args, training_args)
+    validate_gradient_checkpointing(model_args, training_args)
 
 
 def test_layers_of_the_language_model_below_all_adapters_make_no_graph(build):
     """Although adapters' hook on the embeddings, which reentrant checkpoints need, would make one."""
     flags = "--freeze_backbone True --freeze_llm True --freeze_mlp True --use_llm_lora 2 --llm_lora_layers=-1:".split()
     model, graphs = build(*flags).train(), []
-    for layer in layers_of(model.language_model):
+    for layer in transformer_layers(model.language_model):
         layer.register_forward_hook(lambda module, args, output: graphs.append(output.requires_grad))
     ids = torch.arange(1, 33)[None]
     loss = model(input_ids=ids, labels=ids, position_ids=torch.arange(32)[None], cu_seqlens=[0, 32]).loss
     assert graphs == [False, True]
     loss.backward()
-    adapters = [p for n, p in plain(model.language_model).named_parameters() if "lora_B" in n]
+    adapters = [p for n, p in unwrap_peft(model.language_model).named_parameters() if "lora_B" in n]
     assert adapters and all(p.grad.any() for p in adapters)

@@ -13,11 +13,11 @@ import torch
 import transformers
 from helpers.training_runs import flags_of, prepare
 
-from internvl.arguments.fault_tolerance import FaultArguments
+from internvl.arguments.fault_tolerance import FaultToleranceArguments
 from internvl.arguments.per_part import RateArguments
 from internvl.arguments.training import TrainingArguments, parse_args
-from internvl.arguments.unsupported_flags import DROPPED, ONLY, REFUSED
-from internvl.checkpoint.resume import resume_point
+from internvl.arguments.unsupported_flags import REMOVED_FLAGS, SUPPORTED_VALUES, UNSUPPORTED
+from internvl.checkpoint.resume import choose_resume_checkpoint
 from internvl.train.run_training import train_and_save
 
 # -- how a run goes: what this package does with transformers' flags ---------------------------------------------------
@@ -112,7 +112,7 @@ def test_run_flags(steps, name, tmp_path, monkeypatch):
     assert look(steps(*flags)) == expected
 
 
-@pytest.mark.parametrize("name", ONLY["optim"][0])
+@pytest.mark.parametrize("name", SUPPORTED_VALUES["optim"][0])
 def test_every_optimizer_that_is_not_refused_steps(steps, name):
     trainer = steps("--optim", name)
     optimizer, weight = trainer.create_optimizer(), trainer.model.mlp1[1].weight
@@ -147,7 +147,7 @@ def test_where_a_run_begins(tmp_path):
     (out / "checkpoint-3/trainer_state.json").write_text("{}")
 
     def start(*flags: str) -> str | None:
-        return resume_point(parse_args(["--output_dir", str(out), *flags])[2])
+        return choose_resume_checkpoint(parse_args(["--output_dir", str(out), *flags])[2])
 
     assert start() == start("--overwrite_output_dir", "False") == str(out / "checkpoint-3")
     assert start("--overwrite_output_dir", "True") is None
@@ -174,7 +174,9 @@ HERE += ["neftune_noise_alpha"]
 HERE += ["save_full_model", "no_smoke_save"]  # test_life.py
 HERE += ["lora_fp32", "backbone_layer_decay", *(field.name for field in fields(RateArguments))]  # test_part_settings.py
 HERE += ["deepspeed"]  # test_equality.py
-HERE += [field.name for field in fields(FaultArguments)]  # test_preemption.py, test_faults.py, test_watchdog.py
+HERE += [
+    field.name for field in fields(FaultToleranceArguments)
+]  # test_preemption.py, test_faults.py, test_watchdog.py
 HERE += ["ddp_timeout"]  # test_no_hang.py
 
 # -- transformers' own -------------------------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ TRANSFORMERS = """
 
 
 def test_idle_flags_belong_to_a_refused_one():
-    assert set(IDLE.values()) <= REFUSED.keys()
+    assert set(IDLE.values()) <= UNSUPPORTED.keys()
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
@@ -230,7 +232,7 @@ WITH = {
 DICTIONARIES = ["parallelism_config", "liger_kernel_config"]  # in a JSON file of arguments
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED.keys() - set(DICTIONARIES)))
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED.keys() - set(DICTIONARIES)))
 def test_refused_flags(parse, name):
     with pytest.raises(ValueError, match=f"^--{name} .* cannot act here: .*\\.$"):
         parse(f"--{name}", WITH.get(name, "True"))
@@ -272,7 +274,7 @@ def test_nothing_is_refused_that_is_a_default(parse):
 
 
 def test_dropped_flags_are_not_fields():
-    assert not DROPPED.keys() & {field.name for field in fields(TrainingArguments)}
+    assert not REMOVED_FLAGS.keys() & {field.name for field in fields(TrainingArguments)}
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ FIELDS = {field.name for field in fields(TrainingArguments)}
 
 def test_every_field_has_a_check():
     """Some have come with later versions of transformers than the one that runs."""
-    assert {*RUN, *HERE, *IDLE, *TRANSFORMERS, *REFUSED, *ONLY} >= FIELDS
+    assert {*RUN, *HERE, *IDLE, *TRANSFORMERS, *UNSUPPORTED, *SUPPORTED_VALUES} >= FIELDS
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS & {*TRANSFORMERS, *IDLE}))

@@ -17,7 +17,7 @@ from transformers import InternVLForConditionalGeneration
 
 from internvl.constants import IMG_CONTEXT_TOKEN
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.adapter_checkpoint import fingerprint, plain_name
+from internvl.model.internvl_chat.adapter_checkpoint import fingerprint_weights, strip_peft_prefix
 from internvl.model.tokenizers.loading import load_tokenizer
 
 FULL = ["--save_full_model", "True"]
@@ -122,7 +122,7 @@ def check_contents(folder: Path, mix: str, base: dict, stage: bool) -> None:
             adapters = sum(tensor.nbytes for tensor in load_file(file).values())
             names = 8 + int.from_bytes(file.read_bytes()[:8], "little")  # they weigh in a tiny model
             assert file.stat().st_size - names <= 1.05 * adapters
-    opened_again = {plain_name(name): tensor for name, tensor in opened(folder).state_dict().items()}
+    opened_again = {strip_peft_prefix(name): tensor for name, tensor in opened(folder).state_dict().items()}
     same_as_base = {name for name, tensor in base.items() if torch.equal(tensor, opened_again[name])}
     assert same_as_base == {name for name in base if not (projector and name.startswith("mlp1."))}
     file = folder / "checkpoint-6/optimizer.safetensors"
@@ -143,7 +143,7 @@ def test_training_goes_on_with_the_same_adapters(tiny, trained, tmp_path):
     printed = run(tiny, tmp_path / "on", *MIXES["both"], *start, "--max_steps", "3").stdout
     assert "training goes on with the checkpoint's adapters (use_backbone_lora 4, use_llm_lora 4)" in printed
     before, after = opened(trained), opened(tmp_path / "on")
-    assert after.stands_on["path"] == str((tiny / "model").resolve()), "the base of the base"
+    assert after.base_checkpoint["path"] == str((tiny / "model").resolve()), "the base of the base"
     ours, theirs = after.state_dict(), before.state_dict()
     assert ours.keys() == theirs.keys()
     moved = {name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])}
@@ -178,7 +178,7 @@ def test_new_tokens_and_larger_tiles_need_not_be_stored(tiny, tmp_path, monkeypa
             tmp_path / "tiny", tmp_path / name, *MIXES["vision"], "--force_image_size", "112", "--max_steps", "2", *more
         )
     partial, full = opened(tmp_path / "out"), opened(tmp_path / "full")
-    assert partial.num_image_token == 16 and "known_tokens" in partial.stands_on
+    assert partial.num_image_token == 16 and "known_tokens" in partial.base_checkpoint
     ours, theirs = partial.state_dict(), full.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert not (tmp_path / "out/trained.safetensors").exists()
@@ -213,7 +213,7 @@ def test_peft_opens_each_part_as_it_is(tiny, trained):
 def test_the_base_may_move_but_not_change(tiny, trained, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(tiny / "model", moved)
-    assert fingerprint(moved) == fingerprint(tiny / "model")
+    assert fingerprint_weights(moved) == fingerprint_weights(tiny / "model")
     tokenizer = load_tokenizer(moved)
     assert torch.equal(logits(opened(trained, base_model=moved), tokenizer), logits(opened(trained), tokenizer))
     tensors = load_file(moved / "model.safetensors")

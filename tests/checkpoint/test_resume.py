@@ -12,8 +12,8 @@ import torch
 from helpers.training_runs import ENTRY, LORA, ROOT, losses, run, started, weights
 
 from internvl.arguments.training import parse_args
-from internvl.checkpoint.manifest import MANIFEST, faults, write_manifest
-from internvl.checkpoint.resume import resume_point
+from internvl.checkpoint.manifest import MANIFEST_FILE, find_checkpoint_errors, write_manifest
+from internvl.checkpoint.resume import choose_resume_checkpoint
 
 ADAPTER = "vision_model/adapter_model.safetensors"
 
@@ -54,7 +54,7 @@ def without_manifest(damage):
 
     def both(checkpoint: Path) -> None:
         damage(checkpoint)
-        (checkpoint / MANIFEST).unlink()
+        (checkpoint / MANIFEST_FILE).unlink()
 
     return both
 
@@ -67,8 +67,8 @@ DAMAGES = {
     "optimizer empty": (cut("optimizer.pt", 0), "optimizer.pt has 0 bytes"),
     "empty state": (cut("trainer_state.json", 0), "trainer_state.json has 0 bytes"),
     "no state": (lose("trainer_state.json"), "trainer_state.json is missing"),
-    "manifest cut short": (cut(MANIFEST), f"{MANIFEST} is damaged"),
-    "manifest empty": (cut(MANIFEST, 0), f"{MANIFEST} is damaged"),
+    "manifest cut short": (cut(MANIFEST_FILE), f"{MANIFEST_FILE} is damaged"),
+    "manifest empty": (cut(MANIFEST_FILE, 0), f"{MANIFEST_FILE} is damaged"),
     "no manifest, adapter cut short": (without_manifest(cut(ADAPTER)), f"{ADAPTER} has [0-9,]+ bytes, not"),
     "no manifest, adapter empty": (without_manifest(cut(ADAPTER, 0)), f"{ADAPTER} is damaged"),
     "no manifest, empty JSON": (without_manifest(cut("data_state.json", 0)), "data_state.json is damaged"),
@@ -85,7 +85,7 @@ def choose(tiny, whole, tmp_path):
         for step in of:
             damage(tmp_path / f"out/checkpoint-{step}")
         flags = ["--model_name_or_path", str(tiny / "model"), "--output_dir", str(tmp_path / "out"), *flags]
-        return resume_point(parse_args(flags)[2])
+        return choose_resume_checkpoint(parse_args(flags)[2])
 
     return choose
 
@@ -118,13 +118,13 @@ def test_large_files_are_checked_block_by_block(whole, tmp_path):
     folder = tmp_path / "checkpoint-6"
     shutil.copytree(whole / "checkpoint-6", folder)
     write_manifest(folder, write=True, block=1000)
-    entry = json.loads((folder / MANIFEST).read_text())["files"][ADAPTER]
+    entry = json.loads((folder / MANIFEST_FILE).read_text())["files"][ADAPTER]
     assert len(entry["crc32"]) == -(-entry["size"] // 1000) > 3
-    assert faults(folder) == []
+    assert find_checkpoint_errors(folder) == []
     flip(ADAPTER)(folder)
-    assert faults(folder) == [f"{ADAPTER} holds other bytes than were written"]
+    assert find_checkpoint_errors(folder) == [f"{ADAPTER} holds other bytes than were written"]
     flip(ADAPTER)(folder)
-    assert faults(folder) == []
+    assert find_checkpoint_errors(folder) == []
 
 
 @pytest.mark.slow

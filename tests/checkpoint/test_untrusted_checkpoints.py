@@ -16,8 +16,8 @@ from helpers.training_runs import FULL, LORA, flags_of, losses, prepare, run, ru
 from safetensors.torch import load_file, save_file
 from tools.pickle2safetensors import main as pickle2safetensors
 
-from internvl.checkpoint.optimizer_state import shards_in
-from internvl.checkpoint.safe_load import data_alone, refuse_code
+from internvl.checkpoint.optimizer_state import find_deepspeed_shards
+from internvl.checkpoint.safe_load import refuse_unsafe_pickles, weights_only_loading
 from internvl.model.adapter_io import lora_config
 from internvl.model.compose import compose, load_projector
 from internvl.model.internvl_chat import InternVLChatModel
@@ -93,7 +93,7 @@ def test_pickled_weights_run_nothing(tiny, parts, build, tmp_path, marker, chat,
 def test_tensors_in_a_pickle_are_read_when_allowed(tiny, build, tmp_path):
     folder, model = pickled(tiny / "model", tmp_path / "pickled"), InternVLChatModel.from_pretrained(tiny / "model")
     read = build("--model_name_or_path", str(folder), "--allow_pickle", "True", *LORA)
-    assert read.stands_on is None, "it is saved as a whole"
+    assert read.base_checkpoint is None, "it is saved as a whole"
     assert torch.equal(read.mlp1[1].weight, model.mlp1[1].weight)
     pickle2safetensors([str(folder), str(tmp_path / "out")])
     rewritten = InternVLChatModel.from_pretrained(tmp_path / "out").state_dict()
@@ -260,19 +260,19 @@ def test_whoever_loads_gets_data_alone(tmp_path, marker, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     config = Namespace(checkpoint_config={"checkpoint_serialization": True})
     for load in (partial(torch.load, weights_only=False), torch.load, TorchCheckpointEngine(config).load):
-        with pytest.raises(ValueError, match="holds more than data"), data_alone(deepspeed=True):
+        with pytest.raises(ValueError, match="holds more than data"), weights_only_loading(deepspeed=True):
             load(file)
     with pytest.raises(ValueError, match=r"states.pt is no checkpoint's: opening it would call \w+.mkdir"):
-        refuse_code(tmp_path)
+        refuse_unsafe_pickles(tmp_path)
     states = {"loss_scaler": DynamicLossScaler(1, 2, 3, 4, 5, False, "fp16"), "stage": ZeroStageEnum(2)}
     torch.save(states, file)
-    refuse_code(tmp_path)
-    with data_alone(deepspeed=True):
+    refuse_unsafe_pickles(tmp_path)
+    with weights_only_loading(deepspeed=True):
         assert torch.load(file, weights_only=False)["stage"] == 2
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     file.write_bytes(b"no zip")
     with pytest.raises(ValueError, match="states.pt cannot be read as a file of torch.save"):
-        refuse_code(tmp_path)
+        refuse_unsafe_pickles(tmp_path)
 
 
 @pytest.mark.slow
@@ -297,4 +297,4 @@ def test_deepspeeds_files_lie_in_the_checkpoint(tmp_path, name):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/latest").write_text(name)
     with pytest.raises(ValueError, match="which is no folder in"):
-        shards_in(tmp_path / "checkpoint")
+        find_deepspeed_shards(tmp_path / "checkpoint")

@@ -14,7 +14,7 @@ import json
 import pytest
 import torch
 
-from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, BadSample
+from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, UnusableSample
 from internvl.conversation import conv_templates, get_conv_template
 from internvl.data import chat_tokenization
 from internvl.data.chat_tokenization import tokenize_turns
@@ -85,7 +85,7 @@ def test_recorded_errors_are_reported_with_a_reason(goldens, template):
     for row in rows(goldens, template):
         survives = row["id"] in SURVIVING_ERRORS and not lacks_placeholders(row)
         if lacks_placeholders(row) or ("error" in row and not survives):
-            with pytest.raises(BadSample, match=r"images|turn|from"):
+            with pytest.raises(UnusableSample, match=r"images|turn|from"):
                 call(row, goldens)
         elif "error" in row:
             assert (call(row, goldens)["labels"] != IGNORE_INDEX).any(), row["id"]
@@ -157,7 +157,7 @@ HUMAN = {"from": "human", "value": "Look: <image>"}
     ],
 )
 def test_bad_turns_are_named(goldens, turns, image_tokens, reason):
-    with pytest.raises(BadSample, match=reason):
+    with pytest.raises(UnusableSample, match=reason):
         tokenize_turns("internvl2_5", turns, tokenizer_at(goldens / "tokenizer"), image_tokens)
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from helpers.samples import ANSWER, QUESTION
 
-from internvl.constants import IGNORE_INDEX, BadSample
+from internvl.constants import IGNORE_INDEX, UnusableSample
 from internvl.conversation import get_conv_template
 from internvl.data.chat_tokenization import tokenize_turns
 from internvl.model.tokenizers.loading import load_tokenizer
@@ -92,7 +92,7 @@ def test_training_text_is_the_prompt_of_inference(tokenizer):
 
 
 def test_functions_belong_to_this_template_only(tokenizer):
-    with pytest.raises(BadSample, match="turn 2 is from 'function'; expected human or gpt"):
+    with pytest.raises(UnusableSample, match="turn 2 is from 'function'; expected human or gpt"):
         tokenize_turns("internvl2_5", [HUMAN, CALL, RESULT], tokenizer, [3])
 
 
@@ -107,9 +107,9 @@ def test_plain_text_is_trained_but_for_its_images(tokenizer, template):
 
 
 def test_plain_text_stands_alone(tokenizer):
-    with pytest.raises(BadSample, match="has this one turn, not 2"):
+    with pytest.raises(UnusableSample, match="has this one turn, not 2"):
         tokenize_turns(TEMPLATE, [turn("pretrain", "x"), ANSWER], tokenizer, [])
-    with pytest.raises(BadSample, match="turn 1 is from 'pretrain'"):
+    with pytest.raises(UnusableSample, match="turn 1 is from 'pretrain'"):
         tokenize_turns(TEMPLATE, [QUESTION, turn("pretrain", "x")], tokenizer, [4])
 
 

@@ -14,11 +14,11 @@ import torch
 from helpers.samples import samples_equal, turns
 from helpers.video_files import film, gif
 
-from internvl.constants import BadSample
-from internvl.data.annotations import Jsonl
-from internvl.data.file_io import MissingPackage, cache_folder, join, local_copy
+from internvl.constants import UnusableSample
+from internvl.data.annotations import JsonlFile
+from internvl.data.file_io import MissingPackage, cache_dir, fetch_local_copy, join_root
 from internvl.data.schema import load_meta
-from internvl.planning.sample_lengths import measure
+from internvl.planning.sample_lengths import measure_dataset
 from internvl.train.dataset import TCSLoader
 
 ANSWER = {"conversations": turns("What?", "A.")}
@@ -74,7 +74,7 @@ def twins(stores, make, tmp_path):
 
 def complaint(dataset, index: int) -> str:
     """What is wrong with a sample, where it lies and how many bytes it has left out."""
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(UnusableSample) as caught:
         dataset.get(index, 1)
     return re.sub(r" \(\d+ bytes\)|: .*", "", str(caught.value)).replace(dataset.root, "ROOT")
 
@@ -103,7 +103,7 @@ def test_workers_open_stores_themselves(twins, start):
 
 def test_measured_like_the_local_one(twins):
     local, remote = twins("s3://bucket")
-    here, there = measure(local, progress=False), measure(remote, progress=False)
+    here, there = measure_dataset(local, progress=False), measure_dataset(remote, progress=False)
     assert [sizes.tolist() for sizes in here.lengths] == [sizes.tolist() for sizes in there.lengths]
     # Only the films and pictures that are there and broken inside have to be decoded to be found.
     assert [index for index, _ in there.bad] == [8, 10]
@@ -113,19 +113,21 @@ def test_measured_like_the_local_one(twins):
 def test_an_annotation_is_copied_once_for_each_content(stores):
     (stores / "b").mkdir(parents=True)
     (stores / "b" / "a.jsonl").write_text('{"id": 0}\n')
-    assert Jsonl("s3://b/a.jsonl")[0] == {"id": 0}
-    Jsonl("s3://b/a.jsonl")
-    (copy,) = cache_folder().iterdir()
+    assert JsonlFile("s3://b/a.jsonl")[0] == {"id": 0}
+    JsonlFile("s3://b/a.jsonl")
+    (copy,) = cache_dir().iterdir()
     copy.write_text('{"id": 1}\n')
-    assert Jsonl("s3://b/a.jsonl")[0] == {"id": 1}, "it is the copy that is read"
+    assert JsonlFile("s3://b/a.jsonl")[0] == {"id": 1}, "it is the copy that is read"
     (stores / "b" / "a.jsonl").write_text('{"id": 2, "changed": true}\n')
-    assert Jsonl("s3://b/a.jsonl")[0]["id"] == 2 and len(list(cache_folder().iterdir())) == 2
+    assert JsonlFile("s3://b/a.jsonl")[0]["id"] == 2 and len(list(cache_dir().iterdir())) == 2
     for url in ("s3://b/absent.jsonl", "s3://absent/a.jsonl"):
         with pytest.raises(ValueError, match=f"{url} does not exist"):
-            Jsonl(url)
+            JsonlFile(url)
     (stores / "b" / "meta.json").write_text(json.dumps({"mine": {"root": "s3://b", "annotation": "s3://b/a.jsonl"}}))
     assert list(load_meta("s3://b/meta.json")) == ["mine"]
-    assert local_copy(str(stores / "b" / "a.jsonl")) == str(stores / "b" / "a.jsonl"), "local files are not copied"
+    assert fetch_local_copy(str(stores / "b" / "a.jsonl")) == str(stores / "b" / "a.jsonl"), (
+        "local files are not copied"
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_an_annotation_is_copied_once_for_each_content(stores):
     ],
 )
 def test_where_a_path_leads(root, path, expected):
-    assert join(root, path) == expected
+    assert join_root(root, path) == expected
 
 
 def test_loader_of_upstream_reads_stores(stores, make, tmp_path):
@@ -167,13 +169,13 @@ def test_a_missing_package_ends_the_run_in_one_sentence(make, monkeypatch, url, 
     dataset = make(*records, allow_outside_root=True)
     if absent:
         monkeypatch.setitem(sys.modules, absent, None)
-    uses = [lambda: Jsonl(url)] + [
+    uses = [lambda: JsonlFile(url)] + [
         lambda u=use, i=i: u(i) for use in (dataset.__getitem__, dataset.measure) for i in (0, 1)
     ]
     for use in uses:
         with pytest.raises(ValueError, match=f"{url[:8]}.* cannot be opened by fsspec: .*{reason}") as caught:
             use()
-        assert isinstance(caught.value, MissingPackage) and not isinstance(caught.value, BadSample)
+        assert isinstance(caught.value, MissingPackage) and not isinstance(caught.value, UnusableSample)
 
 
 def test_a_store_that_fails_is_a_bad_sample_and_not_the_end(stores, make, monkeypatch):
@@ -195,7 +197,9 @@ def test_a_store_that_fails_is_a_bad_sample_and_not_the_end(stores, make, monkey
         monkeypatch.setattr(sys.modules["s3fs"].S3FileSystem, name, refuse)
         for use in (dataset.__getitem__, dataset.measure):
             for index in range(3):
-                with pytest.raises(BadSample, match="s3://b/.* (does not exist|cannot be read: NoCredentials: no key)"):
+                with pytest.raises(
+                    UnusableSample, match="s3://b/.* (does not exist|cannot be read: NoCredentials: no key)"
+                ):
                     use(index)
     with pytest.raises(ValueError, match="s3://b/a.jsonl cannot be fetched: NoCredentials: no key"):
-        Jsonl("s3://b/a.jsonl")
+        JsonlFile("s3://b/a.jsonl")

@@ -11,14 +11,14 @@ import torchvision
 from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
-from internvl.constants import BadSample
+from internvl.constants import UnusableSample
 from internvl.data.images import (
     build_transform,
+    count_tiles,
     dynamic_preprocess,
     expand2square,
-    image_size,
     load_image,
-    num_tiles,
+    read_image_size,
     simulate_jpeg_degradation,
     tile_grids,
 )
@@ -44,8 +44,8 @@ def test_recorded_tilings(goldens):
         keys = ("min_num", "max_num", "image_size", "use_thumbnail")
         args = {key: row[key] for key in keys}
         size = row["width"], row["height"]
-        assert num_tiles(*size, **args) == row["num_tiles"], row
-        without_thumbnail = num_tiles(*size, **args | {"use_thumbnail": False})
+        assert count_tiles(*size, **args) == row["num_tiles"], row
+        without_thumbnail = count_tiles(*size, **args | {"use_thumbnail": False})
         assert without_thumbnail == row["grid"][0] * row["grid"][1], row
         if size[0] * size[1] < 10**6:
             tiles = dynamic_preprocess(Image.new("L", size), **args)
@@ -77,7 +77,7 @@ def test_counting_agrees_with_cutting():
             "image_size": draw.choice([14, 28, 56]),
             "use_thumbnail": draw.random() < 0.5,
         }
-        assert len(dynamic_preprocess(Image.new("L", size), **args)) == num_tiles(*size, **args), (size, args)
+        assert len(dynamic_preprocess(Image.new("L", size), **args)) == count_tiles(*size, **args), (size, args)
 
 
 def test_grids_are_all_products_in_range_in_the_order_of_a_plain_triple_loop():
@@ -144,18 +144,18 @@ def noise(size=(90, 70)) -> Image.Image:
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp"])
 def test_truncated_image_is_a_bad_sample_although_its_header_is_whole(tmp_path, suffix):
     path = half_of(noise(), tmp_path / f"half.{suffix}")
-    with pytest.raises(BadSample, match=rf"half\.{suffix} .*cannot be read"):
+    with pytest.raises(UnusableSample, match=rf"half\.{suffix} .*cannot be read"):
         load_image(path)
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_header_tells_the_size(tmp_path):
     noise((37, 91)).save(tmp_path / "a.jpg")
-    assert image_size(str(tmp_path / "a.jpg")) == (37, 91)
+    assert read_image_size(str(tmp_path / "a.jpg")) == (37, 91)
     assert load_image(str(tmp_path / "a.jpg")).size == (37, 91)
 
 
-@pytest.mark.parametrize("read", [load_image, image_size])
+@pytest.mark.parametrize("read", [load_image, read_image_size])
 def test_files_that_are_no_images(tmp_path, read, monkeypatch):
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "empty.png").write_bytes(b"")
@@ -169,7 +169,7 @@ def test_files_that_are_no_images(tmp_path, read, monkeypatch):
         ("folder.png", "directory"),
         ("huge.png", "40000 pixels"),
     ]:
-        with pytest.raises(BadSample, match=f"{name}.*{reason}"):
+        with pytest.raises(UnusableSample, match=f"{name}.*{reason}"):
             read(str(tmp_path / name))
 
 

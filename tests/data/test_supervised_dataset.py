@@ -24,7 +24,7 @@ from helpers.samples import (
     turns,
 )
 
-from internvl.constants import BadSample
+from internvl.constants import UnusableSample
 from internvl.data.supervised_dataset import LazySupervisedDataset
 
 SAME_ARITHMETIC = PIL.__version__ == "13.0.0" and torchvision.__version__.startswith("0.29.1")
@@ -57,7 +57,7 @@ def test_recorded_samples(goldens):
             if item["replaced_by_id"] is not None:
                 continue  # see test_what_upstream_replaced
             if all(label == -100 for label in item["labels"]):
-                with pytest.raises(BadSample, match="no answer to train on"):
+                with pytest.raises(UnusableSample, match="no answer to train on"):
                     dataset.get(index, 0)
                 continue
             sample = dataset[index]
@@ -103,7 +103,7 @@ def test_what_upstream_replaced(goldens):
             record = dataset.records[index]
             try:
                 sample = dataset.get(index, 0)
-            except BadSample as reason:
+            except UnusableSample as reason:
                 outcomes[str(item["id"])] = str(reason)
                 continue
             system, human = record["conversations"][:2]
@@ -240,7 +240,7 @@ def test_same_samples_whatever_the_number_of_workers(make):
 def test_records_that_cannot_be_used_say_why(make, case):
     record, reason = BAD[case]
     dataset = make(record, {"image": "a.png", "conversations": [QUESTION, ANSWER]})
-    with pytest.raises(BadSample, match=reason):
+    with pytest.raises(UnusableSample, match=reason):
         dataset.get(0, 0)
     assert dataset.get(1, 0)["image_flags"].any(), "the record after it is not touched"
     assert dataset.describe(0).startswith("mine line 1 (") and dataset.describe(1).startswith("mine line 2 (")
@@ -251,7 +251,7 @@ def test_empty_answer(make):
     record = {"conversations": [{"from": "human", "value": "Say nothing."}, {"from": "gpt", "value": ""}]}
     labels = make(record).get(0, 0)["labels"]
     assert (labels != -100).sum() == 1
-    with pytest.raises(BadSample, match="no answer to train on"):
+    with pytest.raises(UnusableSample, match="no answer to train on"):
         make(record, conv_style="Hermes-2").get(0, 0)
 
 
@@ -266,10 +266,12 @@ def test_truncation(make):
         dataset = make(record, max_length=limit, max_dynamic_patch=1)
         if limit <= last_image_token:
             held = int((ids[:limit] == context).sum())
-            with pytest.raises(BadSample, match=rf"{len(ids)} tokens.*{limit}.*{held} of 4 image.*--max_dynamic_patch"):
+            with pytest.raises(
+                UnusableSample, match=rf"{len(ids)} tokens.*{limit}.*{held} of 4 image.*--max_dynamic_patch"
+            ):
                 dataset.get(0, 0)
         elif limit <= first_trained:
-            with pytest.raises(BadSample, match=f"first {limit} of its {len(ids)} tokens"):
+            with pytest.raises(UnusableSample, match=f"first {limit} of its {len(ids)} tokens"):
                 dataset.get(0, 0)
         else:
             sample = dataset.get(0, 0)

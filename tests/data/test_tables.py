@@ -7,9 +7,9 @@ import datasets
 import pytest
 from helpers.samples import samples_equal, turns
 
-from internvl.data.annotations import Table, is_table
+from internvl.data.annotations import TableFile, is_table
 from internvl.data.supervised_dataset import LazySupervisedDataset
-from internvl.planning.sample_lengths import measure
+from internvl.planning.sample_lengths import measure_dataset
 
 RECORDS = [
     {"id": 1, "image": "a.png", "conversations": turns("<image>\nWhat is it?", "A house.")},
@@ -42,7 +42,7 @@ def test_a_table_gives_the_samples_of_its_records(make, tmp_path, monkeypatch, k
     table = pickle.loads(pickle.dumps(table))
     for index in range(2):
         assert samples_equal(table.get(index, 0), lines.get(index, 0))
-    measured, expected = measure(table, progress=False), measure(lines, progress=False)
+    measured, expected = measure_dataset(table, progress=False), measure_dataset(lines, progress=False)
     assert [sizes.tolist() for sizes in measured.lengths] == [sizes.tolist() for sizes in expected.lengths]
     assert measured.bad == expected.bad and len(set(measured.digests.tolist())) == 3
     assert table.describe(2) == f"mine line 3 ({path})"
@@ -62,4 +62,4 @@ def test_what_is_no_table_is_one_sentence(tmp_path, monkeypatch):
         ("absent.parquet", "does not exist"),
     ):
         with pytest.raises(ValueError, match=f"{name} {reason}"):
-            Table(str(tmp_path / name))
+            TableFile(str(tmp_path / name))

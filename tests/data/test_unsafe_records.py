@@ -10,10 +10,10 @@ from helpers.samples import ANSWER, QUESTION
 from helpers.video_files import film
 from PIL import Image
 
-from internvl.constants import BadSample
-from internvl.data.file_io import inside
+from internvl.constants import UnusableSample
+from internvl.data.file_io import require_inside_root
 from internvl.data.videos import count_frames, read_frames
-from internvl.planning.sample_lengths import measure
+from internvl.planning.sample_lengths import measure_dataset
 
 TURNS = [QUESTION, ANSWER]
 FRAMES = [QUESTION | {"value": "<video>\nWhat happens?"}, ANSWER]
@@ -21,9 +21,9 @@ FRAMES = [QUESTION | {"value": "<video>\nWhat happens?"}, ANSWER]
 
 def reasons(dataset) -> list[str]:
     """Why each sample is bad when it is measured, and again when it is read."""
-    measured = dict(measure(dataset, progress=False, cache_dir=f"{dataset.root}/cache").bad)
+    measured = dict(measure_dataset(dataset, progress=False, cache_dir=f"{dataset.root}/cache").bad)
     for index in range(len(dataset)):
-        with pytest.raises(BadSample) as caught:
+        with pytest.raises(UnusableSample) as caught:
             dataset.get(index, 0)
         assert measured.get(index, str(caught.value)) == str(caught.value)
     return [measured.get(index, "") for index in range(len(dataset))]
@@ -65,7 +65,7 @@ def test_records_lead_nowhere_outside_their_root(make, tmp_path, secret):
     for reason in reasons(dataset):
         assert re.search(r"lies outside the root '.*' of its data set.*--allow_outside_root True", reason), reason
     # The folder itself is in its place, the picture in it is not.
-    with pytest.raises(BadSample, match="frame_1.png lies outside the root"):
+    with pytest.raises(UnusableSample, match="frame_1.png lies outside the root"):
         make({"video": "frames", "conversations": FRAMES}).get(0, 0)
 
 
@@ -73,10 +73,10 @@ def test_the_flag_opens_what_lies_outside(make, secret):
     records = [{"image": f"{secret}/secret.png", "conversations": TURNS}]
     records += [{"video": f"{secret}/{name}", "conversations": FRAMES} for name in ("film", "secret.mp4")]
     dataset = make(*records, max_length=1000, allow_outside_root=True)
-    assert not measure(dataset, progress=False, cache_dir=f"{dataset.root}/cache").bad
+    assert not measure_dataset(dataset, progress=False, cache_dir=f"{dataset.root}/cache").bad
     # What was measured with the flag is not trusted without it.
     dataset = make(*records, max_length=1000)
-    assert len(measure(dataset, progress=False, cache_dir=f"{dataset.root}/cache").bad) == 3
+    assert len(measure_dataset(dataset, progress=False, cache_dir=f"{dataset.root}/cache").bad) == 3
 
 
 def test_a_root_may_be_a_link_and_links_within_it_lead_on(make, tmp_path, tmp_path_factory):
@@ -110,10 +110,10 @@ PLACES = [  # root, path as joined, whether it may be opened
 @pytest.mark.parametrize("root, path, allowed", PLACES)
 def test_what_lies_inside(root, path, allowed):
     if allowed:
-        assert inside(root, path) == path
+        assert require_inside_root(root, path) == path
     else:
-        with pytest.raises(BadSample, match="lies outside the root"):
-            inside(root, path)
+        with pytest.raises(UnusableSample, match="lies outside the root"):
+            require_inside_root(root, path)
 
 
 @pytest.mark.parametrize("path", ["a\0.png", "\ud800.png", "a" * 5000 + ".png", "b/" * 3000])
@@ -184,7 +184,7 @@ def test_pictures_made_to_take_memory_are_bad_samples(make, tmp_path, peak):
     measured = reasons(dataset)
     assert peak() < 100e6
     for index, (name, (_, said)) in enumerate(BOMBS.items()):
-        with pytest.raises(BadSample) as caught:
+        with pytest.raises(UnusableSample) as caught:
             dataset.get(index, 0)
         size = (tmp_path / name).stat().st_size
         assert re.search(rf"{name} \({size} bytes\).*{said}", str(caught.value), re.DOTALL), (
@@ -199,8 +199,8 @@ def test_a_gif_with_many_frames_is_bounded(make, tmp_path, peak):
         (tmp_path / name).write_bytes(content)
     peak()
     for use in (count_frames, read_frames):
-        with pytest.raises(BadSample, match="large.gif .*frames of 9000 x 9000 pixels"):
+        with pytest.raises(UnusableSample, match="large.gif .*frames of 9000 x 9000 pixels"):
             use(str(tmp_path / "large.gif"), 8)
-        with pytest.raises(BadSample, match="long.gif .*3000 frames of 2000 x 2000 pixels are more than"):
+        with pytest.raises(UnusableSample, match="long.gif .*3000 frames of 2000 x 2000 pixels are more than"):
             use(str(tmp_path / "long.gif"), 8)
     assert peak() < 150e6

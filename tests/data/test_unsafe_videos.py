@@ -9,8 +9,8 @@ import pytest
 from helpers.video_files import film
 from PIL import Image
 
-from internvl.constants import BadSample
-from internvl.data.videos import FRAME_PIXELS, read_frames
+from internvl.constants import UnusableSample
+from internvl.data.videos import MAX_FRAME_PIXELS, read_frames
 
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{0}\n#EXT-X-ENDLIST\n"
 SESSION = (
@@ -23,7 +23,7 @@ LISTS = {"list.mp4": "ffconcat version 1.0\nfile {0}\n", "hls.mp4": PLAYLIST, "h
 def test_a_list_of_films_opens_none_of_them(tmp_path, name):
     film(tmp_path / "secret.mp4")
     (tmp_path / name).write_text(LISTS[name].format("secret.mp4"))
-    with pytest.raises(BadSample, match=f"{name} cannot be read"):
+    with pytest.raises(UnusableSample, match=f"{name} cannot be read"):
         read_frames(str(tmp_path / name), 4)
 
 
@@ -45,13 +45,13 @@ def growing_film(path, side: int) -> None:
 def test_a_film_of_absurd_frames_is_refused(tmp_path, peak):
     """Their size is known when the film is opened, or when a frame is decoded."""
     side = 7000
-    assert side**2 > FRAME_PIXELS
+    assert side**2 > MAX_FRAME_PIXELS
     film(tmp_path / "large.avi", 1, size=(side, side))
     growing_film(tmp_path / "growing.avi", 12000)
     peak()
-    with pytest.raises(BadSample, match="large.avi has frames of 7000 x 7000 pixels, more than 35,389,440"):
+    with pytest.raises(UnusableSample, match="large.avi has frames of 7000 x 7000 pixels, more than 35,389,440"):
         read_frames(str(tmp_path / "large.avi"), 4)
-    with pytest.raises(BadSample, match="growing.avi (has frames of|cannot be read)"):
+    with pytest.raises(UnusableSample, match="growing.avi (has frames of|cannot be read)"):
         read_frames(str(tmp_path / "growing.avi"), 4)
     assert peak() < 400e6
 
@@ -76,6 +76,6 @@ def test_a_film_whose_header_counts_absurdly_is_refused(tmp_path, peak):
                 try:
                     frames = read_frames(str(tmp_path / "odd.mp4"), 4)
                     assert len(frames) == 4 and np.array(frames[0]).ndim == 3
-                except BadSample as reason:
+                except UnusableSample as reason:
                     assert "odd.mp4" in str(reason)
                 assert peak() < 100e6, (box, place, value)

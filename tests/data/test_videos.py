@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers.video_files import TOTAL, film, folder, gif, number
 
-from internvl.constants import BadSample
+from internvl.constants import UnusableSample
 from internvl.data.videos import count_frames, get_frame_indices, read_frames, sort_frames
 from internvl.train.dataset import TCSLoader, read_frames_decord, read_frames_folder, read_frames_gif
 
@@ -89,7 +89,7 @@ def test_frames_per_second_are_those_of_the_film(tmp_path):
     path = film(tmp_path / "a.mp4")  # 10 frames per second, 4 seconds
     assert [number(frame) for frame in read_frames(path, 99, "fps1")] == [5, 15, 25, 35]
     assert [number(frame) for frame in read_frames(path, 99, "fps2", clip=(1, 3))] == [12, 18, 22, 28]
-    with pytest.raises(BadSample, match="fps0.01 chooses no frame of video .*a.mp4"):
+    with pytest.raises(UnusableSample, match="fps0.01 chooses no frame of video .*a.mp4"):
         read_frames(path, 99, "fps0.01")
 
 
@@ -110,7 +110,9 @@ def test_clip_is_a_stretch_of_seconds(tmp_path):
     numbers = [number(frame) for frame in read_frames(path, 5, "middle", clip=(1.5, 2.5))]
     assert numbers == [15 + index for index in get_frame_indices(5, 10, "middle")]
     assert number(read_frames(path, 1, "middle", clip=(3.8, 99))[0]) == 38, "a clip that is too long ends with the film"
-    with pytest.raises(BadSample, match=r"clip \(7, 8\) of video .*a.mp4 \(40 frames, 10 per second\) holds no frame"):
+    with pytest.raises(
+        UnusableSample, match=r"clip \(7, 8\) of video .*a.mp4 \(40 frames, 10 per second\) holds no frame"
+    ):
         read_frames(path, 5, "middle", clip=(7, 8))
 
 
@@ -118,7 +120,7 @@ def test_clip_is_a_stretch_of_seconds(tmp_path):
 def test_clips_that_are_none(tmp_path, clip):
     path = film(tmp_path / "a.mp4", 3)
     for use in (count_frames, read_frames):
-        with pytest.raises(BadSample, match=r"is not \[start, end\] in seconds"):
+        with pytest.raises(UnusableSample, match=r"is not \[start, end\] in seconds"):
             use(path, 2, clip=clip)
 
 
@@ -126,7 +128,7 @@ def test_clips_that_are_none(tmp_path, clip):
 def test_a_clip_of_what_has_no_seconds_is_refused(tmp_path, name):
     path = MAKERS[name](tmp_path / name, 3)
     for use in (count_frames, read_frames):
-        with pytest.raises(BadSample, match=rf"clip \[0, 1\] is in seconds, which the (gif|folder) {path}"):
+        with pytest.raises(UnusableSample, match=rf"clip \[0, 1\] is in seconds, which the (gif|folder) {path}"):
             use(path, 2, clip=[0, 1])
 
 
@@ -170,7 +172,7 @@ def test_videos_that_cannot_be_read(tmp_path):
         ("none.mp4", "has no (frame|pictures)"),
         ("empty", "empty folder"),
     ]:
-        with pytest.raises(BadSample, match=reason) as caught:
+        with pytest.raises(UnusableSample, match=reason) as caught:
             read_frames(str(tmp_path / name), 4)
         assert name in str(caught.value)
 
@@ -179,7 +181,7 @@ def test_a_film_of_sound_alone(tmp_path):
     with wave.open(str(tmp_path / "a.wav"), "wb") as file:
         file.setparams((1, 2, 8000, 0, "NONE", ""))
         file.writeframes(bytes(1600))
-    with pytest.raises(BadSample, match="has no pictures, only .*audio"):
+    with pytest.raises(UnusableSample, match="has no pictures, only .*audio"):
         read_frames(str(tmp_path / "a.wav"), 4)
 
 

@@ -11,7 +11,7 @@ from helpers.training_runs import copy_model, flags_of, without_image_tokens, wr
 from PIL import Image
 
 from internvl.arguments.training import DataTrainingArguments, parse_args
-from internvl.arguments.validate import check
+from internvl.arguments.validate import validate_arguments
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.train.build_model import build_model, build_tokenizer
@@ -87,7 +87,7 @@ def parse(tiny, tmp_path, monkeypatch):
 def build(parse):
     def build(*flags: str) -> InternVLChatModel:
         model_args, data_args, training_args = parse(*flags)
-        check(model_args, data_args, training_args)
+        validate_arguments(model_args, data_args, training_args)
         return build_model(model_args, data_args, training_args, build_tokenizer(model_args, data_args))
 
     return build

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.lora import RANKS, is_wrapped
+from internvl.model.lora import LORA_RANK_FIELDS, is_peft_model
 from internvl.model.tokenizers.loading import load_tokenizer
 
 WIDTH = 32
@@ -80,6 +80,6 @@ def make(folder: Path, tokenizer: Path, llm: str = "qwen2", vit: str = "300M", *
 
 def save_adapters(model: InternVLChatModel, folder: Path) -> None:
     """A folder of PEFT's for each adapted part."""
-    for part in RANKS:
-        if is_wrapped(module := getattr(model, part)):
+    for part in LORA_RANK_FIELDS:
+        if is_peft_model(module := getattr(model, part)):
             module.save_pretrained(folder / part, save_embedding_layers=False)

@@ -14,8 +14,8 @@ from helpers.forked_ranks import Ranks
 from safetensors.torch import load_file
 
 from internvl.arguments.training import parse_args
-from internvl.arguments.validate import check
-from internvl.checkpoint.resume import resume_point
+from internvl.arguments.validate import validate_arguments
+from internvl.checkpoint.resume import choose_resume_checkpoint
 from internvl.constants import SPECIAL_TOKENS
 from internvl.dist_utils import free_port
 from internvl.model.internvl_chat import InternVLChatModel
@@ -125,8 +125,8 @@ def run_here(tiny: Path, output: Path, *flags: str) -> None:
 def prepare(argv: list[str]):
     """What `main` does before the first step, in this process."""
     model_args, data_args, training_args = parse_args(argv)
-    check(model_args, data_args, training_args)
-    resume_point(training_args)
+    validate_arguments(model_args, data_args, training_args)
+    choose_resume_checkpoint(training_args)
     tokenizer = build_tokenizer(model_args, data_args)
     model = build_model(model_args, data_args, training_args, tokenizer)
     data = build_data(data_args, training_args, tokenizer, model.num_image_token)

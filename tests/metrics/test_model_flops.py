@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from internvl.metrics.model_flops import ModelFlops, model_flops
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.decoder import decode
-from internvl.model.lora import LoraSettings, plain
+from internvl.model.lora import LoraSettings, unwrap_peft
 from internvl.model.lora_linear import LoraLinear
 from internvl.model.varlen_attention import use_varlen_attention
 from internvl.planning.sample_cost import forward_flops
@@ -47,7 +47,7 @@ def batch_of(model: InternVLChatModel) -> dict:
 
 def loss_of(model: InternVLChatModel, batch: dict) -> torch.Tensor:
     """The loss with every product computed once: the model itself makes the logits a second time."""
-    llm, labels = plain(model.language_model), batch["labels"]
+    llm, labels = unwrap_peft(model.language_model), batch["labels"]
     embeds = model._embed(batch["input_ids"], batch["pixel_values"], batch["image_flags"])
     outputs = decode(llm, embeds, None, batch["position_ids"], batch["cu_seqlens"], use_cache=False)
     trained = labels[:, 1:] != -100
@@ -81,9 +81,9 @@ def freeze(model: InternVLChatModel, *parts: str) -> None:
 def adapt(model: InternVLChatModel, *parts: str, **settings) -> None:
     freeze(model, *PARTS)
     for part in parts:
-        model.wrap_part(part, LoraSettings(**{"r": 4, "alpha": 8, **settings}))
+        model.add_part_adapters(part, LoraSettings(**{"r": 4, "alpha": 8, **settings}))
         if part != "mlp1":  # PEFT makes embeddings need gradients, for which nothing has a use
-            plain(getattr(model, part)).disable_input_require_grads()
+            unwrap_peft(getattr(model, part)).disable_input_require_grads()
 
 
 def last_vision_layer(model: InternVLChatModel) -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from helpers.training_runs import FULL, LORA, flags_of, history, prepare, run, run_here, run_until
 
-from internvl.metrics.comm_profiler import covered
-from internvl.metrics.device_peak import PEAKS, device_peak, named_peak
+from internvl.metrics.comm_profiler import covered_length
+from internvl.metrics.device_peak import DEVICE_PEAKS, device_peak, lookup_peak
 from internvl.metrics.model_flops import model_flops
-from internvl.metrics.step_timer import Stopwatch, forget_after
+from internvl.metrics.step_timer import StepTimer, drop_metrics_after
 from internvl.planning.epoch_plan import plan_epoch
-from internvl.train.trainer_metered import METRICS
+from internvl.train.trainer_metered import METRICS_FILE
 
 PACKED = "--use_packed_ds True --max_packed_tokens 200 --num_images_expected 13".split()
 ALWAYS = """step_seconds tokens_per_second trained_tokens_per_second tiles_per_second padding_percent data_wait_percent
@@ -30,7 +30,7 @@ def cache(tiny, monkeypatch):
 
 
 def lines(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / METRICS).read_text().splitlines()]
+    return [json.loads(line) for line in (output / METRICS_FILE).read_text().splitlines()]
 
 
 def total(entries: list[dict], rate: str) -> float:
@@ -106,7 +106,7 @@ def test_two_ranks_are_summed_and_go_on_without_a_step_twice(tiny, tmp_path):
     zero = ["--deepspeed", "zero_stage2_config.json"]
     run_until(output / "checkpoint-2", tiny, output, *flags, *zero, "--max_steps", "400", ranks=2)
     before = lines(output)[:2]
-    with (output / METRICS).open("a") as file:
+    with (output / METRICS_FILE).open("a") as file:
         file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
     printed = run(tiny, output, *flags, *zero, ranks=2).stdout
     assert re.search(
@@ -133,17 +133,17 @@ def test_a_new_run_begins_a_new_file(tiny, tmp_path):
 
 
 def test_lines_that_will_come_again_and_broken_ones_are_dropped(tmp_path):
-    file = tmp_path / METRICS
-    forget_after(file, 3)
+    file = tmp_path / METRICS_FILE
+    drop_metrics_after(file, 3)
     assert not file.exists()
     file.write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4)) + '{"step": 5, "lo')
-    forget_after(file, 3)
+    drop_metrics_after(file, 3)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_phases_divide_the_time():
-    watch = Stopwatch(torch.device("cpu"))
+    watch = StepTimer(torch.device("cpu"))
     assert watch.take() == {}
     watch.mark("data")
     start = watch.marks[0][1]
@@ -157,8 +157,8 @@ def test_phases_divide_the_time():
 
 
 def test_time_that_several_collectives_share_counts_once():
-    assert covered([]) == 0
-    assert covered([(5, 6), (0, 2), (1, 3), (1, 1.5), (3, 4)]) == 5
+    assert covered_length([]) == 0
+    assert covered_length([(5, 6), (0, 2), (1, 3), (1, 1.5), (3, 4)]) == 5
 
 
 @pytest.mark.parametrize(
@@ -178,15 +178,15 @@ def test_time_that_several_collectives_share_counts_once():
     ],
 )
 def test_devices_are_known_by_their_names(name, half, tf32):
-    assert named_peak(name, torch.bfloat16) == named_peak(name, torch.float16) == half * 1e12
-    assert named_peak(name, torch.float32, tf32=True) == tf32 * 1e12
-    assert named_peak(name, torch.float32) < tf32 * 1e12 or name.endswith(("4090", "L40"))
+    assert lookup_peak(name, torch.bfloat16) == lookup_peak(name, torch.float16) == half * 1e12
+    assert lookup_peak(name, torch.float32, tf32=True) == tf32 * 1e12
+    assert lookup_peak(name, torch.float32) < tf32 * 1e12 or name.endswith(("4090", "L40"))
 
 
 def test_other_devices_are_measured():
-    assert named_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16) is None
-    assert named_peak("Some Accelerator 9000", torch.bfloat16) is None
-    assert all(half >= tf32 >= single for _, half, tf32, single in PEAKS)
+    assert lookup_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16) is None
+    assert lookup_peak("Some Accelerator 9000", torch.bfloat16) is None
+    assert all(half >= tf32 >= single for _, half, tf32, single in DEVICE_PEAKS)
     peak, sentence = device_peak(torch.device("cpu"), torch.float32)
     assert 1e9 < peak < 1e14 and sentence.endswith("by a matrix product, measured")
     assert device_peak(torch.device("cpu"), torch.float32) == (peak, sentence), "once a process"

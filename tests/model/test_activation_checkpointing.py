@@ -9,10 +9,16 @@ from helpers.tiny_models import LLM, LLMS, VITS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internvl.model.activation_checkpointing import KEPT, compile_layers, layers_of, recompute, recomputed_share
+from internvl.model.activation_checkpointing import (
+    SAVED_OPS,
+    apply_gradient_checkpointing,
+    compile_layers,
+    recomputed_layer_share,
+    transformer_layers,
+)
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.modeling_intern_vit import PatchEmbedding
-from internvl.model.lora import plain
+from internvl.model.lora import unwrap_peft
 from internvl.model.varlen_attention import use_varlen_attention
 
 IMAGE = 7
@@ -67,7 +73,7 @@ def check(found: tuple, expected: tuple, tolerance: float = 1e-6):
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
-WAYS = [(every, keep) for every in (1, 2) for keep in KEPT]
+WAYS = [(every, keep) for every in (1, 2) for keep in SAVED_OPS]
 MODELS = {
     "adapters with dropout": {},
     "InternLM2 and the 6B encoder": {"llm": "internlm2"},
@@ -86,7 +92,7 @@ def test_no_checkpoint_changes_a_number(kind):
     for chosen in ([0], [1], [0, 1]):
         for every, keep in WAYS if len(chosen) == 2 else WAYS[:1]:
             for place, tower in enumerate(towers):
-                recompute(tower, every if place in chosen else 0, keep)
+                apply_gradient_checkpointing(tower, every if place in chosen else 0, keep)
             check(step(model), expected)
 
 
@@ -96,7 +102,7 @@ def test_no_checkpoint_changes_a_number_above_frozen_layers(first):
     model.vision_model.requires_grad_(False).encoder.layers[first:].requires_grad_(True)
     expected = step(model)
     for every, keep in WAYS:
-        recompute(model.vision_model, every, keep)
+        apply_gradient_checkpointing(model.vision_model, every, keep)
         check(step(model), expected)
 
 
@@ -119,7 +125,7 @@ def test_what_is_kept_is_not_computed_again():
     for every, keep in [(0, "none"), *WAYS]:
         model = chat(lora=None)
         for tower in (model.vision_model, model.language_model):
-            recompute(tower, every, keep)
+            apply_gradient_checkpointing(tower, every, keep)
         with Counted() as counted:
             step(model, **batch((24,)))
         found[every, keep] = [counted.calls[name] for name in (attention, products)]
@@ -144,7 +150,7 @@ def test_the_last_product_of_a_layer_is_not_computed_again():
     for every in (0, 1):
         model = chat()
         for tower in (model.vision_model, model.language_model):
-            recompute(tower, every)
+            apply_gradient_checkpointing(tower, every)
         with Counted() as counted:
             step(model)
         found.append(counted.calls["addmm_"])
@@ -153,21 +159,21 @@ def test_the_last_product_of_a_layer_is_not_computed_again():
 
 def test_kept_outputs_of_random_attention_are_refused():
     model = chat(vit={"attention_dropout": 0.1})
-    recompute(model.vision_model, 1, "none")
+    apply_gradient_checkpointing(model.vision_model, 1, "none")
     with pytest.raises(ValueError, match="--checkpoint_keep matmul does not go with the attention_dropout of 0.1"):
-        recompute(model.vision_model, 1, "matmul")
+        apply_gradient_checkpointing(model.vision_model, 1, "matmul")
 
 
 def test_the_switch_of_the_encoder_is_that_of_its_layers():
     """As upstream's programs, and transformers, set it."""
     tower = chat().vision_model
-    encoder = plain(tower).encoder
+    encoder = unwrap_peft(tower).encoder
     assert not encoder.gradient_checkpointing
     encoder.gradient_checkpointing = True
-    assert recomputed_share(tower) == 1 and encoder.gradient_checkpointing
-    recompute(tower, 2)
-    assert recomputed_share(tower) == pytest.approx(2 / 3) and encoder.gradient_checkpointing
-    recompute(tower, 0)
+    assert recomputed_layer_share(tower) == 1 and encoder.gradient_checkpointing
+    apply_gradient_checkpointing(tower, 2)
+    assert recomputed_layer_share(tower) == pytest.approx(2 / 3) and encoder.gradient_checkpointing
+    apply_gradient_checkpointing(tower, 0)
     assert not encoder.gradient_checkpointing
 
 
@@ -192,7 +198,7 @@ def test_a_frozen_tower_keeps_nothing(checkpointed):
     model = chat(lora=None)
     model.vision_model.requires_grad_(False)
     model.vision_model.enable_input_require_grads()  # as PEFT and transformers do
-    recompute(model.vision_model, int(checkpointed))
+    apply_gradient_checkpointing(model.vision_model, int(checkpointed))
     tiles = batch()["pixel_values"]
     features, kept = kept_by(model.extract_feature, tiles)
     assert features.requires_grad and kept > 0, "the projector trains"
@@ -212,7 +218,7 @@ def graphs_of(model: InternVLChatModel, tower: nn.Module) -> list[bool]:
                 (output[0] if isinstance(output, tuple) else output).requires_grad
             )
         )
-        for layer in layers_of(tower)
+        for layer in transformer_layers(tower)
     ]
     model(**batch())
     for handle in handles:
@@ -223,11 +229,11 @@ def graphs_of(model: InternVLChatModel, tower: nn.Module) -> list[bool]:
 def test_layers_below_the_first_trained_one_keep_nothing():
     model = chat(lora=None).requires_grad_(False)
     model.vision_model.encoder.layers[-1:].requires_grad_(True)
-    recompute(model.vision_model)
+    apply_gradient_checkpointing(model.vision_model)
     assert graphs_of(model, model.vision_model) == [False, False, True]
     model = chat(lora=None).requires_grad_(False)
     model.wrap_backbone_lora(4, 8, layers=[-1, None])
-    plain(model.vision_model).enable_input_require_grads()
+    unwrap_peft(model.vision_model).enable_input_require_grads()
     assert graphs_of(model, model.vision_model) == [False, False, True]
 
 
@@ -266,7 +272,7 @@ def test_compiled_layers_change_no_number():
     assert list(model.state_dict()) == names
     for every in (0, 2):
         for tower in (model.vision_model, model.language_model):
-            recompute(tower, every)
+            apply_gradient_checkpointing(tower, every)
         for row in rows:
             check(step(model, **row), step(original, **row), 1e-5)
 
@@ -276,5 +282,5 @@ def test_compiled_layers_change_no_number():
     expected = step(model)
     assert expected[0] != step(original)[0], "there is dropout"
     for tower in (model.vision_model, model.language_model):
-        recompute(tower)
+        apply_gradient_checkpointing(tower)
     check(step(model), expected)

@@ -10,7 +10,7 @@ from helpers.tiny_models import EXPERTS, LLM, VITS
 from internvl.model.internlm2 import modeling_internlm2 as internlm2
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
-from internvl.model.lora import is_wrapped, plain
+from internvl.model.lora import is_peft_model, unwrap_peft
 from internvl.model.phi3 import modeling_phi3 as phi3
 
 MIXTURE = {**EXPERTS, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 24}
@@ -76,7 +76,7 @@ def test_adapters_start_at_nothing_learn_survive_and_merge(model, tmp_path):
     model.config.use_backbone_lora = model.config.use_llm_lora = 2
     assert torch.equal(logits(model), before)
     head, routers = (
-        plain(model.language_model).get_output_embeddings(),
+        unwrap_peft(model.language_model).get_output_embeddings(),
         ("router", "mlp.gate.", "block_sparse_moe.gate."),
     )
     assert not any("lora" in name for name, _ in head.named_parameters())
@@ -100,7 +100,7 @@ def test_adapters_start_at_nothing_learn_survive_and_merge(model, tmp_path):
     assert not torch.allclose(changed, before, atol=1e-3)
     torch.testing.assert_close(logits(again), changed, atol=1e-6, rtol=1e-6)
     merged = merge_adapters(again)
-    assert not is_wrapped(merged.language_model)
+    assert not is_peft_model(merged.language_model)
     torch.testing.assert_close(logits(merged), changed, atol=1e-4, rtol=1e-4)
 
 

@@ -10,9 +10,13 @@ from helpers.model_cases import Case
 from safetensors.torch import load_file, save_file
 
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.adapter_checkpoint import note_of_base, save_trained, trained_state
+from internvl.model.internvl_chat.adapter_checkpoint import (
+    describe_base_checkpoint,
+    gather_trained_tensors,
+    save_adapter_checkpoint,
+)
 from internvl.model.internvl_chat.merge import merge_adapters
-from internvl.model.lora import plain
+from internvl.model.lora import unwrap_peft
 
 PARTS = {"vision": ("vision_model",), "llm": ("language_model",), "both": ("vision_model", "language_model")}
 
@@ -121,8 +125,8 @@ def test_adapters_alone_in_peft_format(model_case, tmp_path):
     from peft import PeftModel
 
     model = disturb(wrap(model_case.model(), "both"))
-    model.stands_on = note_of_base(model_case.folder)
-    save_trained(model, tmp_path, trained_state(model))
+    model.base_checkpoint = describe_base_checkpoint(model_case.folder)
+    save_adapter_checkpoint(model, tmp_path, gather_trained_tensors(model))
     other = model_case.model()
     for part in PARTS["both"]:
         setattr(other, part, PeftModel.from_pretrained(getattr(other, part), tmp_path / part))
@@ -158,7 +162,7 @@ def test_an_unknown_language_model_is_adapted_in_all_linear_layers_but_its_head(
     model.wrap_llm_lora(r=2)
     adapted = {n.split(".")[-4] for n, p in model.language_model.named_parameters() if "lora_A" in n}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert not any("lora" in n for n, _ in plain(model.language_model).lm_head.named_parameters())
+    assert not any("lora" in n for n, _ in unwrap_peft(model.language_model).lm_head.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["qwen2", "internlm2", "phi3", "llama"])

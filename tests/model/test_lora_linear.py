@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from internvl.model import lora
-from internvl.model.lora import LoraSettings, Targets
+from internvl.model.lora import LoraSettings, LoraTargets
 from internvl.model.lora_dropout import drop
 from internvl.model.lora_linear import LoraLinear
 
@@ -28,7 +28,7 @@ class SameMask(nn.Dropout):
 
 @pytest.fixture
 def by_peft(monkeypatch):
-    """Wraps as `wrap`, with PEFT's own layers."""
+    """Wraps as `add_adapters`, with PEFT's own layers."""
 
     def make(wrapping, *args, **settings):
         with monkeypatch.context() as patch:
@@ -102,9 +102,9 @@ class Mlp(nn.Module):
 
 def decoder(dropout: float = 0.0, variant: str = "lora", **settings) -> PeftModel:
     torch.manual_seed(0)
-    targets = Targets([name for names in PROJECTIONS.values() for name in names])
+    targets = LoraTargets([name for names in PROJECTIONS.values() for name in names])
     settings = LoraSettings(r=3, alpha=5, dropout=dropout, variant=variant, **settings)
-    return disturb(lora.wrap(Decoder(), settings, targets))
+    return disturb(lora.add_adapters(Decoder(), settings, targets))
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_other_states_are_left_to_peft(by_peft, x):
 def test_only_plain_linear_layers_get_it():
     quantised = type("Quantised", (nn.Linear,), {})
     base = nn.Sequential(quantised(4, 4), nn.Linear(4, 4))
-    model = lora.wrap(base, LoraSettings(r=2, alpha=4), Targets(["0", "1"]))
+    model = lora.add_adapters(base, LoraSettings(r=2, alpha=4), LoraTargets(["0", "1"]))
     assert [type(layer) for layer in model.modules() if isinstance(layer, Linear)] == [Linear, LoraLinear]
 
 
@@ -244,7 +244,7 @@ def test_recomputation_draws_the_same_masks(model_case, parts):
 @torch.no_grad()
 def test_the_mean_over_masks_is_the_update(x):
     settings = LoraSettings(r=3, alpha=60, dropout=0.3)
-    model = disturb(lora.wrap(nn.Sequential(nn.Linear(12, 7)), settings, Targets(["0"])))
+    model = disturb(lora.add_adapters(nn.Sequential(nn.Linear(12, 7)), settings, LoraTargets(["0"])))
     expected = model.eval()(x)
     model.train()
     outputs = torch.stack([model(x) for _ in range(4000)])

@@ -13,8 +13,8 @@ from torch import nn
 from internvl.model import token_loss as module
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.documents import REDUCTIONS, document_weights
-from internvl.model.lora import plain
-from internvl.model.token_loss import logits_of, token_loss
+from internvl.model.lora import unwrap_peft
+from internvl.model.token_loss import compute_logits, token_loss
 
 # Those of InternVL, and one of each thing a head may have: a bias, each scale of LOGIT_SCALES.
 MORE = ("CohereForCausalLM", "Gemma2ForCausalLM", "GraniteForCausalLM", "PhiForCausalLM")
@@ -26,7 +26,7 @@ LABELS = IDS.masked_fill(torch.rand(IDS.shape, generator=torch.Generator().manua
 
 def adapt(model: InternVLChatModel):
     head = model.get_output_embeddings()
-    name = next(name for name, part in plain(model.language_model).named_modules() if part is head)
+    name = next(name for name, part in unwrap_peft(model.language_model).named_modules() if part is head)
     model.wrap_llm_lora(r=4, lora_alpha=8, lora_dropout=0.0, targets=[name])
 
 
@@ -213,4 +213,4 @@ def test_logits_are_scaled_as_the_language_model_does_it():
         llm = InternVLChatModel(InternVLChatConfig(VITS["300M"], LLM | KINDS[name], template="internvl2_5"))
         llm = llm.language_model
         states = torch.randn(5, LLM["hidden_size"])
-        assert not torch.equal(logits_of(llm, states), llm.get_output_embeddings()(states)), name
+        assert not torch.equal(compute_logits(llm, states), llm.get_output_embeddings()(states)), name

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl.planning.epoch_plan import Cost, Layout, Lengths, Plan, plan_epoch
-from internvl.planning.plan_report import fill, idle
+from internvl.planning.epoch_plan import EpochPlan, PlanLayout, SampleCost, SampleLengths, plan_epoch
+from internvl.planning.plan_report import load_imbalance, packing_efficiency
 
 CASES = [
     (n, world, micro, accumulation, grouped)
@@ -17,21 +17,21 @@ CASES = [
 ]
 
 
-def lengths(n: int, seed: int = 0, usable: np.ndarray | bool = True) -> Lengths:
+def lengths(n: int, seed: int = 0, usable: np.ndarray | bool = True) -> SampleLengths:
     """Of image samples of 260 tokens a tile and text of any length, half and half; 0 where a sample is not usable."""
     rng = np.random.default_rng(seed)
     tiles = rng.integers(1, 6, n) * (rng.random(n) < 0.5)
     tokens = tiles * 260 + np.minimum(rng.lognormal(5, 0.8, n), 1500).astype(int) + 2
-    return Lengths(*(np.where(usable, values, 0).astype(np.int32) for values in (tokens, tokens // 2, tiles)))
+    return SampleLengths(*(np.where(usable, values, 0).astype(np.int32) for values in (tokens, tokens // 2, tiles)))
 
 
-def ids(plan: Plan) -> np.ndarray:
+def ids(plan: EpochPlan) -> np.ndarray:
     """The samples of a plan whose rows hold one each, in the shape of its steps; -1 in empty slots."""
     return np.append(plan.samples, -1)[plan.steps]
 
 
 def plan(n, world, micro, accumulation, grouped, seed=0, epoch=0, usable=True) -> np.ndarray:
-    layout = Layout(seed, world, micro, accumulation, group_by_length=grouped)
+    layout = PlanLayout(seed, world, micro, accumulation, group_by_length=grouped)
     return ids(plan_epoch(lengths(n, usable=usable), layout, epoch))
 
 
@@ -120,7 +120,7 @@ def test_the_incomplete_step_is_not_always_the_longest_or_shortest():
 def resampled(sizes: list[int], shares: list[float], epoch: int = 0, usable=True, **layout) -> np.ndarray:
     """How often each sample is drawn, data sets of these sizes having these shares."""
     weights = np.repeat(np.array(shares) / sizes, sizes)
-    plan = plan_epoch(lengths(len(weights), usable=usable), Layout(0, 2, 3, 2, **layout), epoch, weights=weights)
+    plan = plan_epoch(lengths(len(weights), usable=usable), PlanLayout(0, 2, 3, 2, **layout), epoch, weights=weights)
     return plan.seen(len(plan), len(weights))
 
 
@@ -178,16 +178,18 @@ def test_draws_change_with_the_epoch_and_are_fair():
 SIZES = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 7)), min_size=1, max_size=120)
 
 
-def of(sizes: list[tuple[int, int]]) -> Lengths:
+def of(sizes: list[tuple[int, int]]) -> SampleLengths:
     tokens, tiles = np.array(sizes, np.int32).T
-    return Lengths(tokens, tokens // 3, np.where(tokens > 0, tiles, 0))
+    return SampleLengths(tokens, tokens // 3, np.where(tokens > 0, tiles, 0))
 
 
 @settings(deadline=None, max_examples=300)
 @given(SIZES, st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3))
 def test_packed_rows_hold_every_sample_once_and_no_more_than_they_can(sizes, world, micro, accumulation, seed):
     lengths = of(sizes)
-    layout = Layout(seed, world, micro, accumulation, packed=True, max_tokens=100, max_tiles=7, cost=Cost(1, 2, 9, 0.1))
+    layout = PlanLayout(
+        seed, world, micro, accumulation, packed=True, max_tokens=100, max_tiles=7, cost=SampleCost(1, 2, 9, 0.1)
+    )
     plan = plan_epoch(lengths, layout, epoch=seed)
     assert sorted(plan.samples.tolist()) == np.flatnonzero(lengths.tokens).tolist()
     if len(plan.samples):
@@ -204,14 +206,14 @@ def test_packed_rows_hold_every_sample_once_and_no_more_than_they_can(sizes, wor
 def test_the_rest_of_an_epoch_is_what_was_not_seen(sizes, steps, packed):
     """Whatever the layout that began, and the one that goes on."""
     lengths, number = of(sizes), len(sizes)
-    began = plan_epoch(lengths, Layout(0, 2, 1, 2, packed=packed, max_tokens=100, max_tiles=7), 3)
+    began = plan_epoch(lengths, PlanLayout(0, 2, 1, 2, packed=packed, max_tokens=100, max_tiles=7), 3)
     seen = began.seen(min(steps, len(began)), number)
-    rest = plan_epoch(lengths, Layout(0, 3, 2, 1, packed=not packed, max_tokens=100, max_tiles=7), 3, seen=seen)
+    rest = plan_epoch(lengths, PlanLayout(0, 3, 2, 1, packed=not packed, max_tokens=100, max_tiles=7), 3, seen=seen)
     assert np.array_equal(seen + rest.seen(len(rest), number), lengths.tokens > 0)
 
 
 def test_seen_counts_the_samples_of_the_first_steps():
-    plan = plan_epoch(lengths(500), Layout(0, 2, 2, 2, packed=True, max_tokens=3000, max_tiles=12), 0)
+    plan = plan_epoch(lengths(500), PlanLayout(0, 2, 2, 2, packed=True, max_tokens=3000, max_tiles=12), 0)
     for steps in (0, 1, len(plan)):
         rows = [plan.row(row) for row in plan.steps[:steps].ravel()]
         expected = np.bincount([sample for row in rows for sample in row], minlength=500)
@@ -220,25 +222,25 @@ def test_seen_counts_the_samples_of_the_first_steps():
 
 
 def test_rows_are_full_and_ranks_do_not_wait():
-    sizes, cost = lengths(30_000), Cost(token=1, tile=1000, pair=1e-4)
+    sizes, cost = lengths(30_000), SampleCost(token=1, tile=1000, pair=1e-4)
     for world, waiting in ((8, 0.01), (64, 0.03)):
-        layout = Layout(0, world, 1, 1, packed=True, max_tokens=8192, max_tiles=40, cost=cost)
+        layout = PlanLayout(0, world, 1, 1, packed=True, max_tokens=8192, max_tiles=40, cost=cost)
         plan = plan_epoch(sizes, layout, 0)
-        assert fill(plan, sizes, layout) > 0.99
-        whole = Plan(plan.samples, plan.starts, plan.steps[:-1])  # the last step has empty slots
-        assert idle(whole, cost.of(sizes)) < waiting
+        assert packing_efficiency(plan, sizes, layout) > 0.99
+        whole = EpochPlan(plan.samples, plan.starts, plan.steps[:-1])  # the last step has empty slots
+        assert load_imbalance(whole, cost.of(sizes)) < waiting
 
 
 def test_tiles_may_be_what_fills_a_row():
     sizes = lengths(5000)
-    plan = plan_epoch(sizes, Layout(0, 1, 1, 1, packed=True, max_tokens=100_000, max_tiles=12), 0)
+    plan = plan_epoch(sizes, PlanLayout(0, 1, 1, 1, packed=True, max_tokens=100_000, max_tiles=12), 0)
     tiles = plan.totals(sizes.tiles)
     assert tiles.max() == 12 and np.mean(tiles[tiles > 0] == 12) > 0.95
 
 
 def test_packed_rows_come_in_random_order_with_changing_members():
     sizes = lengths(5000)
-    layout = Layout(0, 2, 1, 2, packed=True, max_tokens=3000, max_tiles=12, cost=Cost(1, 0, 1000))
+    layout = PlanLayout(0, 2, 1, 2, packed=True, max_tokens=3000, max_tiles=12, cost=SampleCost(1, 0, 1000))
     plans = [plan_epoch(sizes, layout, epoch) for epoch in range(2)]
     cost = [plan.totals(layout.cost.of(sizes))[plan.steps[:-1]].mean(axis=(1, 2, 3)) for plan in plans]
     assert abs(np.corrcoef(cost[0].argsort().argsort(), np.arange(len(cost[0])))[0, 1]) < 0.2

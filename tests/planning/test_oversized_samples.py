@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl.arguments.training import DataTrainingArguments
-from internvl.constants import BadSample
-from internvl.planning.oversized_samples import MIN_TRAINED, Image, images_in, split
+from internvl.constants import UnusableSample
+from internvl.planning.oversized_samples import MIN_LOSS_SHARE, ImageSpan, find_image_spans, split_sample
 from internvl.planning.packed_dataset import PackedDataset
-from internvl.planning.sample_lengths import ALONE, measure
-from internvl.train.build_data import Data, fit_into_rows
+from internvl.planning.sample_lengths import SINGLE_RANK, measure_dataset
+from internvl.train.build_data import TrainingData, split_oversized_samples
 
 MARKS = {"begin": 7, "context": 8, "end": 9}  # ids of <img>, <IMG_CONTEXT>, </img>
 TOKENS_OF_A_TILE = 3
@@ -38,12 +38,12 @@ def samples(draw) -> tuple[list[int], list[int], list[int]]:
 @given(samples(), st.integers(1, 40), st.integers(1, 8))
 def test_parts_fit_keep_images_whole_and_follow_each_other(sample, max_tokens, max_tiles):
     ids, labels, tiles = sample
-    images = images_in(ids, MARKS["context"], TOKENS_OF_A_TILE)
+    images = find_image_spans(ids, MARKS["context"], TOKENS_OF_A_TILE)
     assert [image.tiles for image in images] == tiles
     largest = max((TOKENS_OF_A_TILE * count + 2 for count in tiles), default=0)
     try:
-        parts = split(labels, images, max_tokens, max_tiles)
-    except BadSample as reason:
+        parts = split_sample(labels, images, max_tokens, max_tiles)
+    except UnusableSample as reason:
         too_large = largest > max_tokens or max(tiles, default=0) > max_tiles
         assert ("does not fit into a row" in str(reason)) == too_large
         assert too_large or "worth training" in str(reason)
@@ -51,7 +51,7 @@ def test_parts_fit_keep_images_whole_and_follow_each_other(sample, max_tokens, m
     for part in parts:
         tokens, trained, shown = part.size
         assert 0 < tokens <= max_tokens and shown <= max_tiles
-        assert trained == sum(label != -100 for label in labels[part.start : part.stop]) > MIN_TRAINED * tokens
+        assert trained == sum(label != -100 for label in labels[part.start : part.stop]) > MIN_LOSS_SHARE * tokens
         inside = ids[part.start : part.stop]
         assert inside.count(MARKS["begin"]) == inside.count(MARKS["end"])
         assert inside.count(MARKS["context"]) == TOKENS_OF_A_TILE * shown
@@ -64,8 +64,8 @@ def test_parts_fit_keep_images_whole_and_follow_each_other(sample, max_tokens, m
 
 
 def test_a_sample_that_fits_is_one_part():
-    images = [Image(2, 10, 2)]
-    (part,) = split([-100] * 12 + [5, 5], images, 14, 2)
+    images = [ImageSpan(2, 10, 2)]
+    (part,) = split_sample([-100] * 12 + [5, 5], images, 14, 2)
     assert part.size == (14, 2, 2) and part.start == part.first == 0
 
 
@@ -73,10 +73,10 @@ def test_a_sample_that_fits_is_one_part():
 def data(goldens, tmp_path):
     """The recorded data sets by name, measured."""
 
-    def make(config: str, **meta) -> Data:
+    def make(config: str, **meta) -> TrainingData:
         dataset = recorded_dataset(goldens, recorded_configs(goldens)[config], **meta)
-        found = measure(dataset, cache_dir=str(tmp_path), progress=False)
-        return Data(PackedDataset([dataset]), found.lengths, found.digests, [], None)
+        found = measure_dataset(dataset, cache_dir=str(tmp_path), progress=False)
+        return TrainingData(PackedDataset([dataset]), found.lengths, found.digests, [], None)
 
     return make
 
@@ -89,7 +89,7 @@ def test_parts_are_those_recorded(goldens, data):
     args = DataTrainingArguments(
         use_packed_ds=True, allow_overflow=True, max_packed_tokens=room[0], num_images_expected=room[1]
     )
-    split_data = fit_into_rows(whole, args, ALONE)
+    split_data = split_oversized_samples(whole, args, SINGLE_RANK)
     usable = np.flatnonzero(split_data.usable).tolist()
     assert max(usable) >= split_data.rows.ends[-1], "nothing was split"
     ours = {tuple(split_data.rows[0, sample]["input_ids"].tolist()) for sample in usable}
@@ -104,7 +104,7 @@ def test_parts_are_samples_of_an_epoch(data):
     before = data("dyn_thumb_group")
     tokens = before.lengths.tokens.copy()
     args = DataTrainingArguments(use_packed_ds=True, allow_overflow=True, max_packed_tokens=110, num_images_expected=14)
-    after = fit_into_rows(before, args, ALONE)
+    after = split_oversized_samples(before, args, SINGLE_RANK)
     large = np.flatnonzero(tokens > 110)
     assert len(large) and not after.lengths.tokens[large].any()
     assert len(set(after.digests[after.usable].tolist())) == after.usable.sum()
@@ -122,7 +122,7 @@ def test_without_the_flag_they_are_named(data):
     before = data("dyn_thumb_group")
     args = DataTrainingArguments(use_packed_ds=True, max_packed_tokens=110, num_images_expected=14)
     large = int((before.lengths.tokens > 110).sum())
-    after = fit_into_rows(before, args, ALONE)
+    after = split_oversized_samples(before, args, SINGLE_RANK)
     assert len(after.bad_samples) == large > 0 and not after.rows.parts
     assert "do not fit into a row of --max_packed_tokens 110" in after.bad_samples[0].reason
     assert "--allow_overflow True splits such samples" in after.bad_samples[0].reason

@@ -9,9 +9,9 @@ from helpers.samples import recorded_configs, recorded_dataset, samples_equal, t
 from torch.utils.data import DataLoader
 
 from internvl.data.collators import row_collator
-from internvl.planning.epoch_plan import Layout, Lengths, plan_epoch
+from internvl.planning.epoch_plan import PlanLayout, SampleLengths, plan_epoch
 from internvl.planning.packed_dataset import PackedDataset
-from internvl.planning.sample_lengths import measure
+from internvl.planning.sample_lengths import measure_dataset
 
 TENSORS = ("input_ids", "labels", "position_ids", "pixel_values", "image_flags")
 
@@ -92,9 +92,9 @@ LAYOUTS = [{}, {"group_by_length": True}, {"packed": True, "max_tokens": 420, "m
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_epoch_from_lengths_to_batches(rows, tmp_path, layout):
     """Every usable sample is in the batches once, the same ones for any number of workers."""
-    measured = [measure(dataset, cache_dir=str(tmp_path), progress=False).lengths for dataset in rows.datasets]
-    lengths = Lengths(*(np.concatenate(parts) for parts in zip(*measured, strict=True)))
-    plan = plan_epoch(lengths, Layout(0, world_size=2, micro_batch=2, accumulation=2, **layout), 1)
+    measured = [measure_dataset(dataset, cache_dir=str(tmp_path), progress=False).lengths for dataset in rows.datasets]
+    lengths = SampleLengths(*(np.concatenate(parts) for parts in zip(*measured, strict=True)))
+    plan = plan_epoch(lengths, PlanLayout(0, world_size=2, micro_batch=2, accumulation=2, **layout), 1)
     keys = [[(1, *plan.row(row)) for row in batch] for batch in plan.steps.reshape(-1, 2).tolist()]
 
     def batches(workers: int) -> list[dict]:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from internvl.dist_utils import free_port, rank
-from internvl.runtime.shutdown import join_ranks, say_goodbye, shared_end
+from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group, leave_rank_monitor
 
 TIMEOUT = 6  # --ddp_timeout
 AT_ONCE = 7  # cases
@@ -62,7 +62,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "exit without a word": lambda: os._exit(0),
     "asleep": asleep,
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "leaves early": lambda: (say_goodbye(), dist.destroy_process_group(), os._exit(0)),
+    "leaves early": lambda: (leave_rank_monitor(), dist.destroy_process_group(), os._exit(0)),
     "nothing": lambda: None,
 }
 MET_BY_ALL = ("wrong input by all", "exit by all")
@@ -70,14 +70,14 @@ MET_BY_ALL = ("wrong input by all", "exit by all")
 
 def one_rank(fault: str, faulty: int) -> None:
     """Three steps; the fault comes before the second, or, the ranks being done, to one that leaves later."""
-    with shared_end():
-        join_ranks(["--ddp_timeout", str(TIMEOUT)])
+    with abort_all_ranks_on_error():
+        join_process_group(["--ddp_timeout", str(TIMEOUT)])
         dist.all_reduce(torch.ones(3))
         if rank() == faulty or fault in MET_BY_ALL:
             FAULTS[fault.removesuffix(" by all")]()
         for _ in range(2):
             dist.all_reduce(torch.ones(3))
-    say_goodbye()
+    leave_rank_monitor()
     time.sleep(0.3 * (rank() == faulty))
     dist.destroy_process_group()
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from helpers.training_runs import flags_of, prepare
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from internvl.dist_utils import gathered, rank
-from internvl.runtime.shutdown import join_ranks, shared_end
-from internvl.train.run_training import leave
+from internvl.dist_utils import gather_objects, rank
+from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
+from internvl.train.run_training import exit_process_group
 from internvl.train.trainer_checkpoint import barrier
 
 TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -83,7 +83,7 @@ def digest(trainer) -> str:
 def main(folder: Path, runs: dict[str, list[str]]) -> None:
     told = {}
     for name, (records, *flags) in runs.items():
-        told[name] = gathered(train(folder, name, records, flags))
+        told[name] = gather_objects(train(folder, name, records, flags))
         unset_hf_deepspeed_config()
         gc.collect()
         if rank() == 0:
@@ -92,7 +92,7 @@ def main(folder: Path, runs: dict[str, list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    with shared_end():
-        join_ranks(["--ddp_timeout", "60"])
+    with abort_all_ranks_on_error():
+        join_process_group(["--ddp_timeout", "60"])
         main(Path(sys.argv[1]), json.loads(sys.argv[2]))
-    leave(0)
+    exit_process_group(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from internvl.arguments.training import parse_args
-from internvl.runtime.shutdown import seconds_to_wait
+from internvl.runtime.shutdown import read_ddp_timeout
 
 PROGRAM = Path(__file__).parents[1] / "programs/faulty_ranks.py"
 WITHOUT_A_WORD = r"error: rank {} ended without a word: killed, for instance where memory ran out, or crashed\n"
@@ -58,7 +58,7 @@ TIMEOUTS = [
 
 @pytest.mark.parametrize(("argv", "seconds"), TIMEOUTS, ids=lambda value: str(value))
 def test_the_timeout_is_known_before_the_other_flags(argv, seconds, tmp_path):
-    assert seconds_to_wait(argv) == seconds
+    assert read_ddp_timeout(argv) == seconds
     flags = parse_args([*argv, "--output_dir", str(tmp_path)]) if "soon" not in argv else None
     assert flags is None or flags[2].ddp_timeout == seconds
 
@@ -66,8 +66,8 @@ def test_the_timeout_is_known_before_the_other_flags(argv, seconds, tmp_path):
 def test_timeouts_that_cannot_be(tmp_path):
     file = tmp_path / "arguments.json"
     file.write_text(json.dumps({"output_dir": str(tmp_path), "ddp_timeout": 9}))
-    assert seconds_to_wait([str(file)]) == parse_args([str(file)])[2].ddp_timeout == 9
-    assert seconds_to_wait(["/nowhere/arguments.json"]) == 3600
+    assert read_ddp_timeout([str(file)]) == parse_args([str(file)])[2].ddp_timeout == 9
+    assert read_ddp_timeout(["/nowhere/arguments.json"]) == 3600
     with pytest.raises(ValueError, match="--ddp_timeout 0 must be at least 1"):
         parse_args(["--output_dir", "x", "--ddp_timeout", "0"])
 

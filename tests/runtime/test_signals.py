@@ -13,8 +13,8 @@ import torch
 from helpers.training_runs import ENTRY, LORA, ROOT, flags_of, losses, prepare, run, started, weights
 
 from internvl.arguments.training import parse_args
-from internvl.checkpoint.manifest import newest_whole
-from internvl.runtime.signals import PREEMPTED
+from internvl.checkpoint.manifest import find_latest_valid_checkpoint
+from internvl.runtime.signals import PREEMPTED_EXIT_STATUS
 
 STEPS = ["--max_steps", "40", "--save_steps", "1000", "--save_total_limit", "1"]
 
@@ -71,11 +71,21 @@ sys.exit(7 if preemption.signal else 128 + abs(one.exitcode) if one.exitcode < 0
 """
 
 ALONE = {
-    "before the first step, at once": (FIRST, [signal.SIGUSR1], PREEMPTED, "SIGUSR1 before the first step: nothing to"),
+    "before the first step, at once": (
+        FIRST,
+        [signal.SIGUSR1],
+        PREEMPTED_EXIT_STATUS,
+        "SIGUSR1 before the first step: nothing to",
+    ),
     "in training, noted": (TRAINING.format(bound=0, again=0), [signal.SIGTERM], 7, ""),
     "Ctrl-C in training, noted": (TRAINING.format(bound=0, again=0), [signal.SIGINT], 7, ""),
     "Ctrl-C once more": (TRAINING.format(bound=0, again=1), [signal.SIGINT] * 2, 130, "SIGINT again: leaving without"),
-    "out of time": (TRAINING.format(bound=1, again=0), [signal.SIGTERM], PREEMPTED, "SIGTERM: the 1 s of --save_on_s"),
+    "out of time": (
+        TRAINING.format(bound=1, again=0),
+        [signal.SIGTERM],
+        PREEMPTED_EXIT_STATUS,
+        "SIGTERM: the 1 s of --save_on_s",
+    ),
 }
 
 
@@ -145,7 +155,7 @@ def test_before_the_first_step_there_is_nothing_to_save(tiny, tmp_path, seconds,
     process = start(tiny, output, *LORA, *STEPS, ranks=ranks, entry=entry)
     time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == PREEMPTED, log_of(output).read_text()
+    assert process.wait(60) == PREEMPTED_EXIT_STATUS, log_of(output).read_text()
     assert not list(output.glob("checkpoint-*"))
 
 
@@ -188,7 +198,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tiny, tmp_path, who
         send(process)
         if send == to_torchrun:
             send(process)  # once more, while it leaves: no harm
-        assert process.wait(60) == PREEMPTED, log_of(output).read_text()
+        assert process.wait(60) == PREEMPTED_EXIT_STATUS, log_of(output).read_text()
         printed = log_of(output).read_text()
         (last,) = output.glob("checkpoint-*")
         step, before = int(last.name.removeprefix("checkpoint-")), step
@@ -215,8 +225,8 @@ def test_a_step_that_takes_longer_than_there_is_time(tiny, tmp_path):
     until(lambda: "are over" in log_of(output).read_text(), process, output, seconds=20)
     assert 2.5 < time.monotonic() - sent < 10
     still.resume()
-    assert process.wait(60) == PREEMPTED, log_of(output).read_text()
-    newest = newest_whole(output, tell=print)
+    assert process.wait(60) == PREEMPTED_EXIT_STATUS, log_of(output).read_text()
+    newest = find_latest_valid_checkpoint(output, tell=print)
     assert (
         f"before a checkpoint is whole; the same command goes on from {newest.name} (exit status 85)"
         in log_of(output).read_text()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from internvl.arguments.preference import MPO
-from internvl.arguments.training import FINETUNE, parse_args
+from internvl.arguments.preference import PREFERENCE_ARGUMENTS
+from internvl.arguments.training import FINETUNE_ARGUMENTS, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRIES = ROOT / "internvl_chat/internvl/train"
@@ -61,6 +61,6 @@ def parsed(dry_run):
 
     def run(*args, **variables):
         start, argv = dry_run(*args, **variables)
-        return parse_args(argv, MPO if start[-1].endswith("mpo.py") else FINETUNE)
+        return parse_args(argv, PREFERENCE_ARGUMENTS if start[-1].endswith("mpo.py") else FINETUNE_ARGUMENTS)
 
     return run

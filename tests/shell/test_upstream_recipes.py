@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from helpers.training_runs import ROOT
 
-from internvl.arguments.preference import MPO
-from internvl.arguments.training import FINETUNE, parse_args
+from internvl.arguments.preference import PREFERENCE_ARGUMENTS
+from internvl.arguments.training import FINETUNE_ARGUMENTS, parse_args
 
 with open(ROOT / "tests/recipes.tsv", newline="") as table:
     ROWS = {row["path"].split("/shell/")[1]: row for row in csv.DictReader(table, delimiter="\t")}
@@ -152,7 +152,7 @@ def test_it_parses_to_what_upstreams_script_parses_to(dry_run, path):
     assert f"LAUNCHER={'slurm' if cluster else pairs(row['env'])['LAUNCHER']}" in start
     assert set(pairs(row["env"])) <= set(ENVIRONMENT)
 
-    classes = MPO if start[-1].endswith("mpo.py") else FINETUNE
+    classes = PREFERENCE_ARGUMENTS if start[-1].endswith("mpo.py") else FINETUNE_ARGUMENTS
     ours, theirs = fields(argv, classes), fields(upstream_argv(path, row), classes)
     for pattern, field, value, _ in DIFFERENCES:
         if fnmatch(path, pattern):

@@ -12,7 +12,7 @@ from tools.internvl_custom2hf import main as custom2hf
 from transformers import AutoModelForImageTextToText
 
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.lora import LoraSettings, Targets, wrap
+from internvl.model.lora import LoraSettings, LoraTargets, add_adapters
 from internvl.model.tokenizers.loading import load_tokenizer
 
 PARTS = {"vision_model": (2, 4), "mlp1": (3, 3), "language_model": (4, 6)}  # ranks and alphas that differ
@@ -29,7 +29,7 @@ def adapted_run(folder, goldens, llm: str, among_weights: bool):
         model.wrap_llm_lora(4, 8)
     else:
         for part, (r, alpha) in PARTS.items():
-            model.wrap_part(part, LoraSettings(r, alpha))
+            model.add_part_adapters(part, LoraSettings(r, alpha))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -100,6 +100,8 @@ def test_without_adapters_there_is_nothing_to_export(goldens, tmp_path):
     with pytest.raises(SystemExit, match="has no adapters of vision_model, mlp1, language_model"):
         export_adapters([str(tmp_path / "base"), str(tmp_path / "adapter")])
     model = InternVLChatModel.from_pretrained(tmp_path / "base")
-    wrap(model.vision_model, LoraSettings(2, 4), Targets(["attn.qkv"])).save_pretrained(tmp_path / "base/vision_model")
+    add_adapters(model.vision_model, LoraSettings(2, 4), LoraTargets(["attn.qkv"])).save_pretrained(
+        tmp_path / "base/vision_model"
+    )
     with pytest.raises(SystemExit, match="has no adapters of language_model"):
         export_adapters([str(tmp_path / "base"), str(tmp_path / "adapter"), "--parts", "language_model"])

@@ -10,8 +10,12 @@ from safetensors.torch import load_file, save_file
 from tools.merge_lora import main as merge_lora
 
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.adapter_checkpoint import note_of_base, save_trained, trained_state
-from internvl.model.lora import LoraSettings, Targets, wrap
+from internvl.model.internvl_chat.adapter_checkpoint import (
+    describe_base_checkpoint,
+    gather_trained_tensors,
+    save_adapter_checkpoint,
+)
+from internvl.model.lora import LoraSettings, LoraTargets, add_adapters
 from internvl.model.tokenizers.loading import load_tokenizer
 
 LAYER = "language_model.model.layers.1.mlp.up_proj"
@@ -49,7 +53,7 @@ def runs(tmp_path, goldens):
         for part in parts:
             module = getattr(model, part)
             attention = "attn.qkv" if part == "vision_model" else "mlp.up_proj"
-            wrapped = wrap(module, LoraSettings(2, 6), Targets([attention]))
+            wrapped = add_adapters(module, LoraSettings(2, 6), LoraTargets([attention]))
             if name == "b":
                 wrapped.peft_config["default"].use_rslora = True
             for parameter in (p for n, p in wrapped.named_parameters() if "lora_" in n):
@@ -63,8 +67,8 @@ def test_only_runs_on_the_same_base_are_combined(tmp_path, goldens):
         model = make(tmp_path / name, goldens / "tokenizer", llm="qwen2" if name == "base" else "qwen3")
         model.requires_grad_(False)
         model.wrap_backbone_lora(2, 4)
-        model.stands_on = note_of_base(tmp_path / name)
-        save_trained(model, tmp_path / f"on_{name}", trained_state(model))
+        model.base_checkpoint = describe_base_checkpoint(tmp_path / name)
+        save_adapter_checkpoint(model, tmp_path / f"on_{name}", gather_trained_tensors(model))
         load_tokenizer(goldens / "tokenizer").save_pretrained(tmp_path / f"on_{name}")
     for start in ("base", "on_base"):
         merge(tmp_path / start, tmp_path / f"sum_{start}", "--adapter", f"{tmp_path / 'on_base'}=1")

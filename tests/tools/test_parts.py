@@ -15,9 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from internvl.constants import SPECIAL_TOKENS
 from internvl.model.compose import compose, load_projector
 from internvl.model.internvl_chat import InternVisionModel, InternVLChatModel
-from internvl.model.internvl_chat.adapter_checkpoint import note_of_base, save_trained, trained_state
+from internvl.model.internvl_chat.adapter_checkpoint import (
+    describe_base_checkpoint,
+    gather_trained_tensors,
+    save_adapter_checkpoint,
+)
 from internvl.model.internvl_chat.merge import merge_adapters
-from internvl.model.lora import RANKS, LoraSettings
+from internvl.model.lora import LORA_RANK_FIELDS, LoraSettings
 from internvl.model.tokenizers.loading import load_tokenizer
 
 
@@ -39,12 +43,12 @@ def wrapped(tmp_path, goldens):
 def on_base(tmp_path, goldens):
     """What a LoRA run writes: adapters in all parts on a base; and the model, merged."""
     model = make(tmp_path / "base", goldens / "tokenizer")
-    for part in RANKS:
-        model.wrap_part(part, LoraSettings(2, 4))
+    for part in LORA_RANK_FIELDS:
+        model.add_part_adapters(part, LoraSettings(2, 4))
     for parameter in (p for name, p in model.named_parameters() if "lora_" in name):
         torch.nn.init.normal_(parameter, std=0.1)
-    model.stands_on = note_of_base(tmp_path / "base")
-    save_trained(model, tmp_path / "run", trained_state(model))
+    model.base_checkpoint = describe_base_checkpoint(tmp_path / "base")
+    save_adapter_checkpoint(model, tmp_path / "run", gather_trained_tensors(model))
     load_tokenizer(goldens / "tokenizer").save_pretrained(tmp_path / "run")
     opened = InternVLChatModel.from_pretrained(tmp_path / "run", dtype=torch.bfloat16)
     return tmp_path / "run", merge_adapters(opened)

@@ -10,7 +10,7 @@ from helpers.training_runs import composed, flags_of
 from safetensors.torch import load_file, save_file
 
 from internvl.arguments.training import parse_args
-from internvl.arguments.validate import check
+from internvl.arguments.validate import validate_arguments
 from internvl.model.compose import compose, load_projector
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.train.build_model import build_model, build_tokenizer
@@ -18,7 +18,7 @@ from internvl.train.build_model import build_model, build_tokenizer
 
 def build(argv: list[str]) -> InternVLChatModel:
     model_args, data_args, training_args = parse_args(argv)
-    check(model_args, data_args, training_args)
+    validate_arguments(model_args, data_args, training_args)
     return build_model(model_args, data_args, training_args, build_tokenizer(model_args, data_args))
 
 

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from internvl.arguments.training import parse_args
-from internvl.arguments.validate import check
-from internvl.checkpoint.manifest import faults, newest_whole
+from internvl.arguments.validate import validate_arguments
+from internvl.checkpoint.manifest import find_checkpoint_errors, find_latest_valid_checkpoint
 from internvl.model.tokenizers.loading import load_tokenizer
-from internvl.runtime.shutdown import report_on
+from internvl.runtime.shutdown import describe_error
 
 COSINE = [*LORA, "--lr_scheduler_type", "cosine", "--max_steps", "8"]
 COSINE += ["--backbone_lora_dropout", "0", "--llm_lora_dropout", "0"]
@@ -114,7 +114,7 @@ def test_a_loss_that_is_infinite_though_its_gradient_is_not(here):
     trainer = here("--max_steps", "1")
     loss = torch.tensor(1.0, requires_grad=True)
     for factor, found in ((1.0, 1.0), (math.inf, math.nan)):
-        (gradient,) = torch.autograd.grad(trainer.all_or_nothing(loss + factor - factor), loss)
+        (gradient,) = torch.autograd.grad(trainer.propagate_nonfinite_loss(loss + factor - factor), loss)
         assert gradient.item() == pytest.approx(found, nan_ok=True)
 
 
@@ -146,15 +146,15 @@ def test_tmpdir_has_room_for_the_sockets_of_workers(tiny, tmp_path, monkeypatch)
             path = temporary / "pymp-12345678/listener-12345678"
             path.parent.mkdir(parents=True)
             monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-            check(*parse_args([*flags, "0"]))
+            validate_arguments(*parse_args([*flags, "0"]))
             if fits:
                 of_worker.bind(str(path))
-                check(*parse_args([*flags, "1"]))
+                validate_arguments(*parse_args([*flags, "1"]))
             else:
                 with pytest.raises(OSError, match="AF_UNIX path too long"):
                     of_worker.bind(str(path))
                 with pytest.raises(ValueError, match=f"TMPDIR {temporary} is 1 bytes too long .*workers 1: set TMPDIR"):
-                    check(*parse_args([*flags, "1"]))
+                    validate_arguments(*parse_args([*flags, "1"]))
 
 
 class Wrong(torch.utils.data.Dataset):
@@ -169,7 +169,7 @@ def test_an_error_in_a_worker_is_told_without_its_trace():
     for index, expected in enumerate(["ValueError: 3 is not 4", "KeyError: 'ValueError: 3 is not 4'"]):
         with pytest.raises((ValueError, KeyError)) as caught:
             next(iter(DataLoader(Wrong(), sampler=[index], num_workers=1)))
-        assert report_on(caught.value).words == expected
+        assert describe_error(caught.value).words == expected
 
 
 class Leaving(torch.utils.data.Dataset):
@@ -196,7 +196,7 @@ def test_a_killed_worker_is_told_alike_whether_it_is_waited_for_or_not(waited_fo
             next(batches)
         os.kill(worker, signal.SIGKILL)
         time.sleep(60)
-    words = report_on(caught.value).words
+    words = describe_error(caught.value).words
     assert words.startswith(
         f"RuntimeError: DataLoader worker (pid {worker}) is killed by signal: Killed; a process that"
     )
@@ -205,12 +205,12 @@ def test_a_killed_worker_is_told_alike_whether_it_is_waited_for_or_not(waited_fo
 def test_a_worker_killed_while_a_tensor_is_taken_from_it_is_told_as_such():
     with pytest.raises(ConnectionResetError) as caught:
         next(iter(DataLoader(Leaving(), sampler=[1], num_workers=1, collate_fn=list)))
-    assert report_on(caught.value).words.startswith(
+    assert describe_error(caught.value).words.startswith(
         "[Errno 104] Connection reset by peer; a process that reads data has"
     )
     with pytest.raises(ConnectionResetError) as caught:
         cut_off()
-    assert report_on(caught.value).words == "[Errno 104] Connection reset by peer"
+    assert describe_error(caught.value).words == "[Errno 104] Connection reset by peer"
 
 
 # -- disks -------------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_a_full_disk(here, disk, tmp_path):
     with pytest.raises(OSError, match=FULL):
         here(*SAVE, at=At(3, lambda: fill(out)))
     (out / "of_somebody_else").unlink()
-    assert faults(out / "checkpoint-2") == []
+    assert find_checkpoint_errors(out / "checkpoint-2") == []
     trainer = here(*SAVE, checkpoint=str(out / "checkpoint-2"))
     assert trainer.state.global_step == 8
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-8"] and not (out / "unfinished").exists()
@@ -269,7 +269,7 @@ def test_a_full_disk(here, disk, tmp_path):
 def test_a_disk_that_has_become_read_only(here, disk, tmp_path):
     with pytest.raises(OSError, match="Read-only file system"):
         here(*SAVE, at=At(3, lambda: disk("remount,ro")))
-    assert faults(tmp_path / "out/checkpoint-2") == []
+    assert find_checkpoint_errors(tmp_path / "out/checkpoint-2") == []
 
 
 def test_a_read_only_disk_is_known_before_the_first_step(here, disk):
@@ -285,7 +285,7 @@ def test_the_output_folder_is_removed(here, tmp_path, caplog):
     assert f"{out} was removed while the run was writing to it" in caplog.text
     assert trainer.state.global_step == 3
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
-    assert faults(out / "checkpoint-3") == [] and list(out.glob("runs/*/events*"))
+    assert find_checkpoint_errors(out / "checkpoint-3") == [] and list(out.glob("runs/*/events*"))
 
 
 @pytest.mark.slow
@@ -296,5 +296,5 @@ def test_a_full_disk_ends_all_ranks_with_one_sentence(tiny, disk, tmp_path):
         "error on rank 0: checkpoint-[0-9] cannot be written: .*; the same command goes on from checkpoint-",
         done.stderr,
     )
-    newest = newest_whole(tmp_path / "out", tell=print)
+    newest = find_latest_valid_checkpoint(tmp_path / "out", tell=print)
     assert newest and newest.name == done.stderr.split("goes on from ")[1].split()[0]

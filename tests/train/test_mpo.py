@@ -11,9 +11,9 @@ from helpers import training_runs
 from helpers.training_runs import FULL, LORA, copy_model, history, write_meta
 from safetensors.torch import load_file
 
-from internvl.arguments.preference import MPO, DPOConfig, PreferenceDataArguments
+from internvl.arguments.preference import PREFERENCE_ARGUMENTS, DPOConfig, PreferenceDataArguments
 from internvl.arguments.training import parse_args
-from internvl.arguments.validate import check_preference
+from internvl.arguments.validate import validate_preference_arguments
 from internvl.data.preference_dataset import PreferenceDataset, pair_collator
 from internvl.metrics.model_flops import model_flops
 from internvl.model import internvl_chat
@@ -23,7 +23,7 @@ from internvl.train.build_trainer import build_trainer
 from internvl.train.internvl_chat_mpo import build_reference
 from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
-from internvl.train.trainer_metered import METRICS
+from internvl.train.trainer_metered import METRICS_FILE
 
 ENTRY = training_runs.ENTRY.with_name("internvl_chat_mpo.py")
 RECIPE = "--loss_type sigmoid,bco_pair --sigmoid_loss_weight 0.8 --bco_pair_loss_weight 0.2 --rpo_alpha 1".split()
@@ -41,7 +41,7 @@ UPSTREAM = {
 
 @pytest.mark.parametrize("flags", UPSTREAM.values(), ids=UPSTREAM)
 def test_upstreams_flags_are_known(flags):
-    _, data_args, args = parse_args(["--output_dir", "unused", *flags.split()], MPO)
+    _, data_args, args = parse_args(["--output_dir", "unused", *flags.split()], PREFERENCE_ARGUMENTS)
     recipe = "loss_type" in flags
     assert args.loss_type == ("sigmoid,bco_pair" if recipe else "sigmoid")
     assert args.rpo_alpha == (1 if recipe else None)
@@ -64,7 +64,7 @@ WRONG = {
 def test_wrong_flags_are_refused_in_one_sentence(flags, message):
     with pytest.raises(ValueError, match=message):
         argv = "--output_dir unused --meta_path m --model_name_or_path n --conv_style internvl2_5".split()
-        check_preference(*parse_args([*argv, *flags.split()], MPO))
+        validate_preference_arguments(*parse_args([*argv, *flags.split()], PREFERENCE_ARGUMENTS))
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -94,8 +94,8 @@ def flags_of(tiny: Path, output: Path) -> list[str]:
 
 def prepare(*argv: str) -> MultimodalDPOTrainer:
     """What `main` does before the first step, in this process."""
-    model_args, data_args, args = parse_args(list(argv), MPO)
-    check_preference(model_args, data_args, args)
+    model_args, data_args, args = parse_args(list(argv), PREFERENCE_ARGUMENTS)
+    validate_preference_arguments(model_args, data_args, args)
     tokenizer = build_tokenizer(model_args, data_args)
     model = build_model(model_args, data_args, args, tokenizer, InternVLChatModel)
     reference = build_reference(model, model_args, data_args, args)
@@ -122,7 +122,7 @@ def test_speed_is_that_of_both_answers_and_of_the_reference(tiny, tmp_path, monk
     monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
     trainer = prepare(*flags_of(tiny, tmp_path), *flags, "--max_steps", "1", "--save_strategy", "no")
     trainer.train()
-    (entry,) = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
+    (entry,) = map(json.loads, (tmp_path / METRICS_FILE).read_text().splitlines())
     (row,) = trainer.schedule.plan(0).steps[0].flatten().tolist()
     (sample,) = trainer.schedule.plan(0).row(row)
     pair = trainer.train_dataset[(0, sample)]

@@ -11,10 +11,14 @@ from safetensors.torch import load_file
 
 from internvl.arguments.per_part import LORA, LoraArguments, RateArguments
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.adapter_checkpoint import note_of_base, save_trained, trained_state
+from internvl.model.internvl_chat.adapter_checkpoint import (
+    describe_base_checkpoint,
+    gather_trained_tensors,
+    save_adapter_checkpoint,
+)
 from internvl.model.internvl_chat.merge import merge_adapters
-from internvl.model.lora import FLAGS, RANKS, VARIANTS
-from internvl.train.param_groups import parameter_groups
+from internvl.model.lora import LORA_RANK_FIELDS, PART_FLAGS, VARIANTS
+from internvl.train.param_groups import build_param_groups
 
 FROZEN = "--freeze_backbone True --freeze_llm True --freeze_mlp True".split()
 TARGETS = {"vision_model": "attn.qkv", "mlp1": "3", "language_model": "q_proj"}
@@ -38,16 +42,16 @@ SHOWS = {
 
 @pytest.mark.parametrize("flag", [field.name for field in fields(LoraArguments)])
 def test_lora_flags_act_on_their_part_alone(build, flag):
-    part = next(part for part, name in FLAGS.items() if flag.startswith(f"{name}_"))
-    setting = flag.removeprefix(f"{FLAGS[part]}_")
+    part = next(part for part, name in PART_FLAGS.items() if flag.startswith(f"{name}_"))
+    setting = flag.removeprefix(f"{PART_FLAGS[part]}_")
     value, shows = SHOWS[setting]
-    ranks = [word for field in RANKS.values() for word in (f"--{field}", "2")]
+    ranks = [word for field in LORA_RANK_FIELDS.values() for word in (f"--{field}", "2")]
     model, plain = build(*ranks, f"--{flag}", value or TARGETS[part]), build(*ranks)
-    for name in RANKS:
+    for name in LORA_RANK_FIELDS:
         module = getattr(model, name)
         assert shows(module, module.peft_config["default"], name) == (name == part)
     told, usual = (m.config.lora_settings for m in (model, plain))
-    assert {name for name in RANKS if told[name] != usual[name]} == {part}
+    assert {name for name in LORA_RANK_FIELDS if told[name] != usual[name]} == {part}
     assert told[part][setting.removeprefix("lora_")] != usual[part][setting.removeprefix("lora_")]
 
 
@@ -67,7 +71,7 @@ RATES = {
         {("vision encoder", 1e-3, 1), ("projector", 1e-3, 2), ("language model", 1e-3, 0)},
     ),
     "LoRA+": (
-        [word for field in RANKS.values() for word in (f"--{field}", "2")]
+        [word for field in LORA_RANK_FIELDS.values() for word in (f"--{field}", "2")]
         + "--backbone_loraplus_lr_ratio 2 --mlp_loraplus_lr_ratio 4 --llm_loraplus_lr_ratio 8".split(),
         {("vision encoder", 1e-3, 0.05), ("projector", 1e-3, 0.05), ("language model", 1e-3, 0.05)}
         | {("vision encoder", 2e-3, 0.05), ("projector", 4e-3, 0.05), ("language model", 8e-3, 0.05)},
@@ -82,7 +86,7 @@ RATES = {
 @pytest.mark.parametrize(("flags", "expected"), RATES.values(), ids=RATES)
 def test_rates(build, parse, flags, expected):
     model, args = build(*flags), parse(*flags)[2]
-    groups = parameter_groups(model, args)
+    groups = build_param_groups(model, args)
     assert {(group["name"], group["lr"], group["weight_decay"]) for group in groups} == expected
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad), "each exactly once"
@@ -145,7 +149,7 @@ def test_4_bits_train_adapters_on_a_base_that_stays(build, tiny, tmp_path):
     layers = {name: p for name, p in model.language_model.named_parameters() if ".q_proj." in name}
     assert {p.dtype for name, p in layers.items() if "lora_" not in name and name.endswith("weight")} == {torch.uint8}
     assert all(p.grad.isfinite().all() for name, p in layers.items() if "lora_" in name)
-    save_trained(model, tmp_path, trained_state(model))
+    save_adapter_checkpoint(model, tmp_path, gather_trained_tensors(model))
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
@@ -158,22 +162,24 @@ def logits(model: InternVLChatModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_begins_at_nothing_and_ends_in_a_file(build, tiny, tmp_path, variant):
-    flags = [word for name in FLAGS.values() for word in (f"--use_{name}_lora", "4", f"--{name}_lora_variant", variant)]
+    flags = [
+        word for name in PART_FLAGS.values() for word in (f"--use_{name}_lora", "4", f"--{name}_lora_variant", variant)
+    ]
     model = build(*FROZEN, *flags)
     torch.testing.assert_close(logits(model), logits(InternVLChatModel.from_pretrained(tiny / "model")))
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter += 0.05 * torch.randn_like(parameter) * (".lora_" in name)
-    model.stands_on = note_of_base(tiny / "model")
-    save_trained(model, tmp_path, trained_state(model))
+    model.base_checkpoint = describe_base_checkpoint(tiny / "model")
+    save_adapter_checkpoint(model, tmp_path, gather_trained_tensors(model))
 
     opened, expected = InternVLChatModel.from_pretrained(tmp_path), logits(model)
     assert opened.config.lora_settings["mlp1"]["variant"] == variant
     torch.testing.assert_close(logits(opened), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(merge_adapters(opened)), expected, atol=1e-4, rtol=1e-4)
     stock = InternVLChatModel.from_pretrained(tiny / "model")
-    for part in RANKS:
+    for part in LORA_RANK_FIELDS:
         setattr(stock, part, PeftModel.from_pretrained(getattr(stock, part), tmp_path / part))
     torch.testing.assert_close(logits(stock), expected, atol=1e-5, rtol=1e-5)
 
@@ -196,7 +202,7 @@ def test_variants_train_alike_under_zero_3(tiny, tmp_path, monkeypatch, caplog):
     dora = [*LORA_IN_LLM, "--llm_lora_variant", "dora", "--deepspeed", "zero_stage3_config.json"]
     assert "error: DoRA does not run under ZeRO-3" in run(tiny, tmp_path / "dora", *dora, status=1).stderr
     start = ["--model_name_or_path", str(tmp_path / "alone"), *FROZEN]
-    start += [word for field in RANKS.values() for word in (f"--{field}", "4")]
+    start += [word for field in LORA_RANK_FIELDS.values() for word in (f"--{field}", "4")]
     for more, said in ([], "goes on with"), (["--llm_lora_variant", "lora"], "are merged into"):
         caplog.clear()
         run_here(tiny, tmp_path / f"on{len(more)}", *start, *more, "--max_steps", "1", "--learning_rate", "0")

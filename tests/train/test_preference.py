@@ -7,13 +7,13 @@ import pytest
 import torch
 from helpers.samples import samples_equal
 
-from internvl.arguments.preference import MPO
+from internvl.arguments.preference import PREFERENCE_ARGUMENTS
 from internvl.arguments.training import parse_args
-from internvl.constants import BadSample
+from internvl.constants import UnusableSample
 from internvl.data.preference_dataset import PreferenceDataset, pair_collator
 from internvl.model import internvl_chat
 from internvl.planning.packed_dataset import PackedDataset
-from internvl.planning.sample_lengths import measure
+from internvl.planning.sample_lengths import measure_dataset
 from internvl.train.preference_loss import LOSSES, InternVLChatModel, PreferenceLoss, label_log_probs
 
 RECIPE = "--loss_type sigmoid,bco_pair --sigmoid_loss_weight 0.8 --bco_pair_loss_weight 0.2 --rpo_alpha 1".split()
@@ -54,7 +54,7 @@ def test_a_pair_is_two_samples_over_the_same_tiles(make, pairs, record):
 
 def test_a_pair_is_measured_as_it_is_made_and_made_again_the_same(pairs, tmp_path):
     dataset = pairs(*KINDS.values(), meta={"data_augment": True})
-    lengths = measure(dataset, cache_dir=str(tmp_path / "cache"), progress=False).lengths
+    lengths = measure_dataset(dataset, cache_dir=str(tmp_path / "cache"), progress=False).lengths
     for index in range(len(dataset)):
         pair = dataset.get(index, epoch=2)
         labels = torch.cat([pair["chosen_labels"], pair["rejected_labels"]])
@@ -68,7 +68,7 @@ def test_lengths_of_pairs_and_of_samples_are_not_mixed_up(make, pairs, tmp_path)
     """One file may hold both, and lengths are kept on disk."""
     both = TEXTS | {"conversations": turns_of(TEXTS, "chosen")}
     cache = {"cache_dir": str(tmp_path / "cache"), "progress": False}
-    assert measure(make(both), **cache).lengths.tokens < measure(pairs(both), **cache).lengths.tokens
+    assert measure_dataset(make(both), **cache).lengths.tokens < measure_dataset(pairs(both), **cache).lengths.tokens
 
 
 BAD = {
@@ -84,7 +84,7 @@ BAD = {
 @pytest.mark.parametrize(("record", "reason"), BAD.values(), ids=BAD)
 def test_a_bad_pair_is_reported(pairs, record, reason):
     for use in (lambda dataset: dataset.get(0, 0), lambda dataset: dataset.measure(0)):
-        with pytest.raises(BadSample, match=reason):
+        with pytest.raises(UnusableSample, match=reason):
             use(pairs(record))
 
 
@@ -149,7 +149,7 @@ def test_rows_without_labels_score_zero_and_keep_a_graph():
 
 
 def loss_of(*flags: str) -> PreferenceLoss:
-    _, data_args, args = parse_args(["--output_dir", "unused", *flags], MPO)
+    _, data_args, args = parse_args(["--output_dir", "unused", *flags], PREFERENCE_ARGUMENTS)
     return PreferenceLoss(data_args, args)
 
 

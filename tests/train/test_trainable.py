@@ -7,7 +7,7 @@ from torch import nn
 from internvl.arguments.training import ModelArguments, TrainingArguments
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.train.gradient_check import watch_gradients
-from internvl.train.param_groups import parameter_groups
+from internvl.train.param_groups import build_param_groups
 from internvl.train.trainable_parameters import set_trainable, trainable_table
 
 FROZEN = {"freeze_backbone": True, "freeze_llm": True, "freeze_mlp": True}
@@ -126,7 +126,7 @@ def test_the_table_adds_up(model, args):
 
 
 def test_optimizer_groups_hold_every_trained_tensor_once(model, args):
-    groups = parameter_groups(model, args())
+    groups = build_param_groups(model, args())
     assert [group["name"] for group in groups] == ["vision encoder", "projector", "language model"]
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)

@@ -8,7 +8,7 @@ def option(default, help: str):
 
 
 @dataclass
-class FaultArguments:
+class FaultToleranceArguments:
     """How a run meets signals and steps that went wrong."""
 
     save_on_signal_seconds: float = option(
@@ -25,7 +25,7 @@ class FaultArguments:
     )
     watchdog_seconds: float = option(60.0, "and so many seconds at least; the first step, --watchdog_factor times this")
 
-    def check_faults(self) -> None:
+    def validate_fault_tolerance(self) -> None:
         """Raises a ValueError for a value that cannot be used."""
         if not 0 <= self.save_on_signal_seconds < float("inf"):
             raise ValueError(f"--save_on_signal_seconds {self.save_on_signal_seconds} must be 0 or more seconds.")

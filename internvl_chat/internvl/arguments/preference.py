@@ -44,4 +44,4 @@ class DPOConfig(TrainingArguments):
         super().__post_init__()
 
 
-MPO = (ModelArguments, PreferenceDataArguments, DPOConfig)
+PREFERENCE_ARGUMENTS = (ModelArguments, PreferenceDataArguments, DPOConfig)

@@ -12,10 +12,10 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from internvl.arguments.deepspeed_config import load_zero_config
-from internvl.arguments.fault_tolerance import FaultArguments, option
+from internvl.arguments.deepspeed_config import load_deepspeed_config
+from internvl.arguments.fault_tolerance import FaultToleranceArguments, option
 from internvl.arguments.per_part import LoraArguments, RateArguments
-from internvl.arguments.unsupported_flags import DROPPED, refuse
+from internvl.arguments.unsupported_flags import REMOVED_FLAGS, refuse_unsupported_flags
 
 
 @dataclass
@@ -103,7 +103,7 @@ class DataTrainingArguments:
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments, RateArguments, FaultArguments):
+class TrainingArguments(transformers.TrainingArguments, RateArguments, FaultToleranceArguments):
     """transformers' own, with the four flags that version 5 dropped and defaults that fit this data path."""
 
     evaluation_strategy: str | None = option(None, "earlier name of --eval_strategy")
@@ -128,8 +128,8 @@ class TrainingArguments(transformers.TrainingArguments, RateArguments, FaultArgu
     def __post_init__(self):
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
-        refuse(self)
-        self.check_faults()
+        refuse_unsupported_flags(self)
+        self.validate_fault_tolerance()
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"--warmup_ratio is a share of the steps in [0, 1), not {self.warmup_ratio}.")
         if self.warmup_ratio and not self.warmup_steps:
@@ -137,12 +137,12 @@ class TrainingArguments(transformers.TrainingArguments, RateArguments, FaultArgu
         if self.output_dir is None:
             raise ValueError("--output_dir is missing: where shall checkpoints and logs go?")
         if isinstance(self.deepspeed, str):
-            self.deepspeed = load_zero_config(self.deepspeed, self)
+            self.deepspeed = load_deepspeed_config(self.deepspeed, self)
         if self.lora_fp32:
-            self.keep_trained_in_fp32()
+            self.keep_trainable_in_fp32()
         super().__post_init__()
 
-    def keep_trained_in_fp32(self):
+    def keep_trainable_in_fp32(self):
         """Without DeepSpeed it is so anyway. DeepSpeed casts all to bf16 unless autocast does it, layer by layer."""
         if not self.bf16:
             raise ValueError("--lora_fp32 True is about the weights that train in a bf16 model: it needs --bf16 True.")
@@ -157,29 +157,29 @@ class TrainingArguments(transformers.TrainingArguments, RateArguments, FaultArgu
         self.deepspeed |= {"bf16": {"enabled": False}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
-class Parser(HfArgumentParser):
+class OneLineErrorParser(HfArgumentParser):
     """Raises what argparse would print below a page of usage."""
 
     def error(self, message: str):
         raise ValueError(f"{message}.")
 
 
-FINETUNE = (ModelArguments, DataTrainingArguments, TrainingArguments)
+FINETUNE_ARGUMENTS = (ModelArguments, DataTrainingArguments, TrainingArguments)
 
 
-def parse_args(argv: list[str] | None = None, classes: tuple[type, ...] = FINETUNE) -> tuple:
+def parse_args(argv: list[str] | None = None, classes: tuple[type, ...] = FINETUNE_ARGUMENTS) -> tuple:
     """Parse a command line (default: this program's), or one `.json` file of arguments, into one object a class.
 
     Raises:
         ValueError: an unknown flag, or a value that cannot be used, in one sentence.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(classes)
+    parser = OneLineErrorParser(classes)
     if len(argv) == 1 and argv[0].endswith(".json"):
         return parser.parse_json_file(argv[0])
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         flags = [word.lstrip("-").split("=")[0] for word in unknown]
-        hints = "".join(f"; {DROPPED[flag]}" for flag in flags if flag in DROPPED)
+        hints = "".join(f"; {REMOVED_FLAGS[flag]}" for flag in flags if flag in REMOVED_FLAGS)
         raise ValueError(f"not a flag of this program: {' '.join(unknown)}{hints or '; --help lists all'}.")
     return tuple(parsed)

@@ -1,4 +1,5 @@
-"""Flags that transformers has, or had, and that cannot act in this trainer: tables, and `refuse` for `arguments.py`.
+"""Flags that transformers has, or had, and that cannot act in this trainer: tables, and `refuse_unsupported_flags`
+for `arguments.py`.
 
 Every other flag of transformers acts as documented there, or only together with one that is refused here.
 """
@@ -11,7 +12,7 @@ NO_EVALUATION = "there is no evaluation data"
 NO_DATALOADER = "the dataloader reads a plan that every rank computes for itself"
 
 # flag -> why it keeps its default value
-REFUSED = {
+UNSUPPORTED = {
     "accelerator_config": NO_DATALOADER,
     "auto_find_batch_size": "the plan of an epoch needs --per_device_train_batch_size before the first step",
     "average_tokens_across_devices": "every micro-batch counts alike, as in upstream",
@@ -41,7 +42,7 @@ REFUSED = {
 }
 
 # flag -> the values that act, and why no other does
-ONLY = {
+SUPPORTED_VALUES = {
     "optim": (
         ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
         "it must take a group of parameters for each part",
@@ -50,7 +51,7 @@ ONLY = {
 }
 
 # flag that transformers 5 dropped -> what stands in its place
-DROPPED = {
+REMOVED_FLAGS = {
     "adafactor": "say --optim adafactor",
     "include_tokens_per_second": "the log has tokens_per_second anyway",
     "logging_dir": "TENSORBOARD_LOGGING_DIR in the environment names the folder of TensorBoard's files",
@@ -63,14 +64,14 @@ DROPPED = {
 }
 
 
-def refuse(args: transformers.TrainingArguments) -> None:
+def refuse_unsupported_flags(args: transformers.TrainingArguments) -> None:
     """Raises a ValueError for the first flag whose value cannot act: one sentence."""
     defaults = {field.name: field.default for field in fields(args)}
-    for name, reason in REFUSED.items():
+    for name, reason in UNSUPPORTED.items():
         value, default = getattr(args, name), defaults[name]
         if value != default and (value or default is True):  # for some the parser spells the default None or False
             raise ValueError(f"--{name} {value} cannot act here: {reason}.")
-    for name, (values, reason) in ONLY.items():
+    for name, (values, reason) in SUPPORTED_VALUES.items():
         if (value := getattr(args, name)) not in values:
             raise ValueError(f"--{name} {value} cannot act here: {reason}; known are {', '.join(values)}.")
     adamw = args.optim in ("adamw_torch", "adamw_torch_fused")

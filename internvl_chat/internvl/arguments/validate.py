@@ -13,17 +13,21 @@ from internvl.arguments.training import DataTrainingArguments, ModelArguments, T
 from internvl.conversation import conv_templates
 
 logger = logging.getLogger(__name__)
-SOCKET = "/pymp-12345678/listener-12345678"  # in TMPDIR, by which a dataloader worker hands over tensors
-LONGEST = 107  # bytes of the path of a socket (unix(7)); behind a longer one, what a worker read would never arrive
+WORKER_SOCKET = "/pymp-12345678/listener-12345678"  # in TMPDIR, by which a dataloader worker hands over tensors
+MAX_SOCKET_PATH_BYTES = (
+    107  # bytes of the path of a socket (unix(7)); behind a longer one, what a worker read would never arrive
+)
 
 
-def check(model_args: ModelArguments, data_args: DataTrainingArguments, training_args: TrainingArguments) -> None:
+def validate_arguments(
+    model_args: ModelArguments, data_args: DataTrainingArguments, training_args: TrainingArguments
+) -> None:
     """Refuse what can be seen to be wrong from the command line and the environment alone.
 
     Raises:
         ValueError: one sentence with the flag and its value.
     """
-    check_source(model_args)
+    validate_model_source(model_args)
     if not data_args.meta_path:
         raise ValueError("--meta_path is missing: which JSON file lists the data sets?")
     if min(data_args.num_images_expected, data_args.max_packed_tokens) < 1:
@@ -49,14 +53,17 @@ def check(model_args: ModelArguments, data_args: DataTrainingArguments, training
     if not 0 < ratio <= 1 or 1 / ratio != round(1 / ratio):
         raise ValueError(f"--down_sample_ratio {ratio}: 1 over it is the side of a token in patches, a whole number.")
     temporary = tempfile.gettempdir()
-    if training_args.dataloader_num_workers and (excess := len(os.fsencode(temporary + SOCKET)) - LONGEST) > 0:
+    if (
+        training_args.dataloader_num_workers
+        and (excess := len(os.fsencode(temporary + WORKER_SOCKET)) - MAX_SOCKET_PATH_BYTES) > 0
+    ):
         raise ValueError(
             f"TMPDIR {temporary} is {excess} bytes too long for the sockets of --dataloader_num_workers "
             f"{training_args.dataloader_num_workers}: set TMPDIR to a shorter folder, such as /tmp."
         )
 
 
-def check_source(args: ModelArguments) -> None:
+def validate_model_source(args: ModelArguments) -> None:
     """A run starts from a chat checkpoint, or from a vision encoder and a language model."""
     parts = {"--vision_path": args.vision_path, "--llm_path": args.llm_path}
     given = [flag for flag, path in parts.items() if path]
@@ -72,7 +79,7 @@ def check_source(args: ModelArguments) -> None:
         raise ValueError(f"{given[0]} is given and {absent} is not: a chat model is composed of both.")
 
 
-def check_towers(args: ModelArguments, training_args: TrainingArguments) -> None:
+def validate_gradient_checkpointing(args: ModelArguments, training_args: TrainingArguments) -> None:
     """Refuses, before anything is loaded, flags of the towers that exclude each other.
 
     Raises:
@@ -111,9 +118,11 @@ def check_towers(args: ModelArguments, training_args: TrainingArguments) -> None
         )
 
 
-def check_preference(model_args: ModelArguments, data_args: PreferenceDataArguments, args: DPOConfig) -> None:
+def validate_preference_arguments(
+    model_args: ModelArguments, data_args: PreferenceDataArguments, args: DPOConfig
+) -> None:
     """Refuse what can be seen to be wrong from the command line and the environment alone."""
-    check(model_args, data_args, args)
+    validate_arguments(model_args, data_args, args)
     for name, value in {"use_packed_ds": False, "loss_reduction": "token", "loss_reduction_all_gather": False}.items():
         if getattr(data_args, name) != value:
             raise ValueError(f"--{name} {getattr(data_args, name)} does not act on pairs of answers: leave it out.")

@@ -19,14 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from internvl.model.internvl_chat.resize import whole
+from internvl.model.internvl_chat.resize import gathered_parameters
 
-STATES = "optimizer.safetensors"
-MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")  # DeepSpeed's and torch's names
-UNIVERSAL = "universal"
+OPTIMIZER_STATE_FILE = "optimizer.safetensors"
+MASTER_WEIGHT_KEY, MOMENT_KEYS = "fp32", ("exp_avg", "exp_avg_sq")  # DeepSpeed's and torch's names
+UNIVERSAL_DIR = "universal"
 
 
-def save_states(engine, parameters: Mapping[str, nn.Parameter], folder: Path, write: bool) -> None:
+def save_optimizer_states(engine, parameters: Mapping[str, nn.Parameter], folder: Path, write: bool) -> None:
     """Write master weights and AdamW's moments of `parameters`, under their names; a collective.
 
     Args:
@@ -35,38 +35,40 @@ def save_states(engine, parameters: Mapping[str, nn.Parameter], folder: Path, wr
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    states = [state for state in engine.optimizer.optimizer.state.values() if MOMENTS[0] in state]
+    states = [state for state in engine.optimizer.optimizer.state.values() if MOMENT_KEYS[0] in state]
     if states:
         _link(engine.optimizer)
     tensors = {}
     for name, parameter in parameters.items():
-        gathered = {MASTER: safe_get_full_fp32_param(parameter)}
+        gathered = {MASTER_WEIGHT_KEY: safe_get_full_fp32_param(parameter)}
         if states:
-            gathered |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            gathered |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENT_KEYS}
         if write:
             tensors |= {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in gathered.items()}
     if write:
         step = int(states[0]["step"]) if states else 0
         note = {"step": str(step), "loss_scaler": json.dumps(_numbers(engine.optimizer.loss_scaler))}
-        save_file(tensors, folder / STATES, metadata=note)
+        save_file(tensors, folder / OPTIMIZER_STATE_FILE, metadata=note)
 
 
-def load_states(engine, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
-    """Put what `save_states` wrote into optimizer and parameters; a collective.
+def load_optimizer_states(engine, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+    """Put what `save_optimizer_states` wrote into optimizer and parameters; a collective.
 
     Raises:
         ValueError: it is of other parameters.
     """
-    with safe_open(folder / STATES, "pt") as file:
-        expected = {f"{name}.{key}" for name in parameters for key in (MASTER, *MOMENTS)}
+    with safe_open(folder / OPTIMIZER_STATE_FILE, "pt") as file:
+        expected = {f"{name}.{key}" for name in parameters for key in (MASTER_WEIGHT_KEY, *MOMENT_KEYS)}
         if wrong := sorted(expected ^ set(file.keys())):
-            raise ValueError(f"{folder / STATES} is of other parameters: {len(wrong)} differ, such as {wrong[0]}.")
+            raise ValueError(
+                f"{folder / OPTIMIZER_STATE_FILE} is of other parameters: {len(wrong)} differ, such as {wrong[0]}."
+            )
         note = file.metadata()
         _put(engine, parameters, lambda name, key: file.get_tensor(f"{name}.{key}"), int(note["step"]))
         vars(engine.optimizer.loss_scaler).update(json.loads(note["loss_scaler"]))
 
 
-def load_states_of_other_ranks(engine, parameters: Mapping[str, nn.Parameter], folder: Path, first: bool) -> None:
+def load_converted_optimizer_states(engine, parameters: Mapping[str, nn.Parameter], folder: Path, first: bool) -> None:
     """Put what DeepSpeed wrote for other ranks, or at another stage, into optimizer and parameters; a collective.
 
     Args:
@@ -74,7 +76,7 @@ def load_states_of_other_ranks(engine, parameters: Mapping[str, nn.Parameter], f
     """
     from deepspeed import comm
 
-    shards, converted = shards_in(folder), folder / UNIVERSAL
+    shards, converted = find_deepspeed_shards(folder), folder / UNIVERSAL_DIR
     if first:
         _convert(shards, converted)
     comm.barrier()
@@ -94,13 +96,13 @@ def load_states_of_other_ranks(engine, parameters: Mapping[str, nn.Parameter], f
         shutil.rmtree(converted)
 
 
-def fits(engine, folder: Path) -> bool:
+def matches_deepspeed_shards(engine, folder: Path) -> bool:
     """Whether DeepSpeed's files in a checkpoint are of as many ranks at the same stage as this engine's.
 
     Raises:
         ValueError: there are none.
     """
-    shards = shards_in(folder)
+    shards = find_deepspeed_shards(folder)
     if not engine.zero_optimization():
         return True
     files = sorted(shards.glob("*_optim_states.pt"))
@@ -108,7 +110,7 @@ def fits(engine, folder: Path) -> bool:
     return len(files) == engine.dp_world_size and int(stage) == engine.zero_optimization_stage()
 
 
-def shards_in(folder: Path) -> Path:
+def find_deepspeed_shards(folder: Path) -> Path:
     """The folder of DeepSpeed's files in a checkpoint.
 
     Raises:
@@ -138,11 +140,11 @@ def _put(engine, parameters: Mapping[str, nn.Parameter], read: Callable[[str, st
 
     _begin(engine.optimizer, step)
     for name, parameter in parameters.items():
-        master = read(name, MASTER)
-        with whole(parameter), torch.no_grad():
+        master = read(name, MASTER_WEIGHT_KEY)
+        with gathered_parameters(parameter), torch.no_grad():
             parameter.copy_(master.view(parameter.shape))
         safe_set_full_fp32_param(parameter, master.to(parameter.device))
-        for key in MOMENTS:
+        for key in MOMENT_KEYS:
             safe_set_full_optimizer_state(parameter, read(name, key).to(parameter.device), key)
     if engine.zero_optimization_partition_weights():
         engine.optimizer.checkpoint_event_epilogue()  # small parameters are whole again, as ZeRO-3 expects them
@@ -156,7 +158,7 @@ def _begin(optimizer, step: int) -> None:
         steps = torch.tensor(float(step), device=flat.device if on_device else "cpu")
         if type(torch_optimizer).__name__ == "DeepSpeedCPUAdam":
             steps = step
-        moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+        moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENT_KEYS}
         torch_optimizer.state[flat] = {"step": steps, **moments}
     _link(optimizer)
 

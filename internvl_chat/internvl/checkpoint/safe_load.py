@@ -27,7 +27,7 @@ KNOWN |= {"numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconst
 
 
 @contextmanager
-def data_alone(deepspeed: bool) -> Iterator[None]:
+def weights_only_loading(deepspeed: bool) -> Iterator[None]:
     """Within it whatever loads a file of torch.save, in this process, gets data out of it or an error.
 
     Args:
@@ -48,7 +48,7 @@ def data_alone(deepspeed: bool) -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def refuse_code(checkpoint: Path) -> None:
+def refuse_unsafe_pickles(checkpoint: Path) -> None:
     """ValueError with the name of a file that would run code if it could, and what it calls; none of it is run."""
     for file in sorted(file for file in checkpoint.rglob("*") if file.suffix in SUFFIXES):
         try:

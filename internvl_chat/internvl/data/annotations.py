@@ -12,15 +12,15 @@ from glob import escape, glob
 
 import numpy as np
 
-from internvl.constants import BadSample
-from internvl.data.file_io import cache_folder, is_remote, local_copy, write_whole
+from internvl.constants import UnusableSample
+from internvl.data.file_io import cache_dir, fetch_local_copy, is_remote, write_atomically
 
 CHUNK = 1 << 24
 LARGE = 1 << 26  # bytes from which on it pays to keep the table of lines on disk
 COMPRESSED = {".gz": "gunzip", ".zst": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz"}
 
 
-class Jsonl:
+class JsonlFile:
     """A file with one JSON object per line, read by byte offset. Blank lines hold no record.
 
     The offsets in a large file are found once and kept in the cache, memory-mapped: neither they nor the file are
@@ -48,9 +48,9 @@ class Jsonl:
             )
         if not is_remote(path) and not os.path.isfile(path):
             raise ValueError(f"annotation {path} does not exist (relative paths start at {os.getcwd()}).")
-        self.path, self.file = path, local_copy(path)
+        self.path, self.file = path, fetch_local_copy(path)
         name = hashlib.sha256(json.dumps(self.version).encode()).hexdigest()[:24]
-        self._table_file = str(cache_folder() / f"lines-{name}.npy") if self.version[1] >= LARGE else None
+        self._table_file = str(cache_dir() / f"lines-{name}.npy") if self.version[1] >= LARGE else None
         self._table = self._open_table()
         self._open_file = None
 
@@ -69,7 +69,7 @@ class Jsonl:
             if table.ndim == 2 and len(table) == 3:
                 return table
         table = _line_table(self.file)
-        write_whole(self._table_file, lambda file: np.save(file, table))
+        write_atomically(self._table_file, lambda file: np.save(file, table))
         return np.load(self._table_file, mmap_mode="r")
 
     def __len__(self) -> int:
@@ -80,9 +80,9 @@ class Jsonl:
         try:
             record = json.loads(self.content(index))
         except ValueError as error:  # wrong JSON as well as wrong UTF-8
-            raise BadSample(f"line {self.line(index)} is not JSON: {error}") from error
+            raise UnusableSample(f"line {self.line(index)} is not JSON: {error}") from error
         if not isinstance(record, dict):
-            raise BadSample(f"line {self.line(index)} is a JSON {type(record).__name__}, not an object")
+            raise UnusableSample(f"line {self.line(index)} is a JSON {type(record).__name__}, not an object")
         return record
 
     def content(self, index: int) -> bytes:
@@ -107,7 +107,7 @@ class Jsonl:
 
 
 def _line_table(path: str) -> np.ndarray:
-    """(3, records) as `Jsonl` keeps it; lines without a record are left out."""
+    """(3, records) as `JsonlFile` keeps it; lines without a record are left out."""
     newlines, size = [], 0
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
@@ -122,7 +122,7 @@ def _line_table(path: str) -> np.ndarray:
     return np.stack([starts[records], ends[records], records + 1])
 
 
-class Table:
+class TableFile:
     """Rows of a `.parquet` or `.arrow` file, of a folder of `.parquet` files, or of a folder that
     `datasets.Dataset.save_to_disk` wrote.
 
@@ -148,7 +148,7 @@ class Table:
             elif os.path.isdir(path) and not parquet:
                 self.rows = datasets.load_from_disk(path)
             else:
-                self.rows = datasets.Dataset.from_parquet(parquet, cache_dir=str(cache_folder() / "tables"))
+                self.rows = datasets.Dataset.from_parquet(parquet, cache_dir=str(cache_dir() / "tables"))
         except Exception as error:  # pyarrow and datasets have many of their own
             raise ValueError(f"annotation {path} cannot be opened as a table: {error}") from error
         if not isinstance(self.rows, datasets.Dataset):

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 
 from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN
-from internvl.data.chat_segments import IMAGE_MARKS, PRETRAIN, WITH_THINK, Rules, Segment, cut, rules_of
+from internvl.data.chat_segments import (
+    IMAGE_TOKENS,
+    PRETRAIN,
+    WITH_THINK,
+    Segment,
+    TemplateRules,
+    rules_for_record,
+    split_into_segments,
+)
 
 
 def tokenize_turns(
@@ -21,7 +29,7 @@ def tokenize_turns(
     tokenizer,
     image_tokens: Sequence[int],
     text_only: bool = False,
-    rules: Rules | None = None,
+    rules: TemplateRules | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and labels of one conversation, neither truncated nor padded.
 
@@ -40,14 +48,14 @@ def tokenize_turns(
         BadSample: no turns, an unknown role, a value that is no text, fewer placeholders than images.
         ValueError: the tokenizer lacks the image token.
     """
-    rules = rules or rules_of(template_name, turns)
+    rules = rules or rules_for_record(template_name, turns)
     image_tokens = () if text_only else image_tokens
-    messages = cut(template_name, turns, len(image_tokens), rules)
+    messages = split_into_segments(template_name, turns, len(image_tokens), rules)
     bos = tokenizer("").input_ids if tokenizer.num_special_tokens_to_add() else []
     pieces = [(bos, [IGNORE_INDEX] * len(bos)), *_tokenize(tokenizer, messages)]
     input_ids, labels = (np.concatenate(column).astype(np.int64) for column in zip(*pieces, strict=True))
     if rules is PRETRAIN:
-        labels[np.isin(input_ids, tokenizer.convert_tokens_to_ids(IMAGE_MARKS))] = IGNORE_INDEX
+        labels[np.isin(input_ids, tokenizer.convert_tokens_to_ids(IMAGE_TOKENS))] = IGNORE_INDEX
     if image_tokens:
         repeats = _image_repeats(tokenizer, input_ids, image_tokens)
         input_ids, labels = np.repeat(input_ids, repeats), np.repeat(labels, repeats)
@@ -107,7 +115,7 @@ def preprocess(
     use_packed_ds: bool = False,
     ds_name: str | None = None,
     num_image: int = 1,
-    rules: Rules | None = None,
+    rules: TemplateRules | None = None,
 ) -> dict[str, torch.Tensor]:
     """Upstream's call: `tokenize_turns` of the one conversation in `sources`, cut at `tokenizer.model_max_length`.
 
@@ -120,7 +128,7 @@ def preprocess(
     """
     if len(sources) != 1:
         raise ValueError(f"expected one conversation, got {len(sources)}")
-    rules = rules or rules_of(template_name, sources[0])
+    rules = rules or rules_for_record(template_name, sources[0])
     columns = tokenize_turns(template_name, sources[0], tokenizer, num_image_token_list[:num_image], text_only, rules)
     longest = tokenizer.model_max_length
     input_ids, labels = (column[:longest] for column in columns)

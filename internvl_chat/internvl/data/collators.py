@@ -13,15 +13,15 @@ from internvl.constants import IGNORE_INDEX
 from internvl.model.internvl_chat.documents import REDUCTIONS, document_begins, document_bounds
 
 # Tensors along tokens: type, and what stands behind the end of a row; `_pad` puts in `pad_id` and positions.
-TOKENS = {
+TOKEN_TENSORS = {
     "input_ids": (torch.int64, 0),
     "labels": (torch.int64, IGNORE_INDEX),
     "attention_mask": (torch.bool, False),
     "position_ids": (torch.int64, 0),
     "loss_weight": (torch.float32, 0.0),
 }
-TILES = ("pixel_values", "image_flags")
-LISTS = ("documents", "bad_samples")  # for the trainer, not for the model
+TILE_KEYS = ("pixel_values", "image_flags")
+LIST_KEYS = ("documents", "bad_samples")  # for the trainer, not for the model
 
 
 def concat_pad_data_collator(features: Sequence[dict], max_item_length: int | None = None, pad_id: int = 0) -> dict:
@@ -40,7 +40,7 @@ def concat_pad_data_collator(features: Sequence[dict], max_item_length: int | No
     Raises:
         ValueError: a row is longer than `max_item_length`.
     """
-    return _collate(features, pad_id, padded=TOKENS, joined=TILES, length=max_item_length)
+    return _collate(features, pad_id, padded=TOKEN_TENSORS, joined=TILE_KEYS, length=max_item_length)
 
 
 def row_collator(rows: Sequence[dict], pad_id: int = 0, max_item_length: int | None = None) -> dict:
@@ -57,8 +57,8 @@ def pad_data_collator(features: Sequence[dict], pad_id: int = 0) -> dict:
 
 def dpo_concat_pad_data_collator(features: Sequence[dict], pad_id: int = 0) -> dict:
     """Like `concat_pad_data_collator` for keys `chosen_*` and `rejected_*`; each side has its own L."""
-    padded = [side + key for side in ("chosen_", "rejected_") for key in TOKENS]
-    return _collate(features, pad_id, padded, joined=TILES)
+    padded = [side + key for side in ("chosen_", "rejected_") for key in TOKEN_TENSORS]
+    return _collate(features, pad_id, padded, joined=TILE_KEYS)
 
 
 def _collate(features: Sequence[dict], pad_id: int, padded, joined, length: int | None = None) -> dict:
@@ -69,7 +69,7 @@ def _collate(features: Sequence[dict], pad_id: int, padded, joined, length: int 
             batch[key] = _pad(key, rows, pad_id, length or max(map(len, rows)))
         elif key in joined:
             batch[key] = torch.cat([torch.as_tensor(row) for row in rows])
-        elif key in LISTS:
+        elif key in LIST_KEYS:
             batch[key] = [entry for row in rows for entry in row]
         elif not isinstance(first, str | None):
             batch[key] = torch.stack([torch.as_tensor(row) for row in rows])
@@ -79,7 +79,7 @@ def _collate(features: Sequence[dict], pad_id: int, padded, joined, length: int 
 def _pad(key: str, rows: Sequence, pad_id: int, length: int) -> torch.Tensor:
     """Rows (L_b,) to one tensor (B, length)."""
     key = key.removeprefix("chosen_").removeprefix("rejected_")
-    dtype, fill = TOKENS[key]
+    dtype, fill = TOKEN_TENSORS[key]
     longest = max(map(len, rows))
     if longest > length:
         raise ValueError(f"a row of {longest} tokens does not fit into {length}.")

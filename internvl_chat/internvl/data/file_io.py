@@ -15,22 +15,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from internvl.constants import BadSample
+from internvl.constants import UnusableSample
 
-HEADER = 1 << 16  # bytes fetched at a time where a header is all that is wanted
+HEADER_BYTES = 1 << 16  # bytes fetched at a time where a header is all that is wanted
 
 
 class MissingPackage(ValueError):
     """A path that cannot be opened in this environment; unlike a BadSample it ends the run."""
 
 
-def join(root: str, path: str) -> str:
+def join_root(root: str, path: str) -> str:
     """Where a record's `path` lies: below `root`, unless it is absolute or has a protocol of its own."""
     return path if is_remote(path) else os.path.join(root, path)
 
 
-def inside(root: str, path: str) -> str:
-    """`path`, of `join`, if it lies below `root` with all links resolved, of which the root itself may be one.
+def require_inside_root(root: str, path: str) -> str:
+    """`path`, of `join_root`, if it lies below `root` with all links resolved, of which the root itself may be one.
 
     Below a remote root neither `..` nor fsspec's chains (`::`) lead on. A root of "" names no folder: it bounds nothing
     on this machine, and nothing remote lies below it.
@@ -47,7 +47,7 @@ def inside(root: str, path: str) -> str:
     else:
         below = not root or os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), ""))
     if not below:
-        raise BadSample(
+        raise UnusableSample(
             f"{path} lies outside the root {root!r} of its data set, where records may not lead: correct the root, or "
             "say --allow_outside_root True if the records are your own"
         )
@@ -63,11 +63,11 @@ def open_file(path: str | os.PathLike, header: bool = False) -> BinaryIO:
     if not is_remote(path):
         return open(path, "rb")
     if header:
-        return _ask(path, lambda system, inner: system.open(inner, "rb", block_size=HEADER))
-    return io.BytesIO(_ask(path, lambda system, inner: system.cat_file(inner)))
+        return _with_filesystem(path, lambda system, inner: system.open(inner, "rb", block_size=HEADER_BYTES))
+    return io.BytesIO(_with_filesystem(path, lambda system, inner: system.cat_file(inner)))
 
 
-def stamp(path: str) -> tuple[int, int]:
+def file_stamp(path: str) -> tuple[int, int]:
     """Size and time of a file, which tell that it has changed; zeros if it is remote or absent."""
     with suppress(OSError):
         status = os.stat(path)
@@ -76,16 +76,18 @@ def stamp(path: str) -> tuple[int, int]:
 
 
 def exists(path: str) -> bool:
-    return _ask(path, lambda system, inner: system.exists(inner)) if is_remote(path) else os.path.exists(path)
+    return (
+        _with_filesystem(path, lambda system, inner: system.exists(inner)) if is_remote(path) else os.path.exists(path)
+    )
 
 
-def is_folder(path: str) -> bool:
-    return _ask(path, lambda system, inner: system.isdir(inner)) if is_remote(path) else os.path.isdir(path)
+def is_dir(path: str) -> bool:
+    return _with_filesystem(path, lambda system, inner: system.isdir(inner)) if is_remote(path) else os.path.isdir(path)
 
 
-def list_folder(path: str) -> list[str]:
+def list_dir(path: str) -> list[str]:
     """Names in a folder, those that begin with a dot left out."""
-    names = _ask(path, _names) if is_remote(path) else os.listdir(path)
+    names = _with_filesystem(path, _names) if is_remote(path) else os.listdir(path)
     return [name for name in names if not name.startswith(".")]
 
 
@@ -95,7 +97,7 @@ def _names(system, inner: str) -> list[str]:
     return [os.path.basename(entry) for entry in entries if entry != inner.rstrip("/")]
 
 
-def local_copy(path: str) -> str:
+def fetch_local_copy(path: str) -> str:
     """Path of a file on this machine with the content of `path`: that file, or a copy in the cache, fetched once.
 
     Raises:
@@ -104,11 +106,13 @@ def local_copy(path: str) -> str:
     if not is_remote(path):
         return path
     try:
-        version = _ask(path, lambda system, inner: system.checksum(inner))
+        version = _with_filesystem(path, lambda system, inner: system.checksum(inner))
         name = hashlib.sha256(f"{path} {version}".encode()).hexdigest()[:24]
-        copy = cache_folder() / f"copy-{name}{os.path.splitext(path)[1]}"
+        copy = cache_dir() / f"copy-{name}{os.path.splitext(path)[1]}"
         if not copy.exists():
-            write_whole(str(copy), lambda file: _ask(path, lambda system, inner: system.get_file(inner, file.name)))
+            write_atomically(
+                str(copy), lambda file: _with_filesystem(path, lambda system, inner: system.get_file(inner, file.name))
+            )
         return str(copy)
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist") from error
@@ -116,7 +120,7 @@ def local_copy(path: str) -> str:
         raise ValueError(f"{path} cannot be fetched: {error}") from error
 
 
-def _ask(url: str | os.PathLike, question: Callable):
+def _with_filesystem(url: str | os.PathLike, question: Callable):
     """The answer of `question(file system, path in it)`.
 
     In `CLUSTER:s3://bucket/key` the cluster, a name from a petrel configuration, is dropped: which store answers is
@@ -143,12 +147,12 @@ def _ask(url: str | os.PathLike, question: Callable):
 # -- cache -------------------------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
+def cache_dir() -> Path:
     """Where what can be made again is kept: $INTERNVL_CACHE, else ~/.cache/internvl_chat."""
     return Path(os.environ.get("INTERNVL_CACHE") or Path.home() / ".cache" / "internvl_chat")
 
 
-def write_whole(path: str, fill: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: str, fill: Callable[[BinaryIO], object]) -> None:
     """Write a file as a whole or not at all: other runs may read it, and this one may be stopped.
 
     Raises:

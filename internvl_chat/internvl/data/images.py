@@ -23,19 +23,19 @@ from internvl.constants import (
     IMAGENET_STD,
     SIGLIP_MEAN,
     SIGLIP_STD,
-    BadSample,
+    UnusableSample,
 )
 from internvl.data.file_io import MissingPackage, open_file
 
-NORMALIZE = {
+NORMALIZATION = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "clip": (CLIP_MEAN, CLIP_STD),
     "siglip": (SIGLIP_MEAN, SIGLIP_STD),
 }
 qualities = list(range(75, 101))
 # What pictures may be, whatever their names say. PIL knows more: EPS, for one, which it has Ghostscript run.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "PCX")
-FORMATS += ("SGI", "QOI", "DDS", "PSD")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "PCX")
+IMAGE_FORMATS += ("SGI", "QOI", "DDS", "PSD")
 
 
 def load_image(path: str) -> Image.Image:
@@ -44,7 +44,7 @@ def load_image(path: str) -> Image.Image:
     return read_image(path, lambda image: image.convert("RGB"))
 
 
-def image_size(path: str) -> tuple[int, int]:
+def read_image_size(path: str) -> tuple[int, int]:
     """(width, height) from the header of an image file, pixels not decoded; BadSample like `load_image`."""
     return read_image(path, lambda image: image.size, header=True)
 
@@ -55,22 +55,22 @@ def read_image(path: str, use: Callable[[Image.Image], object], header: bool = F
     try:
         with open_file(path, header) as file, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
                 return use(image)
     except MissingPackage:
         raise
     except FileNotFoundError as error:
-        raise BadSample(f"image {path} does not exist") from error
+        raise UnusableSample(f"image {path} does not exist") from error
     except Exception as error:  # PIL's parsers raise whatever broken bytes lead them to
         # PIL's own sentence repeats the path when it does not know the format.
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
         size = f" ({os.path.getsize(path)} bytes)" if os.path.isfile(path) else ""
-        raise BadSample(f"image {path}{size} cannot be read: {reason}") from error
+        raise UnusableSample(f"image {path}{size} cannot be read: {reason}") from error
 
 
 def pil_loader(img_str: bytes) -> Image.Image:
     """Bytes of an image file to an RGB image."""
-    return Image.open(io.BytesIO(img_str), formats=FORMATS).convert("RGB")
+    return Image.open(io.BytesIO(img_str), formats=IMAGE_FORMATS).convert("RGB")
 
 
 @lru_cache
@@ -108,7 +108,7 @@ def _grid(width: int, height: int, min_num: int, max_num: int, image_size: int) 
     return find_closest_aspect_ratio(width / height, tile_grids(min_num, max_num), width, height, image_size)
 
 
-def num_tiles(width: int, height: int, min_num: int, max_num: int, image_size: int, use_thumbnail: bool) -> int:
+def count_tiles(width: int, height: int, min_num: int, max_num: int, image_size: int, use_thumbnail: bool) -> int:
     """How many tiles `dynamic_preprocess` cuts from an image of this size."""
     columns, rows = _grid(width, height, min_num, max_num, image_size)
     return columns * rows + (use_thumbnail and columns * rows != 1)
@@ -173,9 +173,9 @@ def build_transform(
         generator: draws the JPEG qualities; by default Python's shared one.
         normalized: False for the uint8 tensor of which `normalize` makes the float one, elsewhere.
     """
-    if normalize_type not in NORMALIZE:
-        raise NotImplementedError(f"normalize_type {normalize_type!r} is not one of {', '.join(NORMALIZE)}.")
-    mean, std = NORMALIZE[normalize_type]
+    if normalize_type not in NORMALIZATION:
+        raise NotImplementedError(f"normalize_type {normalize_type!r} is not one of {', '.join(NORMALIZATION)}.")
+    mean, std = NORMALIZATION[normalize_type]
     draw = (generator or random).choices
     steps = [T.Lambda(lambda image: image.convert("RGB"))]
     if is_train:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
-from internvl.constants import BadSample
-from internvl.data.collators import LISTS, TILES, concat_pad_data_collator, row_collator
+from internvl.constants import UnusableSample
+from internvl.data.collators import LIST_KEYS, TILE_KEYS, concat_pad_data_collator, row_collator
 from internvl.data.supervised_dataset import LazySupervisedDataset
 
 SIDES = ("chosen", "rejected")
-TOKENS = ("input_ids", "labels", "position_ids")
+TOKEN_KEYS = ("input_ids", "labels", "position_ids")
 
 
 class PreferenceDataset(LazySupervisedDataset):
@@ -28,21 +28,21 @@ class PreferenceDataset(LazySupervisedDataset):
     def _texts(self, record: dict, tiles: list[int]) -> dict[str, torch.Tensor]:
         pair = {}
         for side in SIDES:
-            conversation = record | {"conversations": conversation_of(record, side)}
+            conversation = record | {"conversations": conversation_with_answer(record, side)}
             try:
                 texts = super()._texts(conversation, tiles)
-            except BadSample as reason:
-                raise BadSample(f"{side}: {reason}") from reason
+            except UnusableSample as reason:
+                raise UnusableSample(f"{side}: {reason}") from reason
             pair |= {f"{side}_{key}": value for key, value in texts.items()}
         return pair
 
 
-def conversation_of(record: dict, side: str) -> list[dict[str, str]]:
+def conversation_with_answer(record: dict, side: str) -> list[dict[str, str]]:
     """The turns that end in the `chosen` or the `rejected` answer."""
     system_prompt = record.get("system_prompt")
     for key in ("question", side, *(["system_prompt"] if system_prompt else [])):
         if not isinstance(record.get(key), str):
-            raise BadSample(f"{key} must be a text, not {record.get(key)!r:.80}")
+            raise UnusableSample(f"{key} must be a text, not {record.get(key)!r:.80}")
     turns = [("human", record["question"]), ("gpt", record[side])]
     turns = [("system", system_prompt), *turns] if system_prompt else turns
     return [{"from": role, "value": text} for role, text in turns]
@@ -58,6 +58,6 @@ def pair_collator(pairs: Sequence[dict], pad_id: int = 0) -> dict:
         `input_ids`, `labels`, `position_ids` (2B, L), `pixel_values`, `image_flags` of the B pairs, `cu_seqlens`,
         `documents`, `bad_samples`.
     """
-    rows = [{key: pair.get(f"{side}_{key}", pair.get(key)) for key in TOKENS} for side in SIDES for pair in pairs]
-    rest = [{key: pair[key] for key in (*TILES, *LISTS)} for pair in pairs]
+    rows = [{key: pair.get(f"{side}_{key}", pair.get(key)) for key in TOKEN_KEYS} for side in SIDES for pair in pairs]
+    rest = [{key: pair[key] for key in (*TILE_KEYS, *LIST_KEYS)} for pair in pairs]
     return row_collator(rows, pad_id) | concat_pad_data_collator(rest)

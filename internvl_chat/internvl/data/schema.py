@@ -8,8 +8,8 @@ import os
 import re
 from contextlib import suppress
 
-from internvl.constants import BadSample
-from internvl.data.file_io import local_copy
+from internvl.constants import UnusableSample
+from internvl.data.file_io import fetch_local_copy
 
 # Key of a meta entry: what it must be, in words and as a check. `length` is for human readers.
 META_KEYS = {
@@ -20,7 +20,7 @@ META_KEYS = {
     "max_dynamic_patch": ("a positive whole number", lambda value: type(value) is int and value > 0),
     "length": ("anything", lambda value: True),
 }
-MARKERS = {"image": "<image>", "video": "<video>"}
+PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 
 
 def load_meta(path: str) -> dict[str, dict]:
@@ -37,7 +37,7 @@ def load_meta(path: str) -> dict[str, dict]:
         return dict(pairs)
 
     try:
-        with open(local_copy(path), encoding="utf-8") as file:
+        with open(fetch_local_copy(path), encoding="utf-8") as file:
             meta = json.load(file, object_pairs_hook=unique)
     except OSError as error:
         raise ValueError(f"meta file {path} cannot be opened: {error.strerror}.") from error
@@ -48,7 +48,7 @@ def load_meta(path: str) -> dict[str, dict]:
     return meta
 
 
-def check_entry(ds_name: str, meta: dict) -> None:
+def validate_meta_entry(ds_name: str, meta: dict) -> None:
     """Refuse a meta entry that cannot be used; ValueError in one sentence."""
     problems = [f"the key {key!r} is missing" for key in ("root", "annotation") if key not in meta]
     problems += [
@@ -63,16 +63,16 @@ def check_entry(ds_name: str, meta: dict) -> None:
         raise ValueError(f"data set {ds_name}: {'; '.join(problems)}.")
 
 
-def sources(record: dict) -> tuple[str, list[str]]:
+def media_paths(record: dict) -> tuple[str, list[str]]:
     """What a record shows, `image`, `video` or `text`, and the paths as written. Empty or null means absent."""
     for kind in ("image", "video"):
         value = record.get(kind)
         if value:
             paths = [value] if isinstance(value, str) else value
             if not isinstance(paths, list) or not all(map(_is_path, paths)):
-                raise BadSample(f"{kind} is {value!r}, not a path or a list of paths")
+                raise UnusableSample(f"{kind} is {value!r}, not a path or a list of paths")
             if kind == "video" and len(paths) > 1:
-                raise BadSample(f"it has {len(paths)} videos; one is supported")
+                raise UnusableSample(f"it has {len(paths)} videos; one is supported")
             return kind, paths
     return "text", []
 
@@ -88,14 +88,14 @@ def read_turns(record: dict) -> list[dict[str, str]]:
     """The conversation of a record: turns with the strings `from` and `value`."""
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise BadSample(f"conversations must be a list with at least one turn, not {turns!r:.80}")
+        raise UnusableSample(f"conversations must be a list with at least one turn, not {turns!r:.80}")
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
-            raise BadSample(f'turn {number} must be {{"from": TEXT, "value": TEXT}}, not {turn!r:.80}')
+            raise UnusableSample(f'turn {number} must be {{"from": TEXT, "value": TEXT}}, not {turn!r:.80}')
     return turns
 
 
-def place_markers(turns: list[dict[str, str]], kind: str, num_pictures: int) -> list[dict[str, str]]:
+def insert_placeholders(turns: list[dict[str, str]], kind: str, num_pictures: int) -> list[dict[str, str]]:
     """Make sure that `<image>` stands in the human turns where the pictures go.
 
     If there is no `<image>` (`<video>`) at all, one per picture (one) is put before the first human turn. `<video>`
@@ -103,10 +103,10 @@ def place_markers(turns: list[dict[str, str]], kind: str, num_pictures: int) -> 
     """
     if kind == "text":
         return turns
-    marker = MARKERS[kind]
+    marker = PLACEHOLDERS[kind]
     humans = [i for i, turn in enumerate(turns) if turn["from"] in ("human", "pretrain")]
     if not humans:
-        raise BadSample(f"it has {num_pictures} pictures but no human turn to put them in")
+        raise UnusableSample(f"it has {num_pictures} pictures but no human turn to put them in")
     values = [turn["value"] for turn in turns]
     if not any(marker in values[i] for i in humans):
         values[humans[0]] = f"{marker}\n" * (num_pictures if kind == "image" else 1) + values[humans[0]]

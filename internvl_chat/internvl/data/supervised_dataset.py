@@ -17,20 +17,20 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from internvl.arguments.training import DataTrainingArguments
-from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, BadSample
-from internvl.data.annotations import Jsonl, Table, is_table
+from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, UnusableSample
+from internvl.data.annotations import JsonlFile, TableFile, is_table
 from internvl.data.chat_tokenization import tokenize_turns
-from internvl.data.file_io import inside, join
+from internvl.data.file_io import join_root, require_inside_root
 from internvl.data.images import (
-    NORMALIZE,
+    NORMALIZATION,
     build_transform,
+    count_tiles,
     dynamic_preprocess,
-    image_size,
     load_image,
     normalize,
-    num_tiles,
+    read_image_size,
 )
-from internvl.data.schema import check_entry, place_markers, read_turns, sources
+from internvl.data.schema import insert_placeholders, media_paths, read_turns, validate_meta_entry
 from internvl.data.videos import count_frames, read_frames
 
 
@@ -58,15 +58,15 @@ class LazySupervisedDataset(Dataset):
         data_args: DataTrainingArguments,
         seed: int = 0,
     ):
-        check_entry(ds_name, meta)
+        validate_meta_entry(ds_name, meta)
         self.ds_name, self.tokenizer, self.num_image_token = ds_name, tokenizer, num_image_token
         self.data_args, self.seed = data_args, seed
         self.root = meta["root"]
         self.data_augment = meta.get("data_augment", False)
         self.max_dynamic_patch = meta.get("max_dynamic_patch", data_args.max_dynamic_patch)
         path = meta["annotation"]
-        self.records = Table(path) if is_table(path) else Jsonl(path)
-        self.order = _order(len(self.records), meta.get("repeat_time", 1), (seed, *ds_name.encode()))
+        self.records = TableFile(path) if is_table(path) else JsonlFile(path)
+        self.order = _sample_order(len(self.records), meta.get("repeat_time", 1), (seed, *ds_name.encode()))
         if len(self) == 0:
             raise ValueError(
                 f"data set {ds_name}: repeat_time {meta.get('repeat_time', 1)} of the {len(self.records)} records in "
@@ -83,7 +83,9 @@ class LazySupervisedDataset(Dataset):
         if len(sample["pixel_values"]) == 0:
             white = self._transform(random.Random(0))(Image.new("RGB", (224, 224), (255, 255, 255)))
             sample |= {"pixel_values": white[None], "image_flags": torch.tensor([0])}
-        return sample | {"pixel_values": normalize(sample["pixel_values"], *NORMALIZE[self.data_args.normalize_type])}
+        return sample | {
+            "pixel_values": normalize(sample["pixel_values"], *NORMALIZATION[self.data_args.normalize_type])
+        }
 
     def get(self, index: int, epoch: int) -> dict[str, torch.Tensor]:
         """Sample number `index` as this epoch sees it.
@@ -103,7 +105,7 @@ class LazySupervisedDataset(Dataset):
         tiles = [transform(tile) for tiles in pictures for tile in tiles]
         return {
             **texts,
-            "pixel_values": torch.stack(tiles) if tiles else self.no_tiles(),
+            "pixel_values": torch.stack(tiles) if tiles else self.empty_tiles(),
             "image_flags": torch.ones(len(tiles), dtype=torch.int64),
         }
 
@@ -129,7 +131,7 @@ class LazySupervisedDataset(Dataset):
 
     def paths(self, index: int) -> list[str]:
         """The files that a sample shows; BadSample when its record cannot be read."""
-        return [self._path(path) for path in sources(self._record(index))[1]]
+        return [self._path(path) for path in media_paths(self._record(index))[1]]
 
     def describe(self, index: int) -> str:
         """Where a sample comes from, for messages."""
@@ -145,10 +147,10 @@ class LazySupervisedDataset(Dataset):
         return self.records[self.order[index]]
 
     def _path(self, path: str) -> str:
-        return self._allowed(join(self.root, path))
+        return self._allowed(join_root(self.root, path))
 
     def _allowed(self, path: str) -> str:
-        return path if self.data_args.allow_outside_root else inside(self.root, path)
+        return path if self.data_args.allow_outside_root else require_inside_root(self.root, path)
 
     def _frame_budget(self, path: str) -> int:
         """Frames to ask a video for: decided by its path alone, so that measured lengths hold in every epoch."""
@@ -165,7 +167,7 @@ class LazySupervisedDataset(Dataset):
 
     def _pictures(self, record: dict, generator: random.Random) -> list[list[Image.Image]]:
         """The tiles of each picture, before the transform."""
-        kind, paths = sources(record)
+        kind, paths = media_paths(record)
         if kind == "video":
             settings = {"clip": record.get("clip"), "generator": generator, "allowed": self._allowed}
             frames = read_frames(self._path(paths[0]), self._frame_budget(paths[0]), **settings)
@@ -177,13 +179,13 @@ class LazySupervisedDataset(Dataset):
 
     def _tile_counts(self, record: dict) -> list[int]:
         """How many tiles `_pictures` gives for each picture; nothing is decoded."""
-        kind, paths = sources(record)
+        kind, paths = media_paths(record)
         if kind == "video":
             return [1] * count_frames(self._path(paths[0]), self._frame_budget(paths[0]), record.get("clip"))
-        sizes = [image_size(self._path(path)) for path in paths]
+        sizes = [read_image_size(self._path(path)) for path in paths]
         if not self.data_args.dynamic_image_size:
             return [1] * len(sizes)
-        return [num_tiles(*size, **self._tiling(len(sizes))) for size in sizes]
+        return [count_tiles(*size, **self._tiling(len(sizes))) for size in sizes]
 
     def _transform(self, generator: random.Random):
         args = self.data_args
@@ -191,7 +193,7 @@ class LazySupervisedDataset(Dataset):
             self.data_augment, args.force_image_size, args.pad2square, args.normalize_type, generator, normalized=False
         )
 
-    def no_tiles(self) -> torch.Tensor:
+    def empty_tiles(self) -> torch.Tensor:
         side = self.data_args.force_image_size
         return torch.empty(0, 3, side, side, dtype=torch.uint8)
 
@@ -202,8 +204,8 @@ class LazySupervisedDataset(Dataset):
 
     def _tokens(self, record: dict, tiles: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """`input_ids`, `labels` of a record whose pictures have these numbers of tiles, cut to the longest allowed."""
-        kind, _ = sources(record)
-        turns = place_markers(read_turns(record), kind, len(tiles))
+        kind, _ = media_paths(record)
+        turns = insert_placeholders(read_turns(record), kind, len(tiles))
         counts = [n * self.num_image_token for n in tiles]
         input_ids, labels = tokenize_turns(
             self.data_args.conv_style, turns, self.tokenizer, counts, text_only=kind == "text"
@@ -212,18 +214,18 @@ class LazySupervisedDataset(Dataset):
         input_ids, labels = input_ids[:limit], labels[:limit]
         needed, held = sum(counts), int((input_ids == self.img_context_id).sum())
         if held < needed and limit < total:
-            raise BadSample(
+            raise UnusableSample(
                 f"its {total} tokens are cut to --max_seq_length {limit}, which leaves {held} of {needed} image "
                 f"tokens: raise --max_seq_length or lower --max_dynamic_patch (now {self.max_dynamic_patch})"
             )
         assert held == needed, f"{held} {IMG_CONTEXT_TOKEN} for {sum(tiles)} tiles of {self.num_image_token} tokens"
         if (labels == IGNORE_INDEX).all():
             cut = f" in the first {limit} of its {total} tokens (--max_seq_length)" if limit < total else ""
-            raise BadSample(f"it has no answer to train on{cut}")
+            raise UnusableSample(f"it has no answer to train on{cut}")
         return input_ids, labels
 
 
-def _order(records: int, repeat_time: float, seed: tuple[int, ...]) -> Sequence[int]:
+def _sample_order(records: int, repeat_time: float, seed: tuple[int, ...]) -> Sequence[int]:
     """Number of the record that each sample is: whole copies, then, in the order of the file, a random part."""
     copies, part = divmod(int(records * repeat_time), max(1, records))
     if (copies, part) == (1, 0):

@@ -13,17 +13,17 @@ from itertools import chain, groupby
 import numpy as np
 from PIL import Image
 
-from internvl.constants import BadSample
-from internvl.data.file_io import MissingPackage, exists, is_folder, is_remote, list_folder, open_file
+from internvl.constants import UnusableSample
+from internvl.data.file_io import MissingPackage, exists, is_dir, is_remote, list_dir, open_file
 from internvl.data.images import load_image, read_image
 
 # Containers of films, by FFmpeg's names: it knows others that make it open more files and addresses (hls, concat).
-FILMS = (
+VIDEO_CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,rm,mxf,nut,ivf,dv,wtv,swf,"
 )
-FILMS += "h264,hevc,h263,m4v,av1,obu,vc1,yuv4mpegpipe,mjpeg,gif,apng,wav,mp3,flac,aac"
-FRAME_PIXELS = 8192 * 4320  # a frame may have; there are many of them in memory
-GIF_PIXELS = 10**10  # of all frames of a GIF, in which each is made from the one before
+VIDEO_CONTAINERS += "h264,hevc,h263,m4v,av1,obu,vc1,yuv4mpegpipe,mjpeg,gif,apng,wav,mp3,flac,aac"
+MAX_FRAME_PIXELS = 8192 * 4320  # a frame may have; there are many of them in memory
+MAX_GIF_PIXELS = 10**10  # of all frames of a GIF, in which each is made from the one before
 
 
 def get_frame_indices(
@@ -54,7 +54,7 @@ def get_frame_indices(
     if sample not in ("rand", "middle"):
         raise ValueError(f"frame sampling {sample!r} is not rand, middle or fps followed by a number.")
     if vlen < 1:
-        raise BadSample("the video has no frame")
+        raise UnusableSample("the video has no frame")
     generator = generator or random
     wanted = min(num_frames, vlen)
     bounds = np.linspace(0, vlen, wanted + 1).astype(int).tolist()
@@ -109,7 +109,7 @@ def read_frames(
         return chosen
 
     if kind == "film":
-        frames = _read_film(path, clip, choose)
+        frames = _read_video_file(path, clip, choose)
     elif kind == "gif":
         frames = read_image(path, lambda gif: _read_gif(gif, choose))
     else:
@@ -117,41 +117,41 @@ def read_frames(
         chosen = choose(len(files)) if len(files) > num_frames else range(len(files))
         frames = [load_image(allowed(files[index])) for index in chosen]
     if not frames:
-        raise BadSample(f"sampling {sample} chooses no frame of video {path}")
+        raise UnusableSample(f"sampling {sample} chooses no frame of video {path}")
     return frames
 
 
 def _kind(path: str, clip) -> str:
-    with _reported(path):
+    with _as_unusable_sample(path):
         if not exists(path):
-            raise BadSample(f"video {path} does not exist")
-        kind = "folder" if is_folder(path) else "gif" if path.lower().endswith(".gif") else "film"
+            raise UnusableSample(f"video {path} does not exist")
+        kind = "folder" if is_dir(path) else "gif" if path.lower().endswith(".gif") else "film"
     if clip is not None:
         if kind != "film":
-            raise BadSample(f"clip {clip} is in seconds, which the {kind} {path} does not tell; only films do")
+            raise UnusableSample(f"clip {clip} is in seconds, which the {kind} {path} does not tell; only films do")
         numbers = isinstance(clip, list | tuple) and all(type(second) in (int, float) for second in clip)
         if not numbers or len(clip) != 2 or not 0 <= clip[0] < clip[1]:
-            raise BadSample(f"clip {clip!r} is not [start, end] in seconds with 0 <= start < end")
+            raise UnusableSample(f"clip {clip!r} is not [start, end] in seconds with 0 <= start < end")
     return kind
 
 
 @contextmanager
-def _reported(path: str) -> Iterator[None]:
+def _as_unusable_sample(path: str) -> Iterator[None]:
     """What a disk or a store says instead of giving a video, as a BadSample."""
     try:
         yield
     except OSError as error:
-        raise BadSample(f"video {path} cannot be read: {error}") from error
+        raise UnusableSample(f"video {path} cannot be read: {error}") from error
 
 
 # -- folders and GIFs --------------------------------------------------------------------------------------------------
 
 
 def _frame_files(path: str) -> list[str]:
-    with _reported(path):
-        names = list_folder(path)
+    with _as_unusable_sample(path):
+        names = list_dir(path)
     if not names:
-        raise BadSample(f"video {path} is an empty folder")
+        raise UnusableSample(f"video {path} is an empty folder")
     return sort_frames([os.path.join(path, name) for name in names])
 
 
@@ -168,15 +168,17 @@ def extract_frame_number(filename: str) -> int:
 
 def _gif_frames(gif: Image.Image) -> int:
     frames = getattr(gif, "n_frames", 1)
-    _refuse_large("it", *gif.size)
-    if frames * gif.width * gif.height > GIF_PIXELS:
-        raise BadSample(f"its {frames} frames of {gif.width} x {gif.height} pixels are more than {GIF_PIXELS:,} pixels")
+    _refuse_large_frames("it", *gif.size)
+    if frames * gif.width * gif.height > MAX_GIF_PIXELS:
+        raise UnusableSample(
+            f"its {frames} frames of {gif.width} x {gif.height} pixels are more than {MAX_GIF_PIXELS:,} pixels"
+        )
     return frames
 
 
-def _refuse_large(what: str, width: int, height: int) -> None:
-    if width * height > FRAME_PIXELS:
-        raise BadSample(f"{what} has frames of {width} x {height} pixels, more than {FRAME_PIXELS:,}")
+def _refuse_large_frames(what: str, width: int, height: int) -> None:
+    if width * height > MAX_FRAME_PIXELS:
+        raise UnusableSample(f"{what} has frames of {width} x {height} pixels, more than {MAX_FRAME_PIXELS:,}")
 
 
 def _read_gif(gif: Image.Image, choose: Callable) -> list[Image.Image]:
@@ -190,7 +192,7 @@ def _read_gif(gif: Image.Image, choose: Callable) -> list[Image.Image]:
 # -- films -------------------------------------------------------------------------------------------------------------
 
 
-def _read_film(path: str, clip, choose: Callable) -> list[Image.Image]:
+def _read_video_file(path: str, clip, choose: Callable) -> list[Image.Image]:
     """Frames of a film, each decoded from the nearest key frame before it, or, where seeking is not exact, in order."""
     try:
         import av
@@ -198,16 +200,16 @@ def _read_film(path: str, clip, choose: Callable) -> list[Image.Image]:
         raise MissingPackage(f"reading {path} needs the package av: pip install av.") from error
 
     def opened():
-        only = {"format_whitelist": FILMS, "protocol_whitelist": "file"}
+        only = {"format_whitelist": VIDEO_CONTAINERS, "protocol_whitelist": "file"}
         film = av.open(open_file(path) if is_remote(path) else path, options=only)
         for stream in film.streams.video:
-            _refuse_large(f"video {path}", stream.width, stream.height)
-            stream.codec_context.options = {"max_pixels": str(FRAME_PIXELS)}  # also where it changes on the way
+            _refuse_large_frames(f"video {path}", stream.width, stream.height)
+            stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # also where it changes on the way
         return film
 
     try:
         with opened() as film:
-            times, keys, fps = _clock(film, path)
+            times, keys, fps = _frame_times(film, path)
             start, total = _clip_range(path, clip, fps, len(times))
             shown = [times[start + index] for index in choose(total, fps)]
             frames = _by_seeking(film, shown, times, keys)
@@ -218,25 +220,25 @@ def _read_film(path: str, clip, choose: Callable) -> list[Image.Image]:
                 frames = _frames_at(shown, clock)
         return frames
     except av.error.ArgumentError as error:  # what FFmpeg says to whatever the options above forbid
-        raise BadSample(f"video {path} cannot be read: no known kind of film, or frames too large") from error
+        raise UnusableSample(f"video {path} cannot be read: no known kind of film, or frames too large") from error
     except (av.error.FFmpegError, OSError, StopIteration) as error:
-        raise BadSample(f"video {path} cannot be read: {error or 'no frame can be decoded'}") from error
+        raise UnusableSample(f"video {path} cannot be read: {error or 'no frame can be decoded'}") from error
 
 
-def _clock(film, path: str) -> tuple[list[int], list[int] | None, float]:
+def _frame_times(film, path: str) -> tuple[list[int], list[int] | None, float]:
     """When the frames of a film are shown, ascending; the times of its key frames; its mean frames per second.
 
     All of it is in the packets: nothing is decoded, and a variable frame rate does no harm. Streams without times, such
     as raw H.264, count their frames instead and have no known keys (None).
     """
     if not film.streams.video:
-        raise BadSample(f"video {path} has no pictures, only {[stream.type for stream in film.streams]}")
+        raise UnusableSample(f"video {path} has no pictures, only {[stream.type for stream in film.streams]}")
     stream = film.streams.video[0]
     stream.thread_type = "AUTO"
     # Not the packets themselves, which are the whole film.
     packets = [(p.pts, p.is_keyframe, p.is_discard) for p in film.demux(stream) if p.size]
     if "mp4" in film.format.name and len(packets) < stream.frames:  # its header counts exactly
-        raise BadSample(f"video {path} is cut short: it holds {len(packets)} of its {stream.frames} frames")
+        raise UnusableSample(f"video {path} is cut short: it holds {len(packets)} of its {stream.frames} frames")
     times = [(pts, is_key) for pts, is_key, is_discard in packets if not is_discard]
     fps = float(stream.average_rate or 1)
     if any(pts is None for pts, _ in times):
@@ -247,13 +249,13 @@ def _clock(film, path: str) -> tuple[list[int], list[int] | None, float]:
 def _clip_range(path: str, clip, fps: float, total: int) -> tuple[int, int]:
     """First frame and number of frames of a clip (start, end) in seconds."""
     if total == 0:
-        raise BadSample(f"video {path} has no frame")
+        raise UnusableSample(f"video {path} has no frame")
     if clip is None:
         return 0, total
     start, length = int(clip[0] * fps), int((clip[1] - clip[0]) * fps)
     length = min(length, total - start)
     if length < 1:
-        raise BadSample(f"clip {clip} of video {path} ({total} frames, {fps:g} per second) holds no frame")
+        raise UnusableSample(f"clip {clip} of video {path} ({total} frames, {fps:g} per second) holds no frame")
     return start, length
 
 

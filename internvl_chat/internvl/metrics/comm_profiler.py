@@ -17,7 +17,7 @@ def is_collective(event) -> bool:
     return event.name.startswith("gloo:")
 
 
-def covered(intervals: Iterable[tuple[float, float]]) -> float:
+def covered_length(intervals: Iterable[tuple[float, float]]) -> float:
     """Length of what intervals cover together."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
@@ -26,7 +26,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-class Collectives:
+class CommProfiler:
     """Watches this process from `start` to `stop`."""
 
     def __init__(self, device: torch.device):
@@ -43,4 +43,4 @@ class Collectives:
             return None
         self.profiler.stop()
         events, self.profiler = self.profiler.events(), None
-        return 1e-6 * covered((e.time_range.start, e.time_range.end) for e in events if is_collective(e))
+        return 1e-6 * covered_length((e.time_range.start, e.time_range.end) for e in events if is_collective(e))

@@ -7,7 +7,7 @@ import torch
 
 # Words of a device's name -> dense peak in TFLOPS of bf16 and fp16 (accumulated in fp32), of fp32 as TF32, and of fp32
 # itself, as NVIDIA's data sheets give them (those with sparsity, halved). The first row that fits counts.
-PEAKS = [
+DEVICE_PEAKS = [
     ("B200", 2250, 1125, 75),
     ("GH200", 989.4, 494.7, 66.9),
     ("H200 NVL", 835.5, 417.5, 60),
@@ -34,19 +34,19 @@ PEAKS = [
 HALF = (torch.bfloat16, torch.float16)
 
 
-def named_peak(name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:
+def lookup_peak(name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:
     """FLOPs a second of a device of that name; None where the table does not know it, or it is a slice of a device."""
     words = name.replace("-", " ").split()
     if "MIG" in words:
         return None
-    for known, half, with_tf32, single in PEAKS:
+    for known, half, with_tf32, single in DEVICE_PEAKS:
         if set(known.split()) <= set(words):
             return 1e12 * (half if dtype in HALF else with_tf32 if tf32 else single)
     return None
 
 
 @lru_cache
-def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second of the fastest of some matrix products, each twice as wide until one takes 20 ms."""
     best, size, seconds = 0.0, 128, 0.0
     while seconds < 0.02 and size < 16384:
@@ -66,7 +66,7 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     name, peak = "this processor", None
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        peak = named_peak(name, dtype, torch.backends.cuda.matmul.allow_tf32)
+        peak = lookup_peak(name, dtype, torch.backends.cuda.matmul.allow_tf32)
     source = "its data sheet" if peak else "a matrix product, measured"
-    peak = peak or measured_peak(device, dtype)
+    peak = peak or measure_peak(device, dtype)
     return peak, f"{peak / 1e12:.4g} TFLOPS in {str(dtype).removeprefix('torch.')} on {name}, by {source}"

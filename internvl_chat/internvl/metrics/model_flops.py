@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from internvl.model.lora import FLAGS, plain
+from internvl.model.lora import PART_FLAGS, unwrap_peft
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Product(NamedTuple):
 
 def products(part: nn.Module) -> Iterator[Product]:
     """The matrices of a part; those of experts by the share of them that a token meets."""
-    config = getattr(plain(part), "config", None)
+    config = getattr(unwrap_peft(part), "config", None)
     experts = next((n for name in EXPERTS if (n := getattr(config, name, None))), 1)
     share = getattr(config, "num_experts_per_tok", 1) / experts if experts > 1 else 1
     for name, module in part.named_modules():
@@ -103,8 +103,8 @@ def model_flops(model: nn.Module, backward: bool = True, adapters: bool = True) 
         backward: of forward and backward pass, not only forward.
         adapters: with the adapters' own products.
     """
-    vision, llm = plain(model.vision_model), plain(model.language_model)
-    parts = {part: getattr(model, part) for part in FLAGS}
+    vision, llm = unwrap_peft(model.vision_model), unwrap_peft(model.language_model)
+    parts = {part: getattr(model, part) for part in PART_FLAGS}
     layers = vision.config.num_hidden_layers
     read = model.select_layer % (layers + 1)
     places = [

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-PHASES = ("forward", "backward", "optimizer")  # whose seconds are reported; beside them `data` and `other`
+STEP_PHASES = ("forward", "backward", "optimizer")  # whose seconds are reported; beside them `data` and `other`
 
 
-class Stopwatch:
+class StepTimer:
     """Divides the time of a rank into phases: from each mark to the next.
 
     On a GPU a mark is an event in its stream and is read when it has passed, so that nobody waits for the device. What
@@ -66,7 +66,7 @@ def peak_memory(device: torch.device) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def combined(ranks: Sequence[dict], steps: int) -> dict[str, float]:
+def combine_rank_reports(ranks: Sequence[dict], steps: int) -> dict[str, float]:
     """What all ranks report of so many steps.
 
     Args:
@@ -86,7 +86,7 @@ def combined(ranks: Sequence[dict], steps: int) -> dict[str, float]:
         "tiles_per_second": counts["tiles"] / mean,
         "padding_percent": 100 * (1 - counts["tokens"] / max(1, counts["positions"])),
         "data_wait_percent": 100 * max(rank["seconds"]["data"] / sum(rank["seconds"].values()) for rank in ranks),
-        **{f"{phase}_seconds": seconds[phase] / len(ranks) / steps for phase in PHASES},
+        **{f"{phase}_seconds": seconds[phase] / len(ranks) / steps for phase in STEP_PHASES},
         "peak_memory_gib": max(rank["memory"] for rank in ranks) / 2**30,
         "tflops": flops / len(ranks) / 1e12,
         "mfu_percent": 100 * flops / sum(rank["peak"] for rank in ranks),
@@ -99,12 +99,12 @@ def combined(ranks: Sequence[dict], steps: int) -> dict[str, float]:
 # -- metrics.jsonl -----------------------------------------------------------------------------------------------------
 
 
-def append_line(file: Path, entry: dict) -> None:
+def append_metrics(file: Path, entry: dict) -> None:
     with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(entry) + "\n")
 
 
-def forget_after(file: Path, step: int) -> None:
+def drop_metrics_after(file: Path, step: int) -> None:
     """Leave the lines of steps up to `step`: those behind it will be done again. A line that a kill cut goes, too."""
     if not file.exists():
         return

@@ -10,18 +10,18 @@ import torch
 from peft import LoraConfig
 from transformers import PretrainedConfig
 
-from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER
-from internvl.model.internvl_chat.lora_mixin import configured
+from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE
+from internvl.model.internvl_chat.lora_mixin import lora_settings_of
 from internvl.model.internvl_chat.safe_loading import refuse_pickles
-from internvl.model.lora import LLM_TARGETS, RANKS, VARIANTS
+from internvl.model.lora import LLM_TARGETS, LORA_RANK_FIELDS, VARIANTS
 from internvl.model.safetensors_io import Checkpoint
 
-MARK = "base_model.model."  # PEFT's name of the model inside a wrap
+PEFT_PREFIX = "base_model.model."  # PEFT's name of the model inside a wrap
 
 
 def part_folders(folder: str | Path) -> dict[str, Path]:
     """The PEFT folder of each part that has one, whether `folder` is a run's output or its `adapters/`."""
-    places = {part: (Path(folder) / part, Path(folder) / "adapters" / part) for part in RANKS}
+    places = {part: (Path(folder) / part, Path(folder) / "adapters" / part) for part in LORA_RANK_FIELDS}
     found = {part: [p for p in paths if (p / "adapter_config.json").is_file()] for part, paths in places.items()}
     return {part: paths[0] for part, paths in found.items() if paths}
 
@@ -35,14 +35,14 @@ def read_adapters(folder: str | Path, part: str, config: PretrainedConfig) -> tu
     """
     if own := part_folders(folder).get(part):
         tensors = Checkpoint(own)
-        return lora_config(own), {name.removeprefix(MARK): tensors[name] for name in tensors}
-    if not (rank := getattr(config, RANKS[part], 0)):
+        return lora_config(own), {name.removeprefix(PEFT_PREFIX): tensors[name] for name in tensors}
+    if not (rank := getattr(config, LORA_RANK_FIELDS[part], 0)):
         return None
-    tensors, prefix = Checkpoint(folder), f"{part}.{MARK}"
+    tensors, prefix = Checkpoint(folder), f"{part}.{PEFT_PREFIX}"
     found = {name: name.removeprefix(prefix).replace(".default.", ".") for name in tensors if ".lora_" in name}
     found = {name: short for name, short in found.items() if name.startswith(prefix)}
     experts = LLM_TARGETS.get(config.llm_config.architectures[0]) if part == "language_model" else None
-    asked = configured(config, part)
+    asked = lora_settings_of(config, part)
     settings = LoraConfig(
         r=rank,
         lora_alpha=asked.alpha,
@@ -55,8 +55,8 @@ def read_adapters(folder: str | Path, part: str, config: PretrainedConfig) -> tu
 def lora_config(folder: Path) -> LoraConfig:
     """The settings of a PEFT folder; ValueError if it is of another kind, or its tensors are no safetensors."""
     refuse_pickles(folder)
-    if not (folder / ADAPTER).is_file():
-        raise ValueError(f"{folder} has no {ADAPTER}")
+    if not (folder / ADAPTER_FILE).is_file():
+        raise ValueError(f"{folder} has no {ADAPTER_FILE}")
     config = LoraConfig.from_pretrained(folder)
     if type(config) is not LoraConfig or config.megatron_config:  # which would have PEFT import a module by name
         raise ValueError(f"{folder} holds an adapter of type {config.peft_type.value}, not plain LoRA")
@@ -65,13 +65,15 @@ def lora_config(folder: Path) -> LoraConfig:
 
 def refuse_adapters(config: PretrainedConfig, path: str | Path) -> None:
     """ValueError if the chat checkpoint `path` is not plain."""
-    if not is_plain(config):
+    if not has_plain_weights(config):
         raise ValueError(f"{path} holds LoRA adapters, not plain weights: merge them first with tools/merge_lora.py")
 
 
-def is_plain(config: PretrainedConfig) -> bool:
+def has_plain_weights(config: PretrainedConfig) -> bool:
     """Whether a chat checkpoint with this config holds all weights itself, and nothing beside them."""
-    return not (getattr(config, "base_model", None) or any(getattr(config, rank, 0) for rank in RANKS.values()))
+    return not (
+        getattr(config, "base_model", None) or any(getattr(config, rank, 0) for rank in LORA_RANK_FIELDS.values())
+    )
 
 
 def refuse_not_finite(tensors: dict[str, torch.Tensor], where: str | Path) -> None:

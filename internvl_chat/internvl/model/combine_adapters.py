@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from internvl.model.adapter_io import is_plain, lora_config, part_folders
+from internvl.model.adapter_io import has_plain_weights, lora_config, part_folders
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.internvl_chat.adapter_checkpoint import OTHERS, fingerprint, is_trained_folder
+from internvl.model.internvl_chat.adapter_checkpoint import (
+    TRAINED_TENSORS_FILE,
+    fingerprint_weights,
+    is_adapter_checkpoint,
+)
 from internvl.model.internvl_chat.merge import adapter_parameters, lora_layers
-from internvl.model.lora import RANKS, is_wrapped
+from internvl.model.lora import LORA_RANK_FIELDS, is_peft_model
 from internvl.model.tokenizers.loading import load_tokenizer
 
 # PEFT's ways of combining adapters, by its names. The first two are those of the sum of the updates: `cat` is exactly
@@ -21,7 +25,7 @@ from internvl.model.tokenizers.loading import load_tokenizer
 COMBINATIONS = ("cat", "svd", "linear", "ties", "dare_linear")
 COMBINED = "combined"
 # What stock loaders read beside weights, config.json and tokenizer.
-KEPT = ("generation_config.json", "preprocessor_config.json", "chat_template.jinja", "*.py")
+COPIED_FILES = ("generation_config.json", "preprocessor_config.json", "chat_template.jinja", "*.py")
 
 
 def combine_adapters(
@@ -46,9 +50,9 @@ def combine_adapters(
     found = [(part_folders(folder), weight) for folder, weight in others]
     if empty := [str(folder) for (folder, _), (parts, _) in zip(others, found, strict=True) if not parts]:
         raise ValueError(f"no adapters in {', '.join(empty)}: no vision_model, mlp1 or language_model folder of PEFT's")
-    for part in RANKS:
+    for part in LORA_RANK_FIELDS:
         module = getattr(model, part)
-        weights = {module.active_adapter: own_weight} if is_wrapped(module) else {}
+        weights = {module.active_adapter: own_weight} if is_peft_model(module) else {}
         for number, (parts, weight) in enumerate(found):
             if part in parts:
                 module = _load(module, parts[part], f"other{number}")
@@ -59,12 +63,14 @@ def combine_adapters(
 
 def _refuse_another_base(model: InternVLChatModel, folder: Path):
     """Where both tell what they stand on, it must be the same; and nothing but adapters can be combined."""
-    if (folder / OTHERS).is_file():
-        raise ValueError(f"{folder} holds other trained tensors beside adapters ({OTHERS}), which cannot be combined")
-    if not is_trained_folder(folder) or not (model.stands_on or is_plain(model.config)):
+    if (folder / TRAINED_TENSORS_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds other trained tensors beside adapters ({TRAINED_TENSORS_FILE}), which cannot be combined"
+        )
+    if not is_adapter_checkpoint(folder) or not (model.base_checkpoint or has_plain_weights(model.config)):
         return
     theirs = InternVLChatConfig.from_pretrained(folder).base_model["fingerprint"]
-    ours = model.stands_on["fingerprint"] if model.stands_on else fingerprint(model.name_or_path)
+    ours = model.base_checkpoint["fingerprint"] if model.base_checkpoint else fingerprint_weights(model.name_or_path)
     if ours != theirs:
         raise ValueError(
             f"{folder} was trained on another base: its tensors have the fingerprint {theirs[:12]}..., not "
@@ -74,7 +80,7 @@ def _refuse_another_base(model: InternVLChatModel, folder: Path):
 
 def _load(module: torch.nn.Module, folder: Path, name: str) -> PeftModel:
     config = lora_config(folder)
-    wrapped = module if is_wrapped(module) else PeftModel(module, config, name)
+    wrapped = module if is_peft_model(module) else PeftModel(module, config, name)
     result = wrapped.load_adapter(folder, name)
     missing = [key for key in result.missing_keys if f".{name}." in key]
     if missing or result.unexpected_keys:
@@ -111,5 +117,5 @@ def save_merged(model: InternVLChatModel, source: str | Path, folder: str | Path
     model.config.merged_from = str(source)
     model.save_pretrained(folder)
     load_tokenizer(source).save_pretrained(folder)
-    for file in (file for pattern in KEPT for file in Path(source).glob(pattern)):
+    for file in (file for pattern in COPIED_FILES for file in Path(source).glob(pattern)):
         shutil.copyfile(file, Path(folder) / file.name)

@@ -14,13 +14,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from internvl.model.internvl_chat import InternVisionConfig, InternVisionModel, InternVLChatConfig, InternVLChatModel
-from internvl.model.internvl_chat.adapter_checkpoint import plain_name
+from internvl.model.internvl_chat.adapter_checkpoint import strip_peft_prefix
 from internvl.model.internvl_chat.decoder import attention_of
 from internvl.model.internvl_chat.modeling_internvl_chat import llm_class_of
-from internvl.model.internvl_chat.resize import resize_image, resize_tokens, whole
-from internvl.model.internvl_chat.safe_loading import refuse_strange_files
+from internvl.model.internvl_chat.resize import gathered_parameters, resize_image, resize_tokens
+from internvl.model.internvl_chat.safe_loading import refuse_unsafe_files
 
-__all__ = ["add_special_tokens", "compose", "load_projector", "resize_image", "whole"]
+__all__ = ["add_special_tokens", "compose", "load_projector", "resize_image"]
 
 
 def compose(
@@ -47,7 +47,7 @@ def compose(
         ValueError: a checkpoint that is something else, or lacks weights.
     """
     for path in (vision_path, llm_path):
-        refuse_strange_files(path, allow_pickle)
+        refuse_unsafe_files(path, allow_pickle)
     safe = None if allow_pickle else True
     vision = _load_vision(vision_path, dtype, drop_path_rate, use_safetensors=safe)
     llm = _load_llm(llm_path, dtype, use_safetensors=safe)
@@ -82,7 +82,7 @@ def _load_llm(path: str | Path, dtype: torch.dtype, **kwargs) -> PreTrainedModel
     tied = {f"{name}.weight" for name, module in model.named_modules() if module is head}
     if missing == tied and fields.get("tie_word_embeddings") is not False:
         # The checkpoint's head is its input embedding; a chat model has both, and they go apart from here on.
-        with whole(head.weight, model.get_input_embeddings().weight), torch.no_grad():
+        with gathered_parameters(head.weight, model.get_input_embeddings().weight), torch.no_grad():
             head.weight.copy_(model.get_input_embeddings().weight)
     else:
         _complain(path, name, missing)
@@ -124,7 +124,7 @@ def load_projector(model: InternVLChatModel, path: str | Path):
     wanted = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in own.items()}
     if found != wanted:
         raise ValueError(f"the projector file {path} holds {found}, but the model's projector is {wanted}")
-    with whole(*own.values()), torch.no_grad():
+    with gathered_parameters(*own.values()), torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
 
@@ -141,10 +141,12 @@ def add_special_tokens(model: InternVLChatModel, tokenizer, tokens: list[str]) -
     if old_rows == len(tokenizer):
         return 0
     resize_tokens(model, len(tokenizer), old_rows)
-    if model.stands_on and "known_tokens" in model.stands_on:  # grown before: now the rows themselves must be saved
+    if (
+        model.base_checkpoint and "known_tokens" in model.base_checkpoint
+    ):  # grown before: now the rows themselves must be saved
         ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-        names = {plain_name(name) for name, p in model.named_parameters() if any(p is end for end in ends)}
-        model.trained_before |= names
-    elif model.stands_on:
-        model.stands_on = {**model.stands_on, "known_tokens": old_rows}
+        names = {strip_peft_prefix(name) for name, p in model.named_parameters() if any(p is end for end in ends)}
+        model.previously_trained |= names
+    elif model.base_checkpoint:
+        model.base_checkpoint = {**model.base_checkpoint, "known_tokens": old_rows}
     return added

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.lora import plain
-from internvl.model.token_loss import scaled
+from internvl.model.lora import unwrap_peft
+from internvl.model.token_loss import scale_logits
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def use_liger_kernels(model: InternVLChatModel) -> None:
         raise ValueError(f"--use_liger True needs the package liger-kernel: {error}.") from error
     if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
         raise ValueError("--use_liger True needs a CUDA device: Liger's kernels are written in Triton.")
-    llm = plain(model.language_model)
+    llm = unwrap_peft(model.language_model)
     if llm.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
         experts = hasattr(llm.config, "num_experts_per_tok")  # stay as they are: their adapters are made for these
         own_loss = {"cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -38,7 +38,7 @@ def use_liger_kernels(model: InternVLChatModel) -> None:
     else:
         logger.info("Liger has no layers for %s: the loss alone is computed by its kernels", llm.config.model_type)
     probe = torch.empty(0)
-    if scaled(llm, probe) is probe:
+    if scale_logits(llm, probe) is probe:
         llm.get_output_embeddings().sweep = sweep
 
 

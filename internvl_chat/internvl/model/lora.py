@@ -13,11 +13,11 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
-from .lora_linear import ask_for, share_inputs
+from internvl.model.lora_linear import share_inputs, use_lora_linear
 
 # A part that can be adapted, and what the flags call it; the field of the chat config that holds its rank.
-FLAGS = {"vision_model": "backbone", "mlp1": "mlp", "language_model": "llm"}
-RANKS = {part: f"use_{name}_lora" for part, name in FLAGS.items()}
+PART_FLAGS = {"vision_model": "backbone", "mlp1": "mlp", "language_model": "llm"}
+LORA_RANK_FIELDS = {part: f"use_{name}_lora" for part, name in PART_FLAGS.items()}
 
 # What a variant is to PEFT: LoRA; scaled by alpha / sqrt(r) (https://arxiv.org/abs/2312.03732); direction and magnitude
 # apart (https://arxiv.org/abs/2402.09353); begun with the largest singular values (https://arxiv.org/abs/2404.02948).
@@ -29,25 +29,25 @@ VARIANTS = {
 }
 
 
-class Targets(NamedTuple):
+class LoraTargets(NamedTuple):
     """What is adapted, by suffixes of names: linear layers, and parameters that hold one matrix for each expert."""
 
     modules: list[str]
     parameters: list[str] = []
 
 
-VISION_TARGETS = Targets(["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
-PROJECTOR_TARGETS = Targets(["1", "3"])
+VISION_TARGETS = LoraTargets(["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+PROJECTOR_TARGETS = LoraTargets(["1", "3"])
 
 # The layouts most decoders share, by transformers' names.
 _ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
-_DENSE = Targets(_ATTENTION + [f"mlp.{name}_proj" for name in ("gate", "down", "up")])
+_DENSE = LoraTargets(_ATTENTION + [f"mlp.{name}_proj" for name in ("gate", "down", "up")])
 # Attention and all experts; the router stays as it is. Each expert's matrix gets adapters of the rank asked for.
-_EXPERTS = Targets(_ATTENTION, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+_EXPERTS = LoraTargets(_ATTENTION, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
 
 LLM_TARGETS = {
-    "InternLM2ForCausalLM": Targets(["attention.wqkv", "attention.wo", *(f"feed_forward.w{i}" for i in (1, 2, 3))]),
-    "Phi3ForCausalLM": Targets(["mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_attn.qkv_proj"]),
+    "InternLM2ForCausalLM": LoraTargets(["attention.wqkv", "attention.wo", *(f"feed_forward.w{i}" for i in (1, 2, 3))]),
+    "Phi3ForCausalLM": LoraTargets(["mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_attn.qkv_proj"]),
     "LlamaForCausalLM": _DENSE,
     "Qwen2ForCausalLM": _DENSE,
     "Qwen3ForCausalLM": _DENSE,
@@ -86,7 +86,7 @@ class LoraSettings:
             )
 
 
-def llm_targets(llm: nn.Module) -> Targets:
+def llm_targets(llm: nn.Module) -> LoraTargets:
     """The row of an architecture; for one without, all linear layers but the head and routers.
 
     Where experts are parameters of such a model, these and the attention: other layers beside the experts have names
@@ -99,30 +99,30 @@ def llm_targets(llm: nn.Module) -> Targets:
     head = llm.get_output_embeddings()
     linear = [n for n, m in llm.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
     modules = {_last(name, 1) for name in linear if not experts or "att" in name.split(".")[-2]}
-    return Targets(sorted(modules - _ROUTERS), sorted(experts))
+    return LoraTargets(sorted(modules - _ROUTERS), sorted(experts))
 
 
 def _last(name: str, count: int) -> str:
     return ".".join(name.split(".")[-count:])
 
 
-def is_wrapped(module: nn.Module) -> bool:
+def is_peft_model(module: nn.Module) -> bool:
     return isinstance(module, PeftModel)
 
 
-def plain(module: nn.Module) -> nn.Module:
+def unwrap_peft(module: nn.Module) -> nn.Module:
     """The model inside a wrap (adapters still in place), or the module itself."""
-    return module.get_base_model() if is_wrapped(module) else module
+    return module.get_base_model() if is_peft_model(module) else module
 
 
-def freeze_base(module: PeftModel):
-    """Only the adapters train. `wrap` sees to it; loading weights into a wrapped module undoes it."""
+def freeze_all_but_adapters(module: PeftModel):
+    """Only the adapters train. `add_adapters` sees to it; loading weights into a wrapped module undoes it."""
     for name, parameter in module.named_parameters():
         parameter.requires_grad = "lora_" in name
 
 
-def wrap(
-    module: nn.Module, settings: LoraSettings, targets: Targets, task_type: str | None = None, loaded: bool = True
+def add_adapters(
+    module: nn.Module, settings: LoraSettings, targets: LoraTargets, task_type: str | None = None, loaded: bool = True
 ) -> PeftModel:
     """Puts adapters into `module` and freezes everything else in it. At first they change no number.
 
@@ -137,7 +137,7 @@ def wrap(
         ValueError: the module carries adapters already; settings that do not fit it; a combination with ZeRO-3 or with
             experts that cannot work.
     """
-    if is_wrapped(module):
+    if is_peft_model(module):
         rank = module.peft_config[module.active_adapter].r
         raise ValueError(f"This part already has LoRA adapters of rank {rank}; merge them before adding others.")
     targets = _chosen(module, settings, targets)
@@ -155,7 +155,7 @@ def wrap(
         task_type=task_type,
         **more,
     )
-    ask_for(config)
+    use_lora_linear(config)
     wrapped = get_peft_model(module, config)
     share_inputs(wrapped)
     if targets.parameters and settings.dropout:  # in the layers beside them
@@ -165,7 +165,7 @@ def wrap(
     return wrapped
 
 
-def _chosen(module: nn.Module, settings: LoraSettings, targets: Targets) -> Targets:
+def _chosen(module: nn.Module, settings: LoraSettings, targets: LoraTargets) -> LoraTargets:
     """The targets that `settings` names, each of which must be there; else `targets`."""
     if settings.targets is None:
         return targets
@@ -175,7 +175,7 @@ def _chosen(module: nn.Module, settings: LoraSettings, targets: Targets) -> Targ
             known = ", ".join([*targets.modules, *targets.parameters])
             raise ValueError(f"LoRA target {target!r} is the end of no linear layer's name; usual ones are {known}")
     experts = [target for target in settings.targets if target in targets.parameters]
-    return Targets([target for target in settings.targets if target not in experts], experts)
+    return LoraTargets([target for target in settings.targets if target not in experts], experts)
 
 
 def _numbers(module: nn.Module, layers: Sequence[int | None]) -> list[int]:
@@ -187,7 +187,7 @@ def _numbers(module: nn.Module, layers: Sequence[int | None]) -> list[int]:
     return numbers
 
 
-def _refuse_what_cannot_work(settings: LoraSettings, targets: Targets):
+def _refuse_what_cannot_work(settings: LoraSettings, targets: LoraTargets):
     if targets.parameters and is_deepspeed_zero3_enabled():
         raise ValueError(
             "LoRA on experts does not run under ZeRO-3: PEFT exchanges their weights during forward, and DeepSpeed "

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer with a cheaper forward: `lora.wrap` asks PEFT for it where PEFT would make its own.
+"""PEFT's LoRA layer with a cheaper forward: `lora.add_adapters` asks PEFT for it where PEFT would make its own.
 
 Parameters, their names, files, merging and every variant are PEFT's. What differs is how the plain update is computed:
 scaled and added in one product, without a copy in fp32; and layers that read the same input (query, key and value; gate
@@ -14,7 +14,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 from torch.nn import functional
 
-from .lora_dropout import drop
+from internvl.model.lora_dropout import drop
 
 # Names of layers that read the same input where one module has them: attention; MLPs; those of InternLM2.
 READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -137,7 +137,7 @@ def must_be_called(module: nn.Module) -> bool:
     return bool(hooked) or type(module) is not nn.Linear
 
 
-def ask_for(config: LoraConfig):
+def use_lora_linear(config: LoraConfig):
     """Has PEFT make this layer of every plain linear one."""
     if hasattr(config, "_register_custom_module"):
         config._register_custom_module({nn.Linear: _make})

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from internvl.model.internvl_chat.documents import trained_positions
+from internvl.model.internvl_chat.documents import loss_positions
 
 # The float32 logits of a chunk are at most this large; about twice as much is in use at a time.
 CHUNK_BYTES = 2**28
@@ -31,11 +31,11 @@ LOGIT_SCALES = [
 ]
 
 
-def unscaled(logits: torch.Tensor) -> torch.Tensor:
+def keep_logits(logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def scaled(llm: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+def scale_logits(llm: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
     """What comes out of the head -> the logits of this language model, of the same shape."""
     for family, field, function in LOGIT_SCALES:
         if llm.config.model_type.startswith(family) and (value := getattr(llm.config, field, None)):
@@ -43,9 +43,9 @@ def scaled(llm: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def logits_of(llm: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+def compute_logits(llm: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
     """Decoder states (..., C) -> logits (..., V), as the language model computes them itself."""
-    return scaled(llm, llm.get_output_embeddings()(states))
+    return scale_logits(llm, llm.get_output_embeddings()(states))
 
 
 def balance_loss(llm: PreTrainedModel, router_logits: tuple, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -63,7 +63,7 @@ def token_loss(
     position_ids: torch.Tensor | None = None,
     loss_weight=None,
     average_weight_over_ranks: bool = False,
-    scale: Callable[[torch.Tensor], torch.Tensor] = unscaled,
+    scale: Callable[[torch.Tensor], torch.Tensor] = keep_logits,
 ) -> torch.Tensor:
     """Weighted mean cross entropy, a float32 scalar; exactly 0, with a graph, when there is nothing to train on.
 
@@ -73,9 +73,9 @@ def token_loss(
         labels: (B, L), -100 where nothing is trained. position_ids: (B, L), 0 where a document begins.
         loss_weight: (B, L) tensor or nested list, a weight for each label; default 1 each.
         average_weight_over_ranks: divide by the mean over all ranks of the summed weights instead of this rank's sum.
-        scale: what becomes of the head's output before it is logits (`scaled`).
+        scale: what becomes of the head's output before it is logits (`scale_logits`).
     """
-    trained = trained_positions(labels, position_ids)
+    trained = loss_positions(labels, position_ids)
     states, targets = hidden_states[:, :-1][trained], labels[:, 1:][trained]
     if loss_weight is None:
         weights = torch.ones_like(targets, dtype=torch.float32)

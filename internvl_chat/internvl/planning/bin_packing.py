@@ -18,7 +18,7 @@ SPREAD = 0.5  # among what share of the sizes that fit chance chooses
 PAIRS = 24  # candidates for the last but one sample of a row
 
 
-def pack(
+def pack_samples(
     tokens: np.ndarray, tiles: np.ndarray, max_tokens: int, max_tiles: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lay samples into rows.

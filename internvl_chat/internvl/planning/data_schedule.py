@@ -13,28 +13,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-from internvl.planning.epoch_plan import Cost, Layout, Lengths, Plan, plan_epoch
+from internvl.planning.epoch_plan import EpochPlan, PlanLayout, SampleCost, SampleLengths, plan_epoch
 
 
 @dataclass(frozen=True)
-class Stretch:
+class PlanSegment:
     """Steps of an epoch that were read in one layout."""
 
-    layout: Layout
+    layout: PlanLayout
     steps: int
 
 
-class Begun(NamedTuple):
+class PartialEpoch(NamedTuple):
     """An epoch of which something was read already: in other layouts, or before the data changed."""
 
     epoch: int = 0
-    stretches: tuple[Stretch, ...] = ()
+    stretches: tuple[PlanSegment, ...] = ()
     earlier: dict | None = None  # the state at which the data was exchanged
     seen: np.ndarray | None = None  # (N,) how often each sample had been seen by then,
     steps: int = 0  # in how many steps
 
 
-class Schedule:
+class DataSchedule:
     """Plans by epoch.
 
     Args:
@@ -42,25 +42,27 @@ class Schedule:
         weights: as of `plan_epoch`.
     """
 
-    def __init__(self, lengths: Lengths, digests: np.ndarray, layout: Layout, weights: np.ndarray | None = None):
+    def __init__(
+        self, lengths: SampleLengths, digests: np.ndarray, layout: PlanLayout, weights: np.ndarray | None = None
+    ):
         self.lengths, self.digests, self.layout, self.weights = lengths, digests, layout, weights
-        self.begun = Begun()
+        self.begun = PartialEpoch()
         self.plan = lru_cache(maxsize=2)(self._plan)
         self._steps: dict[int | None, int] = {}
 
-    def _plan(self, epoch: int) -> Plan:
+    def _plan(self, epoch: int) -> EpochPlan:
         """The epoch as this run reads it; steps that were read before it stand in it as empty ones."""
         seen, before = self._seen(self.begun) if epoch == self.begun.epoch else (None, 0)
         plan = plan_epoch(self.lengths, self._layout_of(epoch), epoch, weights=self.weights, seen=seen)
         read = np.full((before, *plan.steps.shape[1:]), -1)
-        return Plan(plan.samples, plan.starts, np.concatenate([read, plan.steps]))
+        return EpochPlan(plan.samples, plan.starts, np.concatenate([read, plan.steps]))
 
-    def _layout_of(self, epoch: int) -> Layout:
+    def _layout_of(self, epoch: int) -> PlanLayout:
         """This run's layout, with the seed that the epoch began with: it decided which samples are drawn."""
         began = self.begun.stretches if epoch == self.begun.epoch else ()
         return replace(self.layout, seed=began[0].layout.seed) if began else self.layout
 
-    def _seen(self, begun: Begun) -> tuple[np.ndarray | None, int]:
+    def _seen(self, begun: PartialEpoch) -> tuple[np.ndarray | None, int]:
         """(N,) how often each sample was seen in an epoch, None for never, and in how many steps."""
         seen, steps = begun.seen, begun.steps
         for stretch in begun.stretches:
@@ -89,12 +91,12 @@ class Schedule:
 
     def state(self, epoch: int, step: int) -> dict:
         """What a checkpoint after so many steps of an epoch keeps, for `json`."""
-        begun = self.begun if epoch == self.begun.epoch else Begun(epoch)
+        begun = self.begun if epoch == self.begun.epoch else PartialEpoch(epoch)
         read = step - begun.steps - sum(stretch.steps for stretch in begun.stretches)
-        stretches = [asdict(stretch) for stretch in (*begun.stretches, Stretch(self._layout_of(epoch), read))]
+        stretches = [asdict(stretch) for stretch in (*begun.stretches, PlanSegment(self._layout_of(epoch), read))]
         return {"data": self.fingerprint, "epoch": epoch, "stretches": stretches, "earlier": begun.earlier}
 
-    def go_on(self, state: dict, data_of: Callable[[str], "Schedule"] | None = None) -> tuple[int, int]:
+    def go_on(self, state: dict, data_of: Callable[[str], "DataSchedule"] | None = None) -> tuple[int, int]:
         """Let the run begin where a checkpoint was made.
 
         Args:
@@ -104,12 +106,12 @@ class Schedule:
             The epoch, and how many of its steps are behind.
         """
         exchanged = state["data"] != self.fingerprint
-        begun = Begun(state["epoch"], () if exchanged else tuple(map(_stretch, state["stretches"])))
+        begun = PartialEpoch(state["epoch"], () if exchanged else tuple(map(_stretch, state["stretches"])))
         if earlier := state if exchanged else state["earlier"]:
             before = data_of(earlier["data"])
             _, steps = before.go_on(earlier, data_of)
             if before.begun.epoch > begun.epoch:  # its last step was the epoch's last
-                begun = Begun(before.begun.epoch, begun.stretches)
+                begun = PartialEpoch(before.begun.epoch, begun.stretches)
             else:
                 began = before.begun._replace(stretches=tuple(map(_stretch, earlier["stretches"])))
                 seen = self._recognised(before.digests, before._seen(began)[0])
@@ -121,11 +123,11 @@ class Schedule:
             if self._layout_of(begun.epoch) != begun.stretches[-1].layout:  # the seed is told by this stretch alone
                 self._begin(begun)
         if steps >= self.steps(begun.epoch):
-            self._begin(Begun(begun.epoch + 1))
+            self._begin(PartialEpoch(begun.epoch + 1))
             steps = 0
         return self.begun.epoch, steps
 
-    def _begin(self, begun: Begun) -> None:
+    def _begin(self, begun: PartialEpoch) -> None:
         self.begun = begun
         self._steps.clear()
         self.plan.cache_clear()
@@ -143,7 +145,7 @@ class Schedule:
         recognised[order] = np.repeat(each, ours_times) + (rank < np.repeat(more, ours_times))
         return recognised
 
-    def differences(self, other: "Schedule") -> str:
+    def differences(self, other: "DataSchedule") -> str:
         """What is new and what is gone, compared with other data, for a sentence."""
         content, index = np.unique(np.concatenate([self.digests, other.digests]), return_inverse=True)
         ours, theirs = (np.bincount(part, minlength=len(content)) for part in np.split(index, [len(self.digests)]))
@@ -153,5 +155,5 @@ class Schedule:
         return f"{new} of its {len(self.digests)} samples are new, {gone} of the {len(other.digests)} before are gone"
 
 
-def _stretch(state: dict) -> Stretch:
-    return Stretch(Layout(**{**state["layout"], "cost": Cost(*state["layout"]["cost"])}), state["steps"])
+def _stretch(state: dict) -> PlanSegment:
+    return PlanSegment(PlanLayout(**{**state["layout"], "cost": SampleCost(*state["layout"]["cost"])}), state["steps"])

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from internvl.planning.bin_packing import pack
+from internvl.planning.bin_packing import pack_samples
 
 
-class Lengths(NamedTuple):
+class SampleLengths(NamedTuple):
     """Sizes of samples, (N,) integers each: tokens, trained tokens, tiles. A sample of 0 tokens cannot be used."""
 
     tokens: np.ndarray
@@ -21,7 +21,7 @@ class Lengths(NamedTuple):
     tiles: np.ndarray
 
 
-class Cost(NamedTuple):
+class SampleCost(NamedTuple):
     """FLOPs of a sample: those of a token, of a trained token, of a tile, and of a pair of tokens (attention)."""
 
     token: float = 1.0
@@ -29,7 +29,7 @@ class Cost(NamedTuple):
     tile: float = 0.0
     pair: float = 0.0
 
-    def of(self, lengths: Lengths) -> np.ndarray:
+    def of(self, lengths: SampleLengths) -> np.ndarray:
         """(N,) float32."""
         tokens = lengths.tokens.astype(np.float32)
         linear = tokens * (self.token + self.pair * tokens)
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlanLayout:
     """What a plan is made for.
 
     Attributes:
@@ -55,11 +55,11 @@ class Layout:
     packed: bool = False
     max_tokens: int = 0
     max_tiles: int = 0
-    cost: Cost = Cost()
+    cost: SampleCost = SampleCost()
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """An epoch. Row r holds the samples `samples[starts[r]:starts[r + 1]]`.
 
     Attributes:
@@ -92,8 +92,13 @@ class Plan:
 
 
 def plan_epoch(
-    lengths: Lengths, layout: Layout, epoch: int, *, weights: np.ndarray | None = None, seen: np.ndarray | None = None
-) -> Plan:
+    lengths: SampleLengths,
+    layout: PlanLayout,
+    epoch: int,
+    *,
+    weights: np.ndarray | None = None,
+    seen: np.ndarray | None = None,
+) -> EpochPlan:
     """Lay out one epoch.
 
     Args:
@@ -116,13 +121,13 @@ def plan_epoch(
         ids = np.repeat(np.arange(len(left), dtype=np.int32), left)
     rng = np.random.default_rng((layout.seed, epoch, 1))
     if layout.packed:
-        order, starts = pack(lengths.tokens[ids], lengths.tiles[ids], layout.max_tokens, layout.max_tiles, rng)
+        order, starts = pack_samples(lengths.tokens[ids], lengths.tiles[ids], layout.max_tokens, layout.max_tiles, rng)
         ids, size = ids[order], layout.cost.of(lengths)
     else:
         ids, starts = rng.permutation(ids), np.arange(len(ids) + 1)
         size = lengths.tokens if layout.group_by_length else None
-    plan = Plan(ids, starts, np.empty((0, 1, 1, 1), np.int64))
-    return Plan(ids, starts, _steps(len(starts) - 1, None if size is None else plan.totals(size), layout, rng))
+    plan = EpochPlan(ids, starts, np.empty((0, 1, 1, 1), np.int64))
+    return EpochPlan(ids, starts, _steps(len(starts) - 1, None if size is None else plan.totals(size), layout, rng))
 
 
 def _draw(ids: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -136,7 +141,7 @@ def _draw(ids: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.
     return np.concatenate([np.resize(rng.permutation(run), n) for run, n in zip(runs, draws, strict=True)])
 
 
-def _steps(rows: int, size: np.ndarray | None, layout: Layout, rng: np.random.Generator) -> np.ndarray:
+def _steps(rows: int, size: np.ndarray | None, layout: PlanLayout, rng: np.random.Generator) -> np.ndarray:
     """Rows in random order; with a `size` of each, those that ranks get at the same time are of nearly equal size."""
     together = layout.micro_batch * layout.world_size
     step = layout.accumulation * together

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from internvl.constants import IGNORE_INDEX, BadSample
+from internvl.constants import IGNORE_INDEX, UnusableSample
 
-MIN_TRAINED = 1 / 256  # share of the labels of a part
+MIN_LOSS_SHARE = 1 / 256  # share of the labels of a part
 
 
-class Image(NamedTuple):
+class ImageSpan(NamedTuple):
     """`input_ids[start:stop]`, its begin and end marks included, stand for so many tiles."""
 
     start: int
@@ -25,7 +25,7 @@ class Image(NamedTuple):
     tiles: int
 
 
-class Part(NamedTuple):
+class SamplePiece(NamedTuple):
     """`input_ids[start:stop]`, of which so many are trained, and `pixel_values[first:last]` of a sample."""
 
     start: int
@@ -46,14 +46,18 @@ class Part(NamedTuple):
         return {**text, "position_ids": torch.arange(self.stop - self.start), **tiles}
 
 
-def images_in(input_ids: Sequence[int], context_id: int, num_image_token: int) -> list[Image]:
+def find_image_spans(input_ids: Sequence[int], context_id: int, num_image_token: int) -> list[ImageSpan]:
     """The images of a sample, in order; `context_id` is the image token."""
     shown = np.diff(np.asarray(input_ids) == context_id, prepend=False, append=False)
     runs = np.flatnonzero(shown).reshape(-1, 2).tolist()
-    return [Image(start - 1, min(stop + 1, len(input_ids)), (stop - start) // num_image_token) for start, stop in runs]
+    return [
+        ImageSpan(start - 1, min(stop + 1, len(input_ids)), (stop - start) // num_image_token) for start, stop in runs
+    ]
 
 
-def split(labels: Sequence[int], images: Sequence[Image], max_tokens: int, max_tiles: int) -> list[Part]:
+def split_sample(
+    labels: Sequence[int], images: Sequence[ImageSpan], max_tokens: int, max_tiles: int
+) -> list[SamplePiece]:
     """Parts of a sample with these (L,) labels, none of more tokens or tiles than a row has room for.
 
     Raises:
@@ -69,23 +73,23 @@ def split(labels: Sequence[int], images: Sequence[Image], max_tokens: int, max_t
         following = cut.start if cut else total if images else stop
         stop = min(stop, following)
         if stop == start:
-            raise BadSample(
+            raise UnusableSample(
                 f"an image of {cut.stop - cut.start} tokens and {cut.tiles} tiles does not fit into a row of "
                 f"--max_packed_tokens {max_tokens} and --num_images_expected {max_tiles}"
             )
         shown = _tiles_before(images, start), _tiles_before(images, stop)
-        parts.append(Part(start, stop, int(trained[stop] - trained[start]), *shown))
+        parts.append(SamplePiece(start, stop, int(trained[stop] - trained[start]), *shown))
         start = following
     sizes = [part.size for part in parts]
     kept = [
         part
         for part, (tokens, answers, tiles) in zip(parts, sizes, strict=True)
-        if answers > MIN_TRAINED * tokens and (tiles or not images)
+        if answers > MIN_LOSS_SHARE * tokens and (tiles or not images)
     ]
     if not kept:
-        raise BadSample(f"of its {len(parts)} parts that fit into a row none is worth training")
+        raise UnusableSample(f"of its {len(parts)} parts that fit into a row none is worth training")
     return kept
 
 
-def _tiles_before(images: Iterable[Image], position: int) -> int:
+def _tiles_before(images: Iterable[ImageSpan], position: int) -> int:
     return sum(image.tiles for image in images if image.start < position)

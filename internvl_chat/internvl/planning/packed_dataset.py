@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from internvl.constants import IGNORE_INDEX, BadSample
+from internvl.constants import IGNORE_INDEX, UnusableSample
 from internvl.data.supervised_dataset import LazySupervisedDataset
-from internvl.planning.oversized_samples import Part
+from internvl.planning.oversized_samples import SamplePiece
 
 
 class PackedDataset(Dataset):
@@ -28,7 +28,7 @@ class PackedDataset(Dataset):
     def __init__(self, datasets: Sequence[LazySupervisedDataset]):
         self.datasets = list(datasets)
         self.ends = list(accumulate(len(dataset) for dataset in self.datasets))
-        self.parts: list[tuple[int, Part]] = []
+        self.parts: list[tuple[int, SamplePiece]] = []
 
     def __len__(self) -> int:
         """Number of samples and parts."""
@@ -61,7 +61,7 @@ class PackedDataset(Dataset):
             try:
                 sample = dataset.get(index, epoch)
                 samples.append(sample if number < self.ends[-1] else self.parts[number - self.ends[-1]][1].of(sample))
-            except BadSample as reason:
+            except UnusableSample as reason:
                 bad_samples.append(f"{dataset.describe(index)}: {reason}")
         row = (
             {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
@@ -78,6 +78,6 @@ class PackedDataset(Dataset):
             "input_ids": torch.full((2,), dataset.tokenizer.pad_token_id),
             "labels": torch.full((2,), IGNORE_INDEX),
             "position_ids": torch.arange(2),
-            "pixel_values": dataset.no_tiles(),
+            "pixel_values": dataset.empty_tiles(),
             "image_flags": torch.ones(0, dtype=torch.int64),
         }

@@ -5,10 +5,10 @@ Printed before the first step and by `tools/check_data.py`; `tools/benchmark_pla
 
 import numpy as np
 
-from internvl.planning.epoch_plan import Layout, Lengths, Plan
+from internvl.planning.epoch_plan import EpochPlan, PlanLayout, SampleLengths
 
 
-def fill(plan: Plan, lengths: Lengths, layout: Layout) -> float:
+def packing_efficiency(plan: EpochPlan, lengths: SampleLengths, layout: PlanLayout) -> float:
     """Share of the positions of a batch that hold a sample's token: of full rows, or of rows padded to the longest."""
     tokens = _by_slot(plan, lengths.tokens)
     if layout.packed:
@@ -16,18 +16,18 @@ def fill(plan: Plan, lengths: Lengths, layout: Layout) -> float:
     return tokens.sum() / (tokens.max(axis=-1) * np.count_nonzero(tokens, axis=-1)).sum()
 
 
-def idle(plan: Plan, cost: np.ndarray) -> float:
+def load_imbalance(plan: EpochPlan, cost: np.ndarray) -> float:
     """Share of their time that ranks wait for the slowest of each forward and backward pass; (N,) cost of samples."""
     load = _by_slot(plan, cost).sum(axis=-1, dtype=np.float64)
     return 1 - load.sum() / (load.max(axis=-1) * load.shape[-1]).sum()
 
 
-def _by_slot(plan: Plan, values: np.ndarray) -> np.ndarray:
+def _by_slot(plan: EpochPlan, values: np.ndarray) -> np.ndarray:
     """Sum over the samples of the row in each slot: (N,) -> the shape of `plan.steps`; 0 where a slot is empty."""
     return np.append(plan.totals(values), 0)[plan.steps]
 
 
-def time_shares(lengths: Lengths, layout: Layout) -> dict[str, float]:
+def flops_shares(lengths: SampleLengths, layout: PlanLayout) -> dict[str, float]:
     """Share of the FLOPs of an epoch by what they are for."""
     tokens, cost = lengths.tokens.astype(np.float64), layout.cost
     flops = {
@@ -39,20 +39,20 @@ def time_shares(lengths: Lengths, layout: Layout) -> dict[str, float]:
     return {part: value / sum(flops.values()) for part, value in flops.items()}
 
 
-def summary(lengths: Lengths, plan: Plan, layout: Layout, left_out: int) -> str:
+def format_plan(lengths: SampleLengths, plan: EpochPlan, layout: PlanLayout, left_out: int) -> str:
     """A table of an epoch, in lines."""
     tokens = plan.totals(lengths.tokens)
     tiles = plan.totals(lengths.tiles)
-    longest, filled = int(tokens.argmax()), fill(plan, lengths, layout)
+    longest, filled = int(tokens.argmax()), packing_efficiency(plan, lengths, layout)
     slots = f"{layout.world_size} ranks x {layout.micro_batch} rows x {layout.accumulation} accumulated"
-    shares = ", ".join(f"{part} {share:.0%}" for part, share in time_shares(lengths, layout).items())
+    shares = ", ".join(f"{part} {share:.0%}" for part, share in flops_shares(lengths, layout).items())
     lines = {
         "samples": f"{len(plan.samples):,} an epoch ({left_out:,} left out)",
         "tokens": f"{tokens.sum():,}, {lengths.trained[plan.samples].sum():,} of them trained",
         "tiles": f"{tiles.sum():,}",
         "rows": f"{len(tokens):,} of {len(plan.samples) / len(tokens):.1f} samples, filled to {filled:.1%}",
         "steps": f"{len(plan):,} an epoch: {slots}",
-        "waiting": f"{idle(plan, layout.cost.of(lengths)):.2%} of a rank's time, expected",
+        "waiting": f"{load_imbalance(plan, layout.cost.of(lengths)):.2%} of a rank's time, expected",
         "longest row": f"{tokens[longest]:,} tokens, {tiles[longest]} tiles; most tiles in a row: {tiles.max()}",
         "time goes to": shares,
     }

@@ -6,7 +6,7 @@ A multiplication and an addition are two. Attention is counted by document, as i
 from typing import NamedTuple
 
 from internvl.model.internvl_chat.configuration_internvl_chat import InternVLChatConfig
-from internvl.planning.epoch_plan import Cost
+from internvl.planning.epoch_plan import SampleCost
 
 
 class Passes(NamedTuple):
@@ -40,10 +40,10 @@ def forward_flops(config: InternVLChatConfig) -> dict[str, float]:
     return {"tile": 2.0 * tile, "token": 2.0 * token, "pair": 2.0 * pair, "head": 2.0 * hidden * llm.vocab_size}
 
 
-def step_cost(config: InternVLChatConfig, passes: Passes) -> Cost:
+def step_cost(config: InternVLChatConfig, passes: Passes) -> SampleCost:
     """FLOPs of a sample in a training step, as a plan weighs it. Attention is causal: n tokens are n^2 / 2 pairs."""
     flops = forward_flops(config)
-    return Cost(
+    return SampleCost(
         token=flops["token"] * passes.llm,
         trained=flops["head"] * 2,  # forward, and gradients of its inputs; never computed again
         tile=flops["tile"] * passes.vision,

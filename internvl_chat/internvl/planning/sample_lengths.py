@@ -22,10 +22,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from internvl.constants import BadSample
-from internvl.data.file_io import cache_folder, is_remote, stamp, write_whole
+from internvl.constants import UnusableSample
+from internvl.data.file_io import file_stamp, is_remote, write_atomically
 from internvl.data.supervised_dataset import LazySupervisedDataset
-from internvl.planning.epoch_plan import Lengths
+from internvl.planning.epoch_plan import SampleLengths
 
 VERSION = 3  # of the files; to be raised whenever samples of the same data change
 CHUNK = 256  # samples that a process measures at a time
@@ -44,7 +44,7 @@ FIELDS = (
 )
 
 
-class Ranks(NamedTuple):
+class RankGroup(NamedTuple):
     """The processes that measure together; `gathered(value)` is the list of all ranks' values, on every rank."""
 
     rank: int = 0
@@ -52,10 +52,10 @@ class Ranks(NamedTuple):
     gathered: Callable[[Any], list] = lambda value: [value]
 
 
-ALONE = Ranks()
+SINGLE_RANK = RankGroup()
 
 
-class Measured(NamedTuple):
+class MeasuredDataset(NamedTuple):
     """What is known of the samples of a data set.
 
     Attributes:
@@ -63,18 +63,18 @@ class Measured(NamedTuple):
         bad: (index, reason) of each sample that cannot be used; its lengths are 0.
     """
 
-    lengths: Lengths
+    lengths: SampleLengths
     digests: np.ndarray
     bad: list[tuple[int, str]]
 
 
-def measure(
+def measure_dataset(
     dataset: LazySupervisedDataset,
     processes: int = 0,
     cache_dir: str | None = None,
     progress: bool = True,
-    ranks: Ranks = ALONE,
-) -> Measured:
+    ranks: RankGroup = SINGLE_RANK,
+) -> MeasuredDataset:
     """Lengths of all samples, as `dataset.get` produces them in any epoch.
 
     What is kept on disk is trusted except for unusable samples, whose files may have been mended, and for those whose
@@ -88,7 +88,7 @@ def measure(
     Raises:
         ValueError: the folder cannot be written.
     """
-    stem = Path(cache_dir or cache_folder()) / f"lengths-{fingerprint(dataset)}"
+    stem = Path(cache_dir or cache_dir()) / f"lengths-{lengths_cache_key(dataset)}"
     # Repeats of a record are as long as its first appearance: only that is measured.
     _, first, column = np.unique(dataset.order, return_index=True, return_inverse=True)
     table = ranks.gathered(_load(stem, len(first)) if ranks.rank == 0 else None)[0]
@@ -106,10 +106,10 @@ def measure(
             _finish(stem, table)
     bad = [(i, reasons[int(column[i])]) for i in np.flatnonzero(table[0, column] == 0).tolist()]
     tokens, trained, tiles, digests, _ = table if len(dataset) == len(first) else table[:, column]
-    return Measured(Lengths(tokens, trained, tiles), digests, bad)
+    return MeasuredDataset(SampleLengths(tokens, trained, tiles), digests, bad)
 
 
-def fingerprint(dataset: LazySupervisedDataset) -> str:
+def lengths_cache_key(dataset: LazySupervisedDataset) -> str:
     """Name of everything that decides the lengths of a data set, the pictures themselves excepted."""
     facts = [
         VERSION,
@@ -139,7 +139,7 @@ def _tokenizer_facts(tokenizer) -> list:
 
 
 def _measured(
-    dataset, first: np.ndarray, todo: np.ndarray, processes: int, progress: bool, ranks: Ranks
+    dataset, first: np.ndarray, todo: np.ndarray, processes: int, progress: bool, ranks: RankGroup
 ) -> Iterator[tuple[np.ndarray, list[tuple]]]:
     """(records, [(tokens, trained, tiles, digest, stamp, reason or None)]) of all ranks, round after round."""
     results = _results(dataset, first[todo[ranks.rank :: ranks.world_size]].tolist(), processes)
@@ -197,20 +197,20 @@ def _measure_one(dataset: LazySupervisedDataset, sample: int) -> tuple:
     content = dataset.digest(sample), _stamp(dataset, sample)
     try:
         return *dataset.measure(sample), *content, None
-    except BadSample as reason:
+    except UnusableSample as reason:
         return 0, 0, 0, *content, str(reason)
 
 
 def _stamp(dataset: LazySupervisedDataset, sample: int) -> int:
     """A checksum of sizes and times of a sample's pictures, 0 without any; their path is in its record."""
-    with suppress(BadSample):
+    with suppress(UnusableSample):
         if paths := dataset.paths(sample):
-            return zlib.crc32(repr([stamp(path) for path in paths]).encode()) - (1 << 31)
+            return zlib.crc32(repr([file_stamp(path) for path in paths]).encode()) - (1 << 31)
     return 0
 
 
 def _forget_changed(
-    table: np.ndarray, dataset: LazySupervisedDataset, first: np.ndarray, progress: bool, ranks: Ranks
+    table: np.ndarray, dataset: LazySupervisedDataset, first: np.ndarray, progress: bool, ranks: RankGroup
 ) -> None:
     """Mark the records of the table whose pictures have changed as unknown."""
     known = np.flatnonzero(table[0] > 0)
@@ -241,10 +241,10 @@ def _load(stem: Path, records: int) -> np.ndarray:
 
 def _unfinished(stem: Path, table: np.ndarray) -> np.ndarray:
     """A copy of the table as a file that is written to while measuring."""
-    write_whole(f"{stem}.part.npy", lambda file: np.save(file, table))
+    write_atomically(f"{stem}.part.npy", lambda file: np.save(file, table))
     return np.load(f"{stem}.part.npy", mmap_mode="r+")
 
 
 def _finish(stem: Path, table: np.ndarray) -> None:
-    write_whole(f"{stem}.npy", lambda file: np.save(file, table))
+    write_atomically(f"{stem}.npy", lambda file: np.save(file, table))
     Path(f"{stem}.part.npy").unlink(missing_ok=True)

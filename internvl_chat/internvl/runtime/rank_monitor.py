@@ -15,18 +15,18 @@ import time
 import weakref
 from typing import NamedTuple
 
-from internvl.dist_utils import from_first_rank, rank, world_size
-from internvl.runtime.rank_monitor_server import Switchboard, say
+from internvl.dist_utils import rank, run_on_rank_0, world_size
+from internvl.runtime.rank_monitor_server import RankMonitorServer, write_stderr
 
-PATIENCE = 60.0  # seconds for all ranks to connect
-ANSWER = 10.0  # seconds in which rank 0 tells what it decided, or does not answer any more
+CONNECT_TIMEOUT = 60.0  # seconds for all ranks to connect
+REPLY_TIMEOUT = 10.0  # seconds in which rank 0 tells what it decided, or does not answer any more
 # Seconds until a rank leaves that has not failed itself. An agent (torchrun's) that sees the one that failed end first
 # takes its exit status, and ends the others itself.
-LINGER = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.5
-HOLD = 0.5  # seconds until a rank tells that rank 0 is dead: a signal may be about to end them all
+EXIT_DELAY = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.5
+LOST_SERVER_DELAY = 0.5  # seconds until a rank tells that rank 0 is dead: a signal may be about to end them all
 
 
-class Report(NamedTuple):
+class ExitReport(NamedTuple):
     """Why a rank ends.
 
     Attributes:
@@ -40,14 +40,14 @@ class Report(NamedTuple):
     trace: str = ""
 
 
-class Lifeline:
+class RankMonitorClient:
     """This rank's end of the line. Making it is a collective: all ranks of a world of at least 2 must."""
 
     def __init__(self):
         assert world_size() > 1
         server = listening_socket() if rank() == 0 else None
-        port, secret = from_first_rank(lambda: (server.getsockname()[1], os.urandom(16).hex()))
-        self.line = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=PATIENCE)
+        port, secret = run_on_rank_0(lambda: (server.getsockname()[1], os.urandom(16).hex()))
+        self.line = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=CONNECT_TIMEOUT)
         self.line.settimeout(None)
         notice_a_dead_machine(self.line)
         self.over = threading.Event()  # the end of the run has been decided, or can no longer be
@@ -57,7 +57,7 @@ class Lifeline:
         self.send({"rank": rank(), "secret": secret})
         self.switchboard = None
         if server is not None:
-            self.switchboard = Switchboard(server, world_size(), secret, PATIENCE)
+            self.switchboard = RankMonitorServer(server, world_size(), secret, CONNECT_TIMEOUT)
             self.switchboard.start()
         close_in_children(self)
         threading.Thread(target=self.listen, name="lifeline", daemon=True).start()
@@ -73,9 +73,9 @@ class Lifeline:
             self.over.set()
             return
         if message is None:
-            time.sleep(HOLD)
-        if message is None and "TORCHELASTIC_RUN_ID" not in os.environ and speaks_for_rank_0():
-            say("error: rank 0 ended without a word: killed, for instance where memory ran out, or crashed")
+            time.sleep(LOST_SERVER_DELAY)
+        if message is None and "TORCHELASTIC_RUN_ID" not in os.environ and reports_for_rank_0():
+            write_stderr("error: rank 0 ended without a word: killed, for instance where memory ran out, or crashed")
         self.named = message["end"] if message else [0]
         self.over.set()
         self.depart()
@@ -88,35 +88,35 @@ class Lifeline:
         except (OSError, ValueError):
             return None
 
-    def fail(self, report: Report, status: int) -> None:
+    def fail(self, report: ExitReport, status: int) -> None:
         """End this rank, and the run. Rank 0 decides what is told, if any rank there still does."""
         self.status = status
         self.send(report._asdict())
-        decided = self.over.wait(ANSWER)
+        decided = self.over.wait(REPLY_TIMEOUT)
         if self.farewell is not None or not decided:
             if report.kind == "error":
-                say(f"{report.trace}error on rank {rank()}: {report.words}")
-            elif speaks_for_rank_0():
+                write_stderr(f"{report.trace}error on rank {rank()}: {report.words}")
+            elif reports_for_rank_0():
                 what = f"left the training{self.farewell}" if decided else "does not answer any more"
-                say(f"error: rank 0 {what}; rank {rank()} waited for it: {report.words}")
+                write_stderr(f"error: rank 0 {what}; rank {rank()} waited for it: {report.words}")
             self.named = [rank()]
         self.depart()
 
     def depart(self) -> None:
         """Leave without waiting for anything: threads of a group whose ranks are gone may never end."""
         if rank() not in self.named:
-            time.sleep(LINGER)
+            time.sleep(EXIT_DELAY)
         sys.stdout.flush()
         os._exit(self.status)
 
     def leave(self, words: str = "") -> None:
         """Say goodbye: from now on the end of this process means nothing to the others."""
-        self.send(Report("exit" if words else "bye", words)._asdict())
+        self.send(ExitReport("exit" if words else "bye", words)._asdict())
         if self.switchboard is not None:
-            self.switchboard.join(ANSWER)
+            self.switchboard.join(REPLY_TIMEOUT)
 
 
-def speaks_for_rank_0() -> bool:
+def reports_for_rank_0() -> bool:
     """Whether this rank tells what becomes of rank 0: one on each machine at most."""
     return rank() == 1 or os.environ.get("LOCAL_RANK") == "0"
 
@@ -136,7 +136,7 @@ def notice_a_dead_machine(line: socket.socket) -> None:
             line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def close_in_children(lifeline: Lifeline) -> None:
+def close_in_children(lifeline: RankMonitorClient) -> None:
     """Processes that read data are forked, and must not hold the line of a rank that is gone."""
     reference = weakref.ref(lifeline)
 

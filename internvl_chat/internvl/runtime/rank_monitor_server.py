@@ -13,12 +13,12 @@ import time
 GRACE = {"error": 2.0, "killed": 0.5, "exit": None, "cut": 2.0, "bye": None}
 
 
-def say(text: str) -> None:
+def write_stderr(text: str) -> None:
     """Write to stderr, in one piece, on lines of its own: the cursor may stand behind a progress bar."""
     os.write(2, f"\n{text}\n".encode(errors="replace"))
 
 
-class Switchboard(threading.Thread):
+class RankMonitorServer(threading.Thread):
     """Listens on rank 0.
 
     Args:
@@ -65,7 +65,7 @@ class Switchboard(threading.Thread):
         else:
             ranks, words = self.verdict()
             if words:
-                say(words)
+                write_stderr(words)
             self.tell_all({"end": ranks})
 
     def is_decided(self) -> bool:

@@ -11,11 +11,11 @@ import sys
 import threading
 import time
 
-PREEMPTED = 85  # exit status: the run was told to leave, and the same command goes on with it
+PREEMPTED_EXIT_STATUS = 85  # exit status: the run was told to leave, and the same command goes on with it
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
-class Preemption:
+class PreemptionListener:
     """What this process was told, and since when.
 
     A signal's own handler runs only when the main thread is back in Python, which a step on a GPU or a collective can
@@ -66,11 +66,11 @@ class Preemption:
     def _hear(self, number: signal.Signals) -> None:
         if not self.training:
             told = f"{number.name} before the first step: nothing to save; the same command starts again"
-            leave_at_once(told, status_of(number))
+            exit_now(told, exit_status_of(number))
         elif self.signal is None:
             self.note(number, time.monotonic())
         elif number == signal.SIGINT and self.waited > 1:  # Ctrl-C, once more
-            leave_at_once(f"{number.name} again: leaving without saving", 128 + number)
+            exit_now(f"{number.name} again: leaving without saving", 128 + number)
 
     def note(self, number: signal.Signals, heard_at: float) -> None:
         """That a signal came to this rank, or to another."""
@@ -82,23 +82,23 @@ class Preemption:
 
     def _out_of_time(self) -> None:
         if not self.over:
-            leave_at_once(
+            exit_now(
                 f"{self.signal.name}: the {self.bound:g} s of --save_on_signal_seconds are over before a checkpoint is "
                 f"whole; {self.goes_on_from}",
-                status_of(self.signal),
+                exit_status_of(self.signal),
             )
 
 
-preemption = Preemption()  # signals are a process's, and so is this
+preemption = PreemptionListener()  # signals are a process's, and so is this
 
 
-def status_of(number: signal.Signals) -> int:
+def exit_status_of(number: signal.Signals) -> int:
     """What a run that could not save leaves with. srun sends SIGTERM also when another task failed, and returns the
     highest status: it must not look as if the same command could go on."""
-    return 128 + number if number == signal.SIGTERM and os.environ.get("LAUNCHER") == "slurm" else PREEMPTED
+    return 128 + number if number == signal.SIGTERM and os.environ.get("LAUNCHER") == "slurm" else PREEMPTED_EXIT_STATUS
 
 
-def leave_at_once(sentence: str, status: int) -> None:
+def exit_now(sentence: str, status: int) -> None:
     """End the process from any thread, whatever the others do; rank 0 says why."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         os.write(sys.stdout.fileno(), f"{sentence} (exit status {status})\n".encode())
@@ -125,7 +125,7 @@ def _let_children_be() -> None:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
-def outlive_first_signal(worker: int) -> None:
+def ignore_first_sigterm(worker: int) -> None:
     """Where a worker of a dataloader starts: it may be told to end together with the run, which needs its data until
     the step is done. The second SIGTERM is meant: the dataloader's own."""
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

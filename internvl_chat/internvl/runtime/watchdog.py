@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from internvl.runtime.rank_monitor_server import say
+from internvl.runtime.rank_monitor_server import write_stderr
 
-REMEMBERED = 100  # past steps, of which the usual is the median
+NUM_REMEMBERED_STEPS = 100  # past steps, of which the usual is the median
 
 
 class Phase(NamedTuple):
@@ -50,7 +50,7 @@ class Watchdog:
 
     def __init__(self, factor: float, floor: float, rank: int):
         self.factor, self.floor, self.rank = factor, floor, rank
-        self.usual: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self.usual: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=NUM_REMEMBERED_STEPS))
         self.phase: Phase | None = None
         self.reported: Phase | None = None
         self.stopped = threading.Event()
@@ -87,7 +87,7 @@ class Watchdog:
         now = time.monotonic()
         self.usual[self.phase.kind].append(now - self.phase.since)
         if self.phase is self.reported:
-            say(f"[rank {self.rank}] goes on after {now - self.phase.since:.1f} s")
+            write_stderr(f"[rank {self.rank}] goes on after {now - self.phase.since:.1f} s")
         self.phase = Phase(kind, number, now)
 
     def limit(self, kind: str) -> tuple[float, float | None]:
@@ -109,7 +109,7 @@ class Watchdog:
                 pause = min(self.floor, limit - passed)
                 continue
             self.reported = phase
-            say(self.report(phase, passed, usual))
+            write_stderr(self.report(phase, passed, usual))
 
     def report(self, phase: Phase, passed: float, usual: float | None) -> str:
         """Lines that all begin with the rank, so that those of several ranks can be told apart."""
@@ -123,9 +123,9 @@ class Watchdog:
 
 INNERMOST = 4  # frames shown of a thread other than the main one
 
-WATCHING = ("lifeline", "switchboard")
+MONITOR_THREADS = ("lifeline", "switchboard")
 
-ANSWER = 0.5  # seconds for processes to write their stacks
+STACK_TIMEOUT = 0.5  # seconds for processes to write their stacks
 
 FRAME = re.compile(r'^  File "(?P<path>.*)", line (?P<line>\d+) in (?P<function>.*)$')  # of faulthandler
 
@@ -141,7 +141,7 @@ def stacks_of_threads() -> Iterator[tuple[str, list[str]]]:
         while frame is not None:
             stack.append(described(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
             frame = frame.f_back
-        if thread is not threading.current_thread() and thread.name not in WATCHING:
+        if thread is not threading.current_thread() and thread.name not in MONITOR_THREADS:
             yield f"thread {thread.name}", stack if thread is main else stack[:INNERMOST]
 
 
@@ -159,7 +159,7 @@ class ForkedProcesses:
                 continue
             begin = self.file.seek(0, os.SEEK_END)
             os.kill(process.pid, signal.SIGUSR2)
-            time.sleep(ANSWER)
+            time.sleep(STACK_TIMEOUT)
             self.file.seek(begin)
             frames = filter(None, map(FRAME.match, self.file.read().splitlines()))
             stack = [described(frame["path"], frame["line"], frame["function"]) for frame in frames]

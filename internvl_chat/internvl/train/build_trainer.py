@@ -9,14 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl.arguments.training import DataTrainingArguments, TrainingArguments
 from internvl.data.collators import row_collator
-from internvl.data.images import NORMALIZE
-from internvl.model.activation_checkpointing import recomputed_share
+from internvl.data.images import NORMALIZATION
+from internvl.model.activation_checkpointing import recomputed_layer_share
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.planning.data_schedule import Schedule
-from internvl.planning.epoch_plan import Layout
-from internvl.planning.plan_report import summary
+from internvl.planning.data_schedule import DataSchedule
+from internvl.planning.epoch_plan import PlanLayout
+from internvl.planning.plan_report import format_plan
 from internvl.planning.sample_cost import Passes, step_cost
-from internvl.train.build_data import Data, allowed_bad_samples
+from internvl.train.build_data import TrainingData, count_allowed_bad_samples
 from internvl.train.trainer import InternVLTrainer
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def preprocessor_config(data_args: DataTrainingArguments) -> dict:
     """`preprocessor_config.json` as published checkpoints have it: size, mean and deviation of a tile."""
-    mean, std = NORMALIZE[data_args.normalize_type]
+    mean, std = NORMALIZATION[data_args.normalize_type]
     return {
         "crop_size": data_args.force_image_size,
         "do_center_crop": True,
@@ -41,7 +41,7 @@ def preprocessor_config(data_args: DataTrainingArguments) -> dict:
 def build_trainer(
     model: InternVLChatModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Data,
+    data: TrainingData,
     data_args: DataTrainingArguments,
     training_args: TrainingArguments,
     trainer_class: type[InternVLTrainer] = InternVLTrainer,
@@ -49,8 +49,10 @@ def build_trainer(
     **kwargs,
 ) -> InternVLTrainer:
     """Plan the epochs and put everything into a trainer; `kwargs` go to it, too."""
-    schedule = Schedule(data.lengths, data.digests, build_layout(model, data_args, training_args), data.weights)
-    logger.info("the data:\n%s", summary(data.lengths, schedule.plan(0), schedule.layout, len(data.bad_samples)))
+    schedule = DataSchedule(
+        data.lengths, data.digests, build_plan_layout(model, data_args, training_args), data.weights
+    )
+    logger.info("the data:\n%s", format_plan(data.lengths, schedule.plan(0), schedule.layout, len(data.bad_samples)))
     model.loss_reduction = data_args.loss_reduction
     collator = partial(collator, pad_id=tokenizer.pad_token_id)
     if data_args.use_packed_ds and data_args.strict_mode:
@@ -63,7 +65,7 @@ def build_trainer(
         processing_class=tokenizer,
         schedule=schedule,
         bad_samples=list(map(str, data.bad_samples)),
-        max_bad_samples=allowed_bad_samples(data_args, len(data.lengths.tokens)),
+        max_bad_samples=count_allowed_bad_samples(data_args, len(data.lengths.tokens)),
         preprocessor=preprocessor_config(data_args),
         accept_changed_data=data_args.accept_changed_data,
         all_gather=data_args.loss_reduction_all_gather,
@@ -71,18 +73,18 @@ def build_trainer(
     )
 
 
-def build_layout(
+def build_plan_layout(
     model: InternVLChatModel, data_args: DataTrainingArguments, training_args: TrainingArguments
-) -> Layout:
+) -> PlanLayout:
     """What the flags say about rows and steps; cost is that of this model, of which these parts train."""
 
     def passes(part: nn.Module) -> int:
         trained = [name for name, parameter in part.named_parameters() if parameter.requires_grad]
         whole = any("lora_" not in name for name in trained)
-        return 1 + recomputed_share(part) + 1 + whole if trained else 1
+        return 1 + recomputed_layer_share(part) + 1 + whole if trained else 1
 
     llm = max(passes(model.language_model), passes(model.vision_model), 2)  # gradients go through it in any case
-    return Layout(
+    return PlanLayout(
         seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
         world_size=training_args.world_size,
         micro_batch=training_args.per_device_train_batch_size,

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, WeightedRandomSampler
 
 from internvl.constants import IGNORE_INDEX as IGNORE_TOKEN_ID
-from internvl.constants import BadSample
+from internvl.constants import UnusableSample
 from internvl.data.chat_tokenization import (
     preprocess,
     preprocess_internlm,
@@ -163,6 +163,6 @@ def check_conversations_repetition(conversations: list[dict], repeat_threshold: 
     """Raise BadSample if an answer repeats itself, by `calculate_ngram_repetition`, more than the threshold allows."""
     for number, turn in enumerate(conversations, start=1):
         if turn["from"] == "gpt" and (share := calculate_ngram_repetition(turn["value"], ngram)) > repeat_threshold:
-            raise BadSample(
+            raise UnusableSample(
                 f"turn {number} repeats itself: {share:.2f} of its runs of {ngram} words, above {repeat_threshold}"
             )

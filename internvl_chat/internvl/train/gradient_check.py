@@ -24,14 +24,16 @@ def watch_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Cal
     def check(finite: bool = True) -> None:
         for handle in watched.values():
             handle.remove()
-        complain("got no gradient", [name for name in watched if name not in found], len(watched))
+        raise_gradient_error("got no gradient", [name for name in watched if name not in found], len(watched))
         if finite:
-            complain("got a gradient that is not finite", [n for n, ok in found.items() if not ok], len(watched))
+            raise_gradient_error(
+                "got a gradient that is not finite", [n for n, ok in found.items() if not ok], len(watched)
+            )
 
     return check
 
 
-def complain(what: str, names: list[str], total: int) -> None:
+def raise_gradient_error(what: str, names: list[str], total: int) -> None:
     if names:
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise ValueError(f"after the first step {len(names)} of {total} trainable tensors {what}: {listed}")

@@ -11,31 +11,31 @@ if __name__ == "__main__":  # before the imports below, which take seconds: a si
     preemption.listen()
 
 from internvl.arguments.training import DataTrainingArguments, ModelArguments, TrainingArguments, parse_args  # noqa: F401
-from internvl.arguments.validate import check
-from internvl.checkpoint.resume import resume_point
+from internvl.arguments.validate import validate_arguments
+from internvl.checkpoint.resume import choose_resume_checkpoint
 from internvl.constants import IGNORE_INDEX  # noqa: F401
 from internvl.data.collators import len2weight  # noqa: F401
 from internvl.data.supervised_dataset import LazySupervisedDataset  # noqa: F401
-from internvl.runtime.shutdown import join_ranks, shared_end
+from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
 from internvl.train.build_data import build_data
 from internvl.train.build_model import build_model, build_tokenizer
 from internvl.train.build_trainer import build_trainer
-from internvl.train.run_training import leave, set_up_logging, train_and_save
+from internvl.train.run_training import exit_process_group, set_up_logging, train_and_save
 
 
 def main() -> None:
     """Set up, train, save, leave. What the user or the data did wrong ends it with one sentence and status 1, a signal
     with a checkpoint and status 85."""
-    leave(train())
+    exit_process_group(train())
 
 
 def train() -> int:
-    with shared_end():
-        join_ranks()
+    with abort_all_ranks_on_error():
+        join_process_group()
         model_args, data_args, training_args = parse_args()
         set_up_logging(training_args)
-        check(model_args, data_args, training_args)
-        checkpoint = resume_point(training_args)
+        validate_arguments(model_args, data_args, training_args)
+        checkpoint = choose_resume_checkpoint(training_args)
         tokenizer = build_tokenizer(model_args, data_args)
         model = build_model(model_args, data_args, training_args, tokenizer)
         data = build_data(data_args, training_args, tokenizer, model.num_image_token)

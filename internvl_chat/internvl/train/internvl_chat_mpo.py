@@ -12,7 +12,7 @@ from pathlib import Path
 from internvl.arguments.preference import DPOConfig, PreferenceDataArguments
 from internvl.arguments.training import ModelArguments
 from internvl.model.internvl_chat import InternVLChatConfig
-from internvl.model.lora import RANKS
+from internvl.model.lora import LORA_RANK_FIELDS
 from internvl.train.build_model import build_tokenizer, load_model
 from internvl.train.preference_loss import InternVLChatModel
 
@@ -21,19 +21,19 @@ if __name__ == "__main__":  # before the imports below, which take seconds: a si
 
     preemption.listen()
 
-from internvl.arguments.preference import MPO  # noqa: F401
+from internvl.arguments.preference import PREFERENCE_ARGUMENTS  # noqa: F401
 from internvl.arguments.preference import PreferenceDataArguments as DataTrainingArguments  # noqa: F401
 from internvl.arguments.training import parse_args  # noqa: F401
-from internvl.arguments.validate import check_preference
-from internvl.checkpoint.resume import resume_point
+from internvl.arguments.validate import validate_preference_arguments
+from internvl.checkpoint.resume import choose_resume_checkpoint
 from internvl.data.preference_dataset import PreferenceDataset, pair_collator
 from internvl.data.preference_dataset import PreferenceDataset as LazySupervisedDataset  # noqa: F401
-from internvl.runtime.shutdown import join_ranks, shared_end
+from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
 from internvl.train.build_data import build_data
 from internvl.train.build_model import build_model
 from internvl.train.build_trainer import build_trainer
 from internvl.train.preference_loss import PreferenceLoss
-from internvl.train.run_training import leave, set_up_logging, train_and_save
+from internvl.train.run_training import exit_process_group, set_up_logging, train_and_save
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -47,16 +47,16 @@ CODE += ["configuration_internvl_chat.py", "modeling_internvl_chat.py"]
 def main() -> None:
     """Set up, train, save, leave. What the user or the data did wrong ends it with one sentence and status 1, a signal
     with a checkpoint and status 85."""
-    leave(train())
+    exit_process_group(train())
 
 
 def train() -> int:
-    with shared_end():
-        join_ranks()
-        model_args, data_args, training_args = parse_args(classes=MPO)
+    with abort_all_ranks_on_error():
+        join_process_group()
+        model_args, data_args, training_args = parse_args(classes=PREFERENCE_ARGUMENTS)
         set_up_logging(training_args)
-        check_preference(model_args, data_args, training_args)
-        checkpoint = resume_point(training_args)
+        validate_preference_arguments(model_args, data_args, training_args)
+        checkpoint = choose_resume_checkpoint(training_args)
         tokenizer = build_tokenizer(model_args, data_args)
         model = build_model(model_args, data_args, training_args, tokenizer, InternVLChatModel)
         reference = build_reference(model, model_args, data_args, training_args)
@@ -108,4 +108,4 @@ def had_adapters(model_args: ModelArguments) -> bool:
     if not model_args.model_name_or_path:
         return False
     config = InternVLChatConfig.from_pretrained(model_args.model_name_or_path)
-    return any(getattr(config, rank) for rank in RANKS.values())
+    return any(getattr(config, rank) for rank in LORA_RANK_FIELDS.values())

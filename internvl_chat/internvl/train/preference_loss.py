@@ -19,9 +19,9 @@ from torch.nn.functional import logsigmoid
 from internvl.arguments.preference import DPOConfig, PreferenceDataArguments
 from internvl.model import internvl_chat
 from internvl.model.internvl_chat.decoder import decode
-from internvl.model.internvl_chat.documents import trained_positions
-from internvl.model.lora import plain
-from internvl.model.token_loss import scaled, target_log_probs, unscaled
+from internvl.model.internvl_chat.documents import loss_positions
+from internvl.model.lora import unwrap_peft
+from internvl.model.token_loss import keep_logits, scale_logits, target_log_probs
 
 # -- from a batch to log-probabilities ---------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ class InternVLChatModel(internvl_chat.InternVLChatModel):
         visual_features = None
         if len(pixel_values):
             visual_features = self.extract_feature(pixel_values)[image_flags.flatten() == 1].repeat(2, 1, 1)
-        llm = plain(self.language_model)
+        llm = unwrap_peft(self.language_model)
         outputs = decode(
             llm,
             self._embed(input_ids, visual_features=visual_features),
@@ -46,7 +46,7 @@ class InternVLChatModel(internvl_chat.InternVLChatModel):
             cu_seqlens=cu_seqlens,
             use_cache=False,
         )
-        head, scale = llm.get_output_embeddings(), partial(scaled, llm)
+        head, scale = llm.get_output_embeddings(), partial(scale_logits, llm)
         return label_log_probs(outputs.last_hidden_state, head, labels, position_ids, scale)
 
 
@@ -55,10 +55,10 @@ def label_log_probs(
     head: nn.Module,
     labels: torch.Tensor,
     position_ids: torch.Tensor | None = None,
-    scale: Callable[[torch.Tensor], torch.Tensor] = unscaled,
+    scale: Callable[[torch.Tensor], torch.Tensor] = keep_logits,
 ) -> torch.Tensor:
     """Sum over each row of the log-probabilities of its labels, (B,) float32. Arguments as in `token_loss`."""
-    trained = trained_positions(labels, position_ids)
+    trained = loss_positions(labels, position_ids)
     log_probs = target_log_probs(head, scale, hidden_states[:, :-1][trained], labels[:, 1:][trained])
     return log_probs.new_zeros(len(labels)).index_add(0, trained.nonzero()[:, 0], log_probs)
 

@@ -9,14 +9,14 @@ import torch.distributed as dist
 import transformers
 
 from internvl.arguments.training import TrainingArguments
-from internvl.runtime.shutdown import say_goodbye
-from internvl.runtime.signals import PREEMPTED, ignore_signals
-from internvl.train.build_data import Data
+from internvl.runtime.shutdown import leave_rank_monitor
+from internvl.runtime.signals import PREEMPTED_EXIT_STATUS, ignore_signals
+from internvl.train.build_data import TrainingData
 from internvl.train.trainer import InternVLTrainer
-from internvl.train.trainer_checkpoint import said_clearly
+from internvl.train.trainer_checkpoint import one_line_io_errors
 
 
-def train_and_save(trainer: InternVLTrainer, data: Data, checkpoint: str | None) -> int:
+def train_and_save(trainer: InternVLTrainer, data: TrainingData, checkpoint: str | None) -> int:
     """Train from the checkpoint, if any, to the end; leave model, state and metrics in the output folder.
 
     Returns:
@@ -27,8 +27,8 @@ def train_and_save(trainer: InternVLTrainer, data: Data, checkpoint: str | None)
         return 0
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped:
-        return PREEMPTED
-    with said_clearly(f"the model cannot be written to {trainer.args.output_dir}"):
+        return PREEMPTED_EXIT_STATUS
+    with one_line_io_errors(f"the model cannot be written to {trainer.args.output_dir}"):
         trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", {**result.metrics, "train_samples": int(data.usable.sum())})
@@ -36,9 +36,9 @@ def train_and_save(trainer: InternVLTrainer, data: Data, checkpoint: str | None)
     return 0
 
 
-def leave(status: int) -> None:
+def exit_process_group(status: int) -> None:
     """End the process group when nothing holds it any more: an exit with its threads alive is aborted now and then."""
-    say_goodbye()
+    leave_rank_monitor()
     gc.collect()
     dist.destroy_process_group()
     if status:

@@ -11,12 +11,12 @@ from torch import nn
 
 from internvl.arguments.per_part import LORA, NAMES, given
 from internvl.arguments.training import ModelArguments, TrainingArguments
-from internvl.model.internvl_chat.lora_mixin import configured
-from internvl.model.lora import FLAGS, RANKS, LoraSettings, is_wrapped, plain
-from internvl.train.param_groups import parameter_groups, size
+from internvl.model.internvl_chat.lora_mixin import lora_settings_of
+from internvl.model.lora import LORA_RANK_FIELDS, PART_FLAGS, LoraSettings, is_peft_model, unwrap_peft
+from internvl.train.param_groups import build_param_groups, num_elements
 
 logger = logging.getLogger(__name__)
-HIGHEST_RANK = 2**16  # of adapters; no published layer is as wide
+MAX_LORA_RANK = 2**16  # of adapters; no published layer is as wide
 
 
 def set_trainable(model: nn.Module, args: ModelArguments) -> None:
@@ -27,7 +27,7 @@ def set_trainable(model: nn.Module, args: ModelArguments) -> None:
     Raises:
         ValueError: when the checkpoint holds other adapters, or when nothing is left to train.
     """
-    for part, frozen in zip(RANKS, (args.freeze_backbone, args.freeze_mlp, args.freeze_llm), strict=True):
+    for part, frozen in zip(LORA_RANK_FIELDS, (args.freeze_backbone, args.freeze_mlp, args.freeze_llm), strict=True):
         if frozen:
             getattr(model, part).requires_grad_(False)
         add_lora(model, part, args)
@@ -43,7 +43,7 @@ def set_trainable(model: nn.Module, args: ModelArguments) -> None:
 
 def set_vision_layers(model: nn.Module, unfreeze: int) -> None:
     """Unfreeze the vision layers [unfreeze:], unless it is 0; freeze those whose output nobody reads."""
-    layers = plain(model.vision_model).encoder.layers
+    layers = unwrap_peft(model.vision_model).encoder.layers
     if not -len(layers) <= unfreeze < len(layers):
         raise ValueError(
             f"--unfreeze_vit_layers {unfreeze}: the vision encoder has {len(layers)} layers, so that a first one to "
@@ -60,56 +60,62 @@ def set_vision_layers(model: nn.Module, unfreeze: int) -> None:
 
 def add_lora(model: nn.Module, part: str, args: ModelArguments) -> None:
     """Give a part the adapters that the flags ask for, or train on with those that it has."""
-    rank, asked = getattr(args, RANKS[part]), given(args, FLAGS[part], LORA)
+    rank, asked = getattr(args, LORA_RANK_FIELDS[part]), given(args, PART_FLAGS[part], LORA)
     if rank < 0:
-        raise ValueError(f"--{RANKS[part]} {rank}: a LoRA rank is positive, or 0 for none.")
-    if rank > HIGHEST_RANK:
-        raise ValueError(f"--{RANKS[part]} {rank}: a LoRA rank is at most {HIGHEST_RANK:,}.")
+        raise ValueError(f"--{LORA_RANK_FIELDS[part]} {rank}: a LoRA rank is positive, or 0 for none.")
+    if rank > MAX_LORA_RANK:
+        raise ValueError(f"--{LORA_RANK_FIELDS[part]} {rank}: a LoRA rank is at most {MAX_LORA_RANK:,}.")
     if asked and not rank:
         flag, value = next(iter(asked.items()))
-        raise ValueError(f"--{FLAGS[part]}_{flag} {value} acts on adapters, which --{RANKS[part]} 0 does not add.")
+        raise ValueError(
+            f"--{PART_FLAGS[part]}_{flag} {value} acts on adapters, which --{LORA_RANK_FIELDS[part]} 0 does not add."
+        )
     module = getattr(model, part)
-    if rank and is_wrapped(module) and goes_on(model.config, part, args):
+    if rank and is_peft_model(module) and continues_adapters(model.config, part, args):
         module.set_adapter(module.active_adapter)  # freezing the part froze them too
     elif rank:
-        model.wrap_part(part, LoraSettings(**{"r": rank, "alpha": 2 * rank, **asked_settings(args, part)}))
+        model.add_part_adapters(
+            part, LoraSettings(**{"r": rank, "alpha": 2 * rank, **lora_settings_from_flags(args, part)})
+        )
 
 
-def asked_settings(args: ModelArguments, part: str) -> dict:
+def lora_settings_from_flags(args: ModelArguments, part: str) -> dict:
     """Fields of `LoraSettings` that the command line gives for a part."""
-    asked = {name.removeprefix("lora_"): value for name, value in given(args, FLAGS[part], LORA).items()}
+    asked = {name.removeprefix("lora_"): value for name, value in given(args, PART_FLAGS[part], LORA).items()}
     if "layers" in asked:
         if not (match := re.fullmatch(r"(-?\d*):(-?\d*)", asked["layers"])):
-            raise ValueError(f"--{FLAGS[part]}_lora_layers {asked['layers']}: not START:STOP, such as 0:12 or -8:")
+            raise ValueError(f"--{PART_FLAGS[part]}_lora_layers {asked['layers']}: not START:STOP, such as 0:12 or -8:")
         asked["layers"] = [int(number) if number else None for number in match.groups()]
     return asked
 
 
-def goes_on(config, part: str, args: ModelArguments) -> bool:
+def continues_adapters(config, part: str, args: ModelArguments) -> bool:
     """Whether the adapters that a checkpoint with this config has in a part are those that the flags ask for."""
-    held = configured(config, part)
-    asked = {"r": getattr(args, RANKS[part]), **asked_settings(args, part)}
+    held = lora_settings_of(config, part)
+    asked = {"r": getattr(args, LORA_RANK_FIELDS[part]), **lora_settings_from_flags(args, part)}
     return all(getattr(held, name) == value for name, value in asked.items())
 
 
 def trainable_table(model: nn.Module, args: TrainingArguments) -> str:
     """The table of parts that a run prints before its first step."""
     rows = [("part", "parameters", "trained", "share", "LoRA rank", "learning rate")]
-    groups = parameter_groups(model, args)
-    for part, flag in FLAGS.items():
+    groups = build_param_groups(model, args)
+    for part, flag in PART_FLAGS.items():
         parameters = list(getattr(model, part).parameters())
-        total = sum(map(size, parameters))
-        trained = sum(size(p) for p in parameters if p.requires_grad)
+        total = sum(map(num_elements, parameters))
+        trained = sum(num_elements(p) for p in parameters if p.requires_grad)
         rates = sorted({f"{group['lr']:g}" for group in groups if group["name"] == NAMES[flag]}, key=float)
         rate = " to ".join(dict.fromkeys((rates[0], rates[-1]))) if rates else "-"
-        rows.append((NAMES[flag], f"{total:,}", f"{trained:,}", f"{trained / total:.2%}", lora_of(model, part), rate))
+        rows.append(
+            (NAMES[flag], f"{total:,}", f"{trained:,}", f"{trained / total:.2%}", describe_lora(model, part), rate)
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def lora_of(model: nn.Module, part: str) -> str:
+def describe_lora(model: nn.Module, part: str) -> str:
     """A part's LoRA rank, with its variant where that is another than LoRA."""
-    if not is_wrapped(getattr(model, part)):
+    if not is_peft_model(getattr(model, part)):
         return "-"
-    settings = configured(model.config, part)
+    settings = lora_settings_of(model.config, part)
     return f"{settings.r}" if settings.variant == "lora" else f"{settings.r} {settings.variant}"

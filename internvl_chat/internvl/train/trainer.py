@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import torch
 
-from internvl.constants import BadSample
+from internvl.constants import UnusableSample
 from internvl.data.images import normalize
-from internvl.dist_utils import gathered
-from internvl.model.internvl_chat.documents import document_weights, trained_positions
+from internvl.dist_utils import gather_objects
+from internvl.model.internvl_chat.documents import document_weights, loss_positions
 from internvl.train.gradient_check import watch_gradients
-from internvl.train.param_groups import parameter_groups
+from internvl.train.param_groups import build_param_groups
 from internvl.train.trainer_metered import MeteredTrainer
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def label_weights(batch: dict, reduction: str) -> torch.Tensor:
     """Weights (n,) of the labels of a batch that are trained."""
     weights = document_weights(batch["labels"], batch["position_ids"], reduction)
-    return weights[:, 1:][trained_positions(batch["labels"], batch["position_ids"])]
+    return weights[:, 1:][loss_positions(batch["labels"], batch["position_ids"])]
 
 
 class InternVLTrainer(MeteredTrainer):
@@ -73,7 +73,7 @@ class InternVLTrainer(MeteredTrainer):
         """For offloaded states accelerate makes DeepSpeed's own of it, which is AdamW only where this is torch's."""
         if self.optimizer is None:
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = parameter_groups(self.model, self.args)
+            groups = build_param_groups(self.model, self.args)
             self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
 
@@ -81,7 +81,7 @@ class InternVLTrainer(MeteredTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        loss = self.all_or_nothing(loss) * self.micro_batch_weight(inputs)
+        loss = self.propagate_nonfinite_loss(loss) * self.micro_batch_weight(inputs)
         return (loss, outputs) if return_outputs else loss
 
     def micro_batch_weight(self, inputs: dict) -> torch.Tensor | float:
@@ -106,7 +106,7 @@ class InternVLTrainer(MeteredTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report the bad samples that any rank met."""
-        reports, self.found_bad = gathered(self.found_bad), []
+        reports, self.found_bad = gather_objects(self.found_bad), []
         self.report_bad_samples([sentence for found in reports for sentence in found])
         super().log(logs, start_time)
 
@@ -116,14 +116,14 @@ class InternVLTrainer(MeteredTrainer):
         for sentence in new:
             logger.warning("left out: %s", sentence)
         if new and len(self.bad_samples) > self.max_bad_samples:
-            raise too_many_bad_samples(self.bad_samples, self.max_bad_samples)
+            raise too_many_bad_samples_error(self.bad_samples, self.max_bad_samples)
 
 
-def too_many_bad_samples(sentences: list[str], allowed: int) -> BadSample:
+def too_many_bad_samples_error(sentences: list[str], allowed: int) -> UnusableSample:
     """The error that ends a run: how many samples are unusable, and the list of them."""
     shown = "\n".join(f"  {sentence}" for sentence in sentences[:20])
     more = f"\n  ... and {len(sentences) - 20} more" if len(sentences) > 20 else ""
-    return BadSample(
+    return UnusableSample(
         f"{len(sentences)} samples cannot be used, --max_bad_samples allows {allowed}; mend or remove them:\n"
         f"{shown}{more}"
     )

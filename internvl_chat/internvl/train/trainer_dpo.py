@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from internvl.dist_utils import gathered
+from internvl.dist_utils import gather_objects
 from internvl.metrics.model_flops import ModelFlops, model_flops
-from internvl.model.internvl_chat.documents import trained_positions
-from internvl.model.lora import is_wrapped
+from internvl.model.internvl_chat.documents import loss_positions
+from internvl.model.lora import is_peft_model
 from internvl.train.preference_loss import InternVLChatModel, PreferenceLoss
 from internvl.train.trainer import InternVLTrainer
 
-REWARDS = "rewards_seen.json"  # in a checkpoint: what PreferenceLoss.seen holds
+REWARDS_FILE = "rewards_seen.json"  # in a checkpoint: what PreferenceLoss.seen holds
 
 
 class MultimodalDPOTrainer(InternVLTrainer):
@@ -50,12 +50,12 @@ class MultimodalDPOTrainer(InternVLTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, metrics = self.get_batch_loss_metrics(model, inputs)
         self.metrics.append(metrics)
-        loss = self.all_or_nothing(loss) * self.micro_batch_weight(inputs)
+        loss = self.propagate_nonfinite_loss(loss) * self.micro_batch_weight(inputs)
         return (loss, metrics) if return_outputs else loss
 
     def get_batch_loss_metrics(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a batch of `pair_collator`, a scalar, and values of each metric, one a pair."""
-        tokens = trained_positions(batch["labels"], batch["position_ids"]).sum(1)
+        tokens = loss_positions(batch["labels"], batch["position_ids"]).sum(1)
         reference = self.reference_log_probs(model, batch)
         return self.loss(model(**batch), reference, tokens)
 
@@ -69,7 +69,7 @@ class MultimodalDPOTrainer(InternVLTrainer):
                 return self.frozen(**batch)
         model.eval()
         with ExitStack() as stack:
-            for part in filter(is_wrapped, self.model.children()):
+            for part in filter(is_peft_model, self.model.children()):
                 stack.enter_context(part.disable_adapter())
             log_probs = model(**batch)
         model.train()
@@ -96,7 +96,7 @@ class MultimodalDPOTrainer(InternVLTrainer):
         """Add the mean of each metric over the pairs of all ranks to a line of the log."""
         mine = [{name: values.tolist() for name, values in metrics.items()} for metrics in self.metrics]
         self.metrics = []
-        seen = [metrics for metrics_of_rank in gathered(mine) for metrics in metrics_of_rank]
+        seen = [metrics for metrics_of_rank in gather_objects(mine) for metrics in metrics_of_rank]
         if "loss" in logs and seen:
             for name in seen[0]:
                 values = [value for metrics in seen for value in metrics[name]]
@@ -108,12 +108,12 @@ class MultimodalDPOTrainer(InternVLTrainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """As transformers', from a checkpoint's mean reward if there is one."""
         if resume_from_checkpoint:
-            stored = json.loads((Path(resume_from_checkpoint) / REWARDS).read_text())
+            stored = json.loads((Path(resume_from_checkpoint) / REWARDS_FILE).read_text())
             self.loss.seen = torch.tensor(stored, dtype=torch.float64)
         return super().train(resume_from_checkpoint, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            path = Path(output_dir or self.args.output_dir) / REWARDS
+            path = Path(output_dir or self.args.output_dir) / REWARDS_FILE
             path.write_text(json.dumps(self.loss.seen.tolist()))

@@ -15,23 +15,23 @@ import torch
 from accelerate.utils import DeepSpeedEngineWrapper
 from torch import nn
 
-from internvl.dist_utils import gathered, world_size
-from internvl.metrics.comm_profiler import Collectives
+from internvl.dist_utils import gather_objects, world_size
+from internvl.metrics.comm_profiler import CommProfiler
 from internvl.metrics.device_peak import device_peak
 from internvl.metrics.model_flops import ModelFlops, model_flops
-from internvl.metrics.step_timer import Stopwatch, append_line, combined, forget_after, peak_memory
-from internvl.model.internvl_chat.documents import trained_positions
+from internvl.metrics.step_timer import StepTimer, append_metrics, combine_rank_reports, drop_metrics_after, peak_memory
+from internvl.model.internvl_chat.documents import loss_positions
 from internvl.runtime.watchdog import Watchdog
 from internvl.train.trainer_scheduled import ScheduledTrainer
 
 logger = logging.getLogger(__name__)
-METRICS = "metrics.jsonl"  # in the output folder
+METRICS_FILE = "metrics.jsonl"  # in the output folder
 
 
 class TimedEngine(DeepSpeedEngineWrapper):
     """accelerate's hold on a DeepSpeed engine, whose `backward` is the optimizer's step too: with a mark in between."""
 
-    def __init__(self, engine: nn.Module, stopwatch: Stopwatch, before_step: Callable):
+    def __init__(self, engine: nn.Module, stopwatch: StepTimer, before_step: Callable):
         super().__init__(engine)
         self.stopwatch, self.before_step = stopwatch, before_step
 
@@ -53,13 +53,13 @@ class MeteredTrainer(ScheduledTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.stopwatch = Stopwatch(self.args.device)
+        self.stopwatch = StepTimer(self.args.device)
         self.counts: Counter[str] = Counter()  # of this rank since the last report
         self.flops_of_batch = 0.0
-        self.collectives = Collectives(self.args.device) if self.args.log_level == "debug" else None
+        self.collectives = CommProfiler(self.args.device) if self.args.log_level == "debug" else None
         self.communication: float | None = None
         self.watchdog = Watchdog(self.args.watchdog_factor, self.args.watchdog_seconds, self.args.process_index)
-        self.metrics_file = Path(self.args.output_dir, METRICS)
+        self.metrics_file = Path(self.args.output_dir, METRICS_FILE)
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ class MeteredTrainer(ScheduledTrainer):
             engine = self.accelerator.deepspeed_engine_wrapped.engine
             self.accelerator.deepspeed_engine_wrapped = TimedEngine(engine, self.stopwatch, self.before_zero_step)
         if self.args.process_index == 0:
-            forget_after(self.metrics_file, self.state.global_step)
+            drop_metrics_after(self.metrics_file, self.state.global_step)
         self.watchdog.start(self.state.global_step + 1)
         return prepared
 
@@ -107,7 +107,7 @@ class MeteredTrainer(ScheduledTrainer):
 
     def count(self, documents: Sequence[int], batch: dict) -> None:
         """Note the work in a batch, still on the CPU; `documents` are the tokens of each that is no padding."""
-        trained = int(trained_positions(batch["labels"], batch["position_ids"]).sum())
+        trained = int(loss_positions(batch["labels"], batch["position_ids"]).sum())
         tiles = int(batch["image_flags"].sum())
         self.flops_of_batch = self.flops.of(documents, trained, tiles)
         work = {"tokens": sum(documents), "trained": trained, "tiles": tiles, "flops": self.flops_of_batch}
@@ -148,14 +148,14 @@ class MeteredTrainer(ScheduledTrainer):
         """Add what all ranks counted since the last report to a line of the log."""
         training = "loss" in logs
         if training:
-            logs.update(combined(gathered(self.report()), self.counts["steps"]))
+            logs.update(combine_rank_reports(gather_objects(self.report()), self.counts["steps"]))
             self.counts.clear()
         super().log(logs, start_time)
         if training and self.args.process_index == 0:
-            append_line(self.metrics_file, {"step": self.state.global_step, **logs})
+            append_metrics(self.metrics_file, {"step": self.state.global_step, **logs})
 
     def report(self) -> dict:
-        """Of this rank, for `combined`."""
+        """Of this rank, for `combine_rank_reports`."""
         return {
             "counts": {name: count for name, count in self.counts.items() if name != "steps"},
             "seconds": self.stopwatch.take(),

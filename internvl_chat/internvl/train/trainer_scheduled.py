@@ -15,17 +15,17 @@ import torch
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 
-from internvl.dist_utils import cores
-from internvl.planning.data_schedule import Schedule
-from internvl.planning.epoch_plan import Lengths
-from internvl.runtime.signals import outlive_first_signal
+from internvl.dist_utils import num_cores
+from internvl.planning.data_schedule import DataSchedule
+from internvl.planning.epoch_plan import SampleLengths
+from internvl.runtime.signals import ignore_first_sigterm
 from internvl.train.trainer_skipping import SkippingTrainer
 
 logger = logging.getLogger(__name__)
-DATA_STATE = "data_state.json"  # in a checkpoint: what `Schedule.state` says
+DATA_STATE_FILE = "data_state.json"  # in a checkpoint: what `Schedule.state` says
 
 
-class PlannedBatches:
+class PlanBatchSampler:
     """Batch sampler of one rank: the rows of a plan in order, each as a key `(epoch, *sample ids)` of `PackedDataset`.
 
     Args:
@@ -34,7 +34,7 @@ class PlannedBatches:
         epoch: tells the current epoch; asked when an epoch's iteration begins.
     """
 
-    def __init__(self, schedule: Schedule, rank: int, epoch: Callable[[], int]):
+    def __init__(self, schedule: DataSchedule, rank: int, epoch: Callable[[], int]):
         self.schedule, self.rank, self.epoch = schedule, rank, epoch
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class ScheduledTrainer(SkippingTrainer):
         accept_changed_data: go on from a checkpoint although the data is not what it was.
     """
 
-    def __init__(self, *args, schedule: Schedule, accept_changed_data: bool = False, **kwargs):
+    def __init__(self, *args, schedule: DataSchedule, accept_changed_data: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.schedule, self.accept_changed_data = schedule, accept_changed_data
         self.epoch, self.first_step = 0, 0  # the current epoch, and the number of steps before it
@@ -65,14 +65,14 @@ class ScheduledTrainer(SkippingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Each rank reads its own column of the plan, so accelerate must not split the batches once more."""
-        workers = min(self.args.dataloader_num_workers, cores())  # the order is the same with any number
-        batches = PlannedBatches(self.schedule, self.args.process_index, epoch=lambda: self.epoch)
+        workers = min(self.args.dataloader_num_workers, num_cores())  # the order is the same with any number
+        batches = PlanBatchSampler(self.schedule, self.args.process_index, epoch=lambda: self.epoch)
         self.loader = DataLoader(
             self.train_dataset,
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=workers,
-            worker_init_fn=outlive_first_signal,
+            worker_init_fn=ignore_first_sigterm,
             prefetch_factor=self.args.dataloader_prefetch_factor or 2 if workers else None,
             multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
             persistent_workers=workers > 0,
@@ -116,9 +116,9 @@ class ScheduledTrainer(SkippingTrainer):
         Raises:
             ValueError: its data was other data, or it does not say.
         """
-        file = checkpoint / DATA_STATE
+        file = checkpoint / DATA_STATE_FILE
         if not file.is_file():
-            raise ValueError(f"{checkpoint} does not tell which samples have been seen: it has no {DATA_STATE}.")
+            raise ValueError(f"{checkpoint} does not tell which samples have been seen: it has no {DATA_STATE_FILE}.")
         state = json.loads(file.read_text())
         if state["data"] != self.schedule.fingerprint:
             self.admit_changes(self.data_of(checkpoint, state["data"]))
@@ -127,7 +127,7 @@ class ScheduledTrainer(SkippingTrainer):
         self.epoch, self.first_step = self.went_on_at[0], steps - self.went_on_at[1]
         logger.info("going on at step %d of epoch %d", self.went_on_at[1], self.epoch)
 
-    def admit_changes(self, before: Schedule) -> None:
+    def admit_changes(self, before: DataSchedule) -> None:
         changes = self.schedule.differences(before)
         if not self.accept_changed_data:
             raise ValueError(
@@ -136,14 +136,14 @@ class ScheduledTrainer(SkippingTrainer):
             )
         logger.warning("the data has changed since the checkpoint: %s", changes)
 
-    def data_of(self, checkpoint: Path, fingerprint: str) -> Schedule:
+    def data_of(self, checkpoint: Path, fingerprint: str) -> DataSchedule:
         """The data that a run was on, as it is noted beside its checkpoints."""
         file = checkpoint.parent / f"data-{fingerprint}.npz"
         if not file.is_file():
             raise ValueError(f"the data is not what {checkpoint} was trained on; {file}, which tells that, is absent.")
         kept = np.load(file)
-        lengths = Lengths(*(kept[name] for name in Lengths._fields))
-        return Schedule(lengths, kept["digests"], self.schedule.layout, kept.get("weights"))
+        lengths = SampleLengths(*(kept[name] for name in SampleLengths._fields))
+        return DataSchedule(lengths, kept["digests"], self.schedule.layout, kept.get("weights"))
 
     def note_data(self) -> None:
         file = Path(self.args.output_dir, f"data-{self.schedule.fingerprint}.npz")
@@ -171,5 +171,5 @@ class ScheduledTrainer(SkippingTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             state = self.schedule.state(self.epoch, self.state.global_step - self.first_step)
-            Path(output_dir, DATA_STATE).write_text(json.dumps(state, indent=2))
+            Path(output_dir, DATA_STATE_FILE).write_text(json.dumps(state, indent=2))
             self.note_data()

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import nn
 
-from internvl.dist_utils import gathered
+from internvl.dist_utils import gather_objects
 from internvl.train.trainer_stopping import StoppingTrainer
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class SkippingTrainer(StoppingTrainer):
     # -- step --------------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def all_or_nothing(loss: torch.Tensor) -> torch.Tensor:
+    def propagate_nonfinite_loss(loss: torch.Tensor) -> torch.Tensor:
         """A loss that gives no finite gradient unless it is finite itself: that of `inf` may well be 0."""
         return loss * torch.where(loss.isfinite(), 1.0, torch.nan)
 
@@ -49,7 +49,7 @@ class SkippingTrainer(StoppingTrainer):
         self.exploded = None
         if self.args.skip_above_grad_norm is not None and self.exceeds(norm := norm_before_step(optimizer)):
             self.exploded = norm
-            spoil(optimizer)
+            set_grads_to_inf(optimizer)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None) -> float:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -106,7 +106,7 @@ class SkippingTrainer(StoppingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Raises a ValueError, on every rank, rather than write weights that are not finite."""
         wrong = [name for name, parameter in self.trained_parameters().items() if not _is_finite(parameter)]
-        if found := sorted({name for names in gathered(wrong) for name in names}):
+        if found := sorted({name for names in gather_objects(wrong) for name in names}):
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise ValueError(
                 f"the weights are not finite after step {self.state.global_step} ({found[0]}{more}): none are written. "
@@ -131,7 +131,7 @@ def norm_before_step(optimizer) -> float:
     return float(norm) / optimizer.loss_scale
 
 
-def spoil(optimizer) -> None:
+def set_grads_to_inf(optimizer) -> None:
     """Make the gradients of a ZeRO optimizer infinite, where they are: on the device, or as norms when offloaded."""
     for gradients in optimizer.averaged_gradients.values():
         for gradient in gradients or ():

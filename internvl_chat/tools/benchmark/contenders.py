@@ -11,13 +11,13 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration
 
 from internvl.arguments.training import ModelArguments
-from internvl.model.adapter_io import MARK
+from internvl.model.adapter_io import PEFT_PREFIX
 from internvl.model.hf.adapter import Adapter, to_hf_adapter
 from internvl.model.hf.config import to_hf_config
 from internvl.model.hf.weights import to_hf
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.varlen_attention import use_varlen_attention
-from internvl.train.build_model import set_up_towers
+from internvl.train.build_model import set_up_gradient_checkpointing
 
 from .sizes import Size, computing_in, image_token_id, random_model
 
@@ -40,7 +40,7 @@ def ours(size: Size, checkpointing: bool, dropout: float, every: float = 1) -> I
     model = random_model(size)
     use_varlen_attention(model.language_model, packed=True)
     model = adapted(model, size, dropout)
-    set_up_towers(model, ModelArguments(grad_checkpoint=checkpointing, checkpoint_every=every))
+    set_up_gradient_checkpointing(model, ModelArguments(grad_checkpoint=checkpointing, checkpoint_every=every))
     return model.train()
 
 
@@ -79,7 +79,7 @@ def native(size: Size, checkpointing: bool, dropout: float) -> PeftModel:
 
 def _adapter(part: PeftModel) -> Adapter:
     tensors = get_peft_model_state_dict(part)
-    return part.peft_config[part.active_adapter], {name.removeprefix(MARK): t for name, t in tensors.items()}
+    return part.peft_config[part.active_adapter], {name.removeprefix(PEFT_PREFIX): t for name, t in tensors.items()}
 
 
 def our_loss(model: nn.Module, batch: dict) -> torch.Tensor:

@@ -7,7 +7,7 @@ import time
 import torch
 from torch import nn
 
-from internvl.metrics.device_peak import named_peak
+from internvl.metrics.device_peak import lookup_peak
 from internvl.metrics.step_timer import peak_memory
 from internvl.planning.sample_cost import Passes, step_cost
 
@@ -60,7 +60,7 @@ def measure(
     tokens = int(lengths.tokens.sum())
     places = sum(batch["input_ids"].numel() for step in steps for batch in step)
     needed = float(step_cost(config, Passes(2, 2)).of(lengths).sum())  # no padding, nothing twice, adapters' own apart
-    peak = named_peak(torch.cuda.get_device_name(device), size.dtype) if device.type == "cuda" else None
+    peak = lookup_peak(torch.cuda.get_device_name(device), size.dtype) if device.type == "cuda" else None
     return found | {
         "seconds": seconds,
         "cpu_seconds": at_work,  # of all threads: what the step took of a machine that others use, too

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from internvl.planning.plan_report import idle
+from internvl.planning.plan_report import load_imbalance
 from internvl.planning.sample_cost import Passes, step_cost
 
 from .contenders import ours
@@ -59,7 +59,7 @@ def predict(size: Size, ranks: int, speed: float, network: Network) -> list[Pred
     lengths = sizes_of_samples(config, SAMPLES_A_GPU * ranks)
     plan = plan_of(config, lengths, packed=True, by_length=False, world_size=ranks)
     cost = step_cost(config, Passes(2, 2)).of(lengths)  # forward, and gradients of inputs: the weights are frozen
-    waiting = idle(replace(plan, steps=plan.steps[:-1]), cost)
+    waiting = load_imbalance(replace(plan, steps=plan.steps[:-1]), cost)
     rows = len(plan.starts) - 1
     computing = float(cost.sum(dtype=float)) / rows / speed
     tokens = float(lengths.tokens.sum()) / rows

@@ -11,8 +11,8 @@ from tools.benchmark_plan import HISTOGRAM, PADDED, mixture
 from internvl.constants import IGNORE_INDEX
 from internvl.data.collators import row_collator
 from internvl.model.internvl_chat import InternVLChatConfig
-from internvl.model.internvl_chat.configuration_internvl_chat import image_tokens
-from internvl.planning.epoch_plan import Layout, Lengths, Plan, plan_epoch
+from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
+from internvl.planning.epoch_plan import EpochPlan, PlanLayout, SampleLengths, plan_epoch
 from internvl.planning.sample_cost import Passes, step_cost
 
 from .sizes import ROW_TILES, SPECIAL, TILE_TOKENS, image_token_id, row_tokens
@@ -20,20 +20,20 @@ from .sizes import ROW_TILES, SPECIAL, TILE_TOKENS, image_token_id, row_tokens
 SHORTEST = 8  # tokens of a sample beside its tiles
 
 
-def sizes_of_samples(config: InternVLChatConfig, samples: int, seed: int = 0) -> Lengths:
+def sizes_of_samples(config: InternVLChatConfig, samples: int, seed: int = 0) -> SampleLengths:
     """Half of them with pictures, half text (`benchmark_plan.mixture`), in tokens of this model's tiles. Half of what
     is no image token is answer: more than the mixture says, in favour of those who compute all logits."""
     cells = np.array([cell for cells in json.loads(HISTOGRAM.read_text())["sets"].values() for cell in cells])
-    drawn, tile = mixture(cells, samples, with_text=True, seed=seed), image_tokens(config)
+    drawn, tile = mixture(cells, samples, with_text=True, seed=seed), count_image_tokens(config)
     text = np.maximum(SHORTEST, (drawn.tokens - TILE_TOKENS * drawn.tiles) * tile // TILE_TOKENS)
     text = np.minimum(text, row_tokens(config) - tile * drawn.tiles).astype(np.int32)
-    return Lengths(text + tile * drawn.tiles, text // 2, drawn.tiles)
+    return SampleLengths(text + tile * drawn.tiles, text // 2, drawn.tiles)
 
 
-def make_samples(config: InternVLChatConfig, lengths: Lengths, dtype: torch.dtype, seed: int = 0) -> list[dict]:
+def make_samples(config: InternVLChatConfig, lengths: SampleLengths, dtype: torch.dtype, seed: int = 0) -> list[dict]:
     """One Sample for each entry of `lengths`: tiles, question, answer."""
     generator = torch.Generator().manual_seed(seed)
-    image, tile, side = image_token_id(config), image_tokens(config), config.force_image_size
+    image, tile, side = image_token_id(config), count_image_tokens(config), config.force_image_size
     samples = []
     for tokens, trained, tiles in zip(*(sizes.tolist() for sizes in lengths), strict=True):
         ids = torch.randint(0, image + 1 - SPECIAL, (tokens,), generator=generator)
@@ -53,18 +53,20 @@ def make_samples(config: InternVLChatConfig, lengths: Lengths, dtype: torch.dtyp
     return samples
 
 
-def plan_of(config: InternVLChatConfig, lengths: Lengths, packed: bool, by_length: bool, world_size: int = 1) -> Plan:
+def plan_of(
+    config: InternVLChatConfig, lengths: SampleLengths, packed: bool, by_length: bool, world_size: int = 1
+) -> EpochPlan:
     """A step is a row on each rank, or as many padded batches as hold about that many samples."""
     cost = step_cost(config, Passes(3, 3))
     room = {"max_tokens": row_tokens(config), "max_tiles": ROW_TILES, "cost": cost}
-    rows = plan_epoch(lengths, Layout(0, world_size, 1, 1, packed=True, **room), 0)
+    rows = plan_epoch(lengths, PlanLayout(0, world_size, 1, 1, packed=True, **room), 0)
     if packed:
         return rows
     accumulation = max(1, round(len(lengths.tokens) / (len(rows.starts) - 1) / PADDED))
-    return plan_epoch(lengths, Layout(0, world_size, PADDED, accumulation, group_by_length=by_length), 0)
+    return plan_epoch(lengths, PlanLayout(0, world_size, PADDED, accumulation, group_by_length=by_length), 0)
 
 
-def batches_of(plan: Plan, samples: Sequence[dict], rank: int = 0) -> list[list[dict]]:
+def batches_of(plan: EpochPlan, samples: Sequence[dict], rank: int = 0) -> list[list[dict]]:
     """Step -> micro-batch -> batch of the rows of a rank."""
     steps = []
     for step in plan.steps[:, :, rank].tolist():

@@ -15,8 +15,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.comm import comms_logger, timers
 from torch import nn
 
-from internvl.dist_utils import gathered, init_deepspeed, init_dist, rank, world_size
-from internvl.train.param_groups import size as numel
+from internvl.dist_utils import gather_objects, init_deepspeed, init_dist, rank, world_size
+from internvl.train.param_groups import num_elements as numel
 
 from .contenders import ours
 from .measure import RATE
@@ -134,7 +134,7 @@ if __name__ == "__main__":
     init_dist()
     init_deepspeed()
     found = measure_stage(task["stage"], SIZES[task["size"]], task["samples"], task["checkpointing"])
-    everywhere = gathered(found)
+    everywhere = gather_objects(found)
     if rank() == 0:
         print(json.dumps(everywhere))
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.internvl_chat.configuration_internvl_chat import image_tokens
+from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
 
 TILE_TOKENS = 256  # of published models: what is counted in tokens shrinks as a tile does
 ROW_TOKENS, ROW_TILES = 8192, 40
@@ -98,7 +98,7 @@ def image_token_id(config: InternVLChatConfig) -> int:
 
 
 def row_tokens(config: InternVLChatConfig) -> int:
-    return ROW_TOKENS * image_tokens(config) // TILE_TOKENS
+    return ROW_TOKENS * count_image_tokens(config) // TILE_TOKENS
 
 
 @contextmanager

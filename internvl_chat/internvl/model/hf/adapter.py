@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PretrainedConfig
 
-from internvl.model.adapter_io import MARK
+from internvl.model.adapter_io import PEFT_PREFIX
 from internvl.model.hf.weights import to_hf
 
 # What an engine that reads lora_A, lora_B, r and lora_alpha would not do, by the field of PEFT's that asks for it.
@@ -49,9 +49,9 @@ def to_hf_adapter(
                 module = name.removesuffix(".weight")
                 modules.add(module)
                 missing = rank - a.shape[0]
-                state[f"{MARK}{module}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, missing)).clone()
+                state[f"{PEFT_PREFIX}{module}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, missing)).clone()
                 rows = rows if scales[part] == scale else rows * (scales[part] / scale)
-                state[f"{MARK}{module}.lora_B.weight"] = torch.nn.functional.pad(rows, (0, missing)).contiguous()
+                state[f"{PEFT_PREFIX}{module}.lora_B.weight"] = torch.nn.functional.pad(rows, (0, missing)).contiguous()
     targets = {module.rpartition(".")[2] for module in modules}
     settings = LoraConfig(
         r=rank,

@@ -6,8 +6,8 @@ The companion of `hf_format`, which does the same for the weights; `hf_processor
 from transformers import AutoConfig, InternVLConfig, LlamaConfig, PretrainedConfig
 
 from internvl.model.internvl_chat import InternVLChatConfig
-from internvl.model.internvl_chat.configuration_internvl_chat import image_tokens
-from internvl.model.lora import RANKS
+from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
+from internvl.model.lora import LORA_RANK_FIELDS
 
 # Fields of the vision encoder, ours to transformers'.
 VISION_FIELDS = {
@@ -58,7 +58,7 @@ def to_hf_config(config: InternVLChatConfig, image_token_id: int, tied: bool) ->
     Raises:
         ValueError: transformers' class cannot be this model; the message says why.
     """
-    if ranks := [f"{name} {rank}" for name in RANKS.values() if (rank := getattr(config, name))]:
+    if ranks := [f"{name} {rank}" for name in LORA_RANK_FIELDS.values() if (rank := getattr(config, name))]:
         raise ValueError(
             f"the checkpoint carries LoRA adapters ({', '.join(ranks)}): merge them first, with tools/merge_lora.py"
         )
@@ -75,7 +75,7 @@ def to_hf_config(config: InternVLChatConfig, image_token_id: int, tied: bool) ->
         vision_config={hf: getattr(vision, ours) for ours, hf in VISION_FIELDS.items()},
         text_config=_text_config(config.llm_config, tied).to_dict(),
         image_token_id=image_token_id,
-        image_seq_length=image_tokens(config),
+        image_seq_length=count_image_tokens(config),
         downsample_ratio=config.downsample_ratio,
         vision_feature_layer=config.select_layer,
         tie_word_embeddings=tied,

@@ -14,8 +14,8 @@ from transformers.models.got_ocr2 import GotOcr2ImageProcessor
 
 from internvl.conversation import Conversation
 from internvl.model.internvl_chat import InternVLChatConfig
-from internvl.model.internvl_chat.chat import conversation_of, end_marker
-from internvl.model.internvl_chat.configuration_internvl_chat import image_tokens, tile_size
+from internvl.model.internvl_chat.chat import build_conversation, end_marker
+from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens, tile_size
 from internvl.model.tokenizers.loading import PreTrainedTokenizerFast, load_tokenizer
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -74,7 +74,7 @@ def _literal(text: str) -> str:
 
 def save_processor(config: InternVLChatConfig, source: str | Path, folder: str | Path) -> None:
     """Writes tokenizer, processors, chat template and generation settings of the chat checkpoint `source`."""
-    template = conversation_of(config)
+    template = build_conversation(config)
     tokenizer = _saved_as_json(load_tokenizer(source), **TOKENS)
     pictures = {
         "size": {"height": tile_size(config), "width": tile_size(config)},
@@ -86,7 +86,7 @@ def save_processor(config: InternVLChatConfig, source: str | Path, folder: str |
         GotOcr2ImageProcessor(**pictures, crop_to_patches=True, min_patches=tiles[0], max_patches=tiles[1]),
         tokenizer,
         InternVLVideoProcessor(**pictures),
-        image_seq_length=image_tokens(config),
+        image_seq_length=count_image_tokens(config),
         chat_template=chat_template(template),
     )
     processor.save_pretrained(folder)

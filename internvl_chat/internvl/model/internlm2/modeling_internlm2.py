@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import (
     rotate_half,
 )
 
-from .configuration_internlm2 import InternLM2Config
+from internvl.model.internlm2.configuration_internlm2 import InternLM2Config
 
 __all__ = [
     "INTERNLM2_ATTENTION_CLASSES",

@@ -12,9 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from internvl.model.internlm2.configuration_internlm2 import InternLM2Config
 from internvl.model.tokenizers.v4_compat import complete_config
-
-from .configuration_internlm2 import InternLM2Config
 
 VOCAB_FILES_NAMES = {"vocab_file": "./tokenizer.model"}
 # Where upstream looks for the class, in a file beside the saved ones; never followed here.

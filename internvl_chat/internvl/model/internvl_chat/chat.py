@@ -144,7 +144,7 @@ class ChatMixin:
         return [text.split(end)[0].strip() for text in texts]
 
 
-def conversation_of(config):
+def build_conversation(config):
     """The template that a chat model talks in, with its own system message if the config has one."""
     template = get_conv_template(config.template)
     own = getattr(config, "system_message", None)

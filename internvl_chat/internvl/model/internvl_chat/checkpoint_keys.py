@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from internvl.model.lora import LLM_TARGETS, PROJECTOR_TARGETS, RANKS, VISION_TARGETS
+from internvl.model.lora import LLM_TARGETS, LORA_RANK_FIELDS, PROJECTOR_TARGETS, VISION_TARGETS
 
 
 def folder_of(path: str | Path) -> Path:
@@ -27,7 +27,7 @@ def older_adapter_names(path: str | Path, config) -> dict[str, str]:
     llm = LLM_TARGETS.get(config.llm_config.architectures[0], LLM_TARGETS["LlamaForCausalLM"])
     targets = {"vision_model": VISION_TARGETS, "mlp1": PROJECTOR_TARGETS, "language_model": llm}
     patterns = {}
-    for part in (part for part, rank in RANKS.items() if getattr(config, rank)):
+    for part in (part for part, rank in LORA_RANK_FIELDS.items() if getattr(config, rank)):
         ends = "|".join(map(re.escape, targets[part].modules))
         patterns[rf"^({part}\.base_model\.model\.(?:.*\.)?(?:{ends}))\.(?=(?:weight|bias)$)"] = r"\1.base_layer."
     names = stored_names(folder_of(path)) if patterns else ()

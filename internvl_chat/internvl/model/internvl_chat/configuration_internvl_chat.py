@@ -11,9 +11,8 @@ from transformers import CONFIG_MAPPING, LlamaConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from internvl.model.internlm2.configuration_internlm2 import InternLM2Config
+from internvl.model.internvl_chat.configuration_intern_vit import InternVisionConfig
 from internvl.model.phi3.configuration_phi3 import Phi3Config
-
-from .configuration_intern_vit import InternVisionConfig
 
 # Language models this repository brings along; every other causal language model comes from transformers' registry.
 LLM_CONFIGS = {
@@ -108,7 +107,7 @@ def tile_size(config: InternVLChatConfig) -> int:
     return config.force_image_size or config.vision_config.image_size
 
 
-def image_tokens(config: InternVLChatConfig) -> int:
+def count_image_tokens(config: InternVLChatConfig) -> int:
     """Tokens of one tile."""
     return int((tile_size(config) // config.vision_config.patch_size) ** 2 * config.downsample_ratio**2)
 

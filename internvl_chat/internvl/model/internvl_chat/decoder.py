@@ -6,10 +6,9 @@ from packaging import version
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from internvl.model.internvl_chat.configuration_internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.documents import document_bounds
-
-from .configuration_internvl_chat import InternVLChatConfig
-from .modeling_intern_vit import has_flash_attn
+from internvl.model.internvl_chat.modeling_intern_vit import has_flash_attn
 
 # From this version on transformers finds the documents of a row by their positions.
 KEEPS_DOCUMENTS_APART = version.parse(transformers.__version__) >= version.parse("4.53")

@@ -36,7 +36,7 @@ def document_weights(labels: torch.Tensor, position_ids: torch.Tensor, reduction
     return (REDUCTIONS[reduction](counts.clamp(min=1)) * counted).view_as(labels)
 
 
-def trained_positions(labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+def loss_positions(labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
     """Boolean (B, L - 1): whether position i is trained to predict label i + 1 (never across two documents)."""
     trained = labels[:, 1:] != IGNORE_INDEX
     return trained if position_ids is None else trained & (position_ids[:, 1:] != 0)

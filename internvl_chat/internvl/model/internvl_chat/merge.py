@@ -10,8 +10,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from internvl.model.internvl_chat.resize import whole
-from internvl.model.lora import RANKS, is_wrapped
+from internvl.model.internvl_chat.resize import gathered_parameters
+from internvl.model.lora import LORA_RANK_FIELDS, is_peft_model
 
 
 @torch.no_grad()
@@ -24,8 +24,8 @@ def merge_adapters(model):
     Raises:
         ValueError: a weight is quantised.
     """
-    for part in RANKS:
-        if is_wrapped(module := getattr(model, part)):
+    for part in LORA_RANK_FIELDS:
+        if is_peft_model(module := getattr(model, part)):
             for layer in lora_layers(module):
                 _merge(layer)
             setattr(model, part, module.unload())
@@ -37,7 +37,7 @@ def merge_adapters(model):
 
 def without_adapters(config):
     """The config of the same model without adapters, in place."""
-    for rank in RANKS.values():
+    for rank in LORA_RANK_FIELDS.values():
         setattr(config, rank, 0)
     config.lora_settings = None
     config.__dict__.pop("base_model", None)
@@ -49,7 +49,7 @@ def _merge(layer: LoraLayer):
     if quantised := {parameter.dtype for parameter in parameters if not parameter.is_floating_point()}:
         raise ValueError(f"adapters cannot be merged into weights of type {quantised.pop()}: load the base unquantised")
     dtypes = [parameter.dtype for parameter in parameters]
-    with whole(*parameters):
+    with gathered_parameters(*parameters):
         for parameter in parameters:
             parameter.data = parameter.data.float()
         layer.merge()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
-from .configuration_intern_vit import InternVisionConfig
+from internvl.model.internvl_chat.configuration_intern_vit import InternVisionConfig
 
 try:
     from flash_attn import flash_attn_func
@@ -137,7 +137,7 @@ class InternMLP(nn.Module):
         return self.fc2(self.act(self.fc1(hidden_states)))
 
 
-class _Scaled(torch.autograd.Function):
+class _ScaleAndAdd(torch.autograd.Function):
     """x * scale for a frozen scale, which the backward pass finds without having torch keep it: where activations are
     computed again, that ends as soon as all that was kept is there, so that the product before this one is spared."""
 
@@ -151,9 +151,9 @@ class _Scaled(torch.autograd.Function):
         return gradient * ctx.scale, None
 
 
-def scaled(x: torch.Tensor, scale: nn.Parameter) -> torch.Tensor:
+def scale_and_add(x: torch.Tensor, scale: nn.Parameter) -> torch.Tensor:
     """x (..., C) * scale (C,)."""
-    return x * scale if scale.requires_grad or torch.compiler.is_compiling() else _Scaled.apply(x, scale)
+    return x * scale if scale.requires_grad or torch.compiler.is_compiling() else _ScaleAndAdd.apply(x, scale)
 
 
 class InternVisionEncoderLayer(nn.Module):
@@ -174,8 +174,8 @@ class InternVisionEncoderLayer(nn.Module):
         self.drop_path2 = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(scaled(self.attn(self.norm1(x).to(x.dtype)), self.ls1))
-        return x + self.drop_path2(scaled(self.mlp(self.norm2(x).to(x.dtype)), self.ls2))
+        x = x + self.drop_path1(scale_and_add(self.attn(self.norm1(x).to(x.dtype)), self.ls1))
+        return x + self.drop_path2(scale_and_add(self.mlp(self.norm2(x).to(x.dtype)), self.ls2))
 
 
 class InternVisionEncoder(nn.Module):
@@ -201,7 +201,7 @@ class InternVisionEncoder(nn.Module):
         x, states = inputs_embeds, [inputs_embeds]
         for layer in self.layers:
             # Frozen layers below the first that trains make no graph: there is nothing to compute again.
-            if layer.gradient_checkpointing and self.training and (x.requires_grad or trains(layer)):
+            if layer.gradient_checkpointing and self.training and (x.requires_grad or has_trainable_parameters(layer)):
                 # Not reentrant: adapters get gradients although the input of a frozen encoder needs none.
                 x = layer._gradient_checkpointing_func(layer, x, use_reentrant=False)
             else:
@@ -210,7 +210,7 @@ class InternVisionEncoder(nn.Module):
         return BaseModelOutput(last_hidden_state=x, hidden_states=tuple(states) if output_hidden_states else None)
 
 
-def trains(module: nn.Module) -> bool:
+def has_trainable_parameters(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -254,7 +254,7 @@ class InternVisionModel(PreTrainedModel):
             if pixel_values.ndim != 4:
                 raise ValueError(f"pixel_values must be (tiles, 3, height, width), got {tuple(pixel_values.shape)}")
             pixel_embeds = self.embeddings(pixel_values)
-            if self.training and not (pixel_values.requires_grad or trains(self.embeddings)):
+            if self.training and not (pixel_values.requires_grad or has_trainable_parameters(self.embeddings)):
                 # PEFT hangs a hook on frozen embeddings, for reentrant checkpoints: a graph that nobody needs here.
                 pixel_embeds = pixel_embeds.detach()
         encoded = self.encoder(pixel_embeds, bool(output_hidden_states))

@@ -16,19 +16,18 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from internvl.model.internlm2.modeling_internlm2 import InternLM2ForCausalLM
-from internvl.model.internvl_chat.adapter_checkpoint import load_on_base
+from internvl.model.internvl_chat.adapter_checkpoint import load_adapter_checkpoint
+from internvl.model.internvl_chat.chat import ChatMixin, build_conversation
+from internvl.model.internvl_chat.checkpoint_keys import older_adapter_names, refuse_wrong_keys
+from internvl.model.internvl_chat.configuration_internvl_chat import InternVLChatConfig, count_image_tokens
+from internvl.model.internvl_chat.decoder import choose_attention, decode
 from internvl.model.internvl_chat.documents import document_weights
-from internvl.model.internvl_chat.lora_mixin import AdaptingMixin
-from internvl.model.internvl_chat.safe_loading import refuse_strange_files
-from internvl.model.lora import RANKS, freeze_base, is_wrapped, plain
+from internvl.model.internvl_chat.lora_mixin import LoraMixin
+from internvl.model.internvl_chat.modeling_intern_vit import InternVisionModel
+from internvl.model.internvl_chat.safe_loading import refuse_unsafe_files
+from internvl.model.lora import LORA_RANK_FIELDS, freeze_all_but_adapters, is_peft_model, unwrap_peft
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
-from internvl.model.token_loss import balance_loss, logits_of, scaled, token_loss, unscaled
-
-from .chat import ChatMixin, conversation_of
-from .checkpoint_keys import older_adapter_names, refuse_wrong_keys
-from .configuration_internvl_chat import InternVLChatConfig, image_tokens
-from .decoder import choose_attention, decode
-from .modeling_intern_vit import InternVisionModel
+from internvl.model.token_loss import balance_loss, compute_logits, keep_logits, scale_logits, token_loss
 
 # Language models this repository brings along; every other causal language model is transformers' class of that name.
 LLM_CLASSES = {
@@ -49,7 +48,7 @@ def version_cmp(v1: str, v2: str, op: str = "eq") -> bool:
     return getattr(operator, op)(version.parse(v1), version.parse(v2))
 
 
-class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
+class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
     """InternViT, projector `mlp1` and a causal language model, under upstream's parameter names.
 
     Args:
@@ -67,8 +66,8 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
     _supports_flash_attn_2 = _supports_flash_attn = _supports_sdpa = True
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # tables in old checkpoints, recomputed today
     # For saving what was trained alone (see `trained`): the base, and what earlier runs trained beside adapters.
-    stands_on: dict | None = None
-    trained_before: frozenset[str] = frozenset()
+    base_checkpoint: dict | None = None
+    previously_trained: frozenset[str] = frozenset()
     # How the documents of a row weigh in the loss: token, sample or square (`token_loss.REDUCTIONS`).
     loss_reduction: str = "token"
 
@@ -78,12 +77,12 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
         self.select_layer = config.select_layer
         self.template = config.template
         self.downsample_ratio = config.downsample_ratio
-        self.num_image_token = image_tokens(config)
+        self.num_image_token = count_image_tokens(config)
         self.ps_version = config.ps_version
         self.llm_arch_name = config.llm_config.architectures[0]
         self.img_context_token_id = None  # set from the tokenizer by whoever feeds the model
         self.num_samples = 0
-        self.conv_template = conversation_of(config)
+        self.conv_template = build_conversation(config)
         self.system_message = self.conv_template.system_message
 
         llm_class = llm_class_of(self.llm_arch_name)
@@ -93,7 +92,7 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
         self.mlp1 = self._build_projector()
         self.post_init()
         # After `post_init`: it may draw new weights, and fresh adapters must change nothing.
-        self.wrap_as_configured(loaded=False)
+        self.add_configured_adapters(loaded=False)
 
     def _build_projector(self) -> nn.Sequential:
         wide = self.config.vision_config.hidden_size * int(1 / self.downsample_ratio) ** 2
@@ -112,12 +111,12 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
         Raises:
             ValueError: keys are missing, unexpected or of another shape, all in the message; a file is not opened.
         """
-        refuse_strange_files(pretrained_model_name_or_path, not kwargs.get("use_safetensors", True))
+        refuse_unsafe_files(pretrained_model_name_or_path, not kwargs.get("use_safetensors", True))
         base_model = kwargs.pop("base_model", None)
         config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path)
         if getattr(config, "base_model", None):
             kwargs.pop("config", None)
-            return load_on_base(cls, pretrained_model_name_or_path, config, base_model, **kwargs)
+            return load_adapter_checkpoint(cls, pretrained_model_name_or_path, config, base_model, **kwargs)
         want_info = kwargs.pop("output_loading_info", False)
         # Other shapes are ignored so that all can be listed; under ZeRO-3 the model's own are not there to compare.
         lenient = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), "output_loading_info": True}
@@ -128,15 +127,15 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
         refuse_wrong_keys(pretrained_model_name_or_path, info)
         if older:  # else it would be saved under these names again
             model.__dict__.pop("_weight_conversions", None)
-        for part in filter(is_wrapped, (getattr(model, part) for part in RANKS)):
-            freeze_base(part)
+        for part in filter(is_peft_model, (getattr(model, part) for part in LORA_RANK_FIELDS)):
+            freeze_all_but_adapters(part)
         return (model, info) if want_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Writes upstream's layout: safetensors, `config.json` and the language model's `generation_config.json`."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            plain(self.language_model).generation_config.save_pretrained(save_directory)
+            unwrap_peft(self.language_model).generation_config.save_pretrained(save_directory)
 
     def forward(
         self,
@@ -175,7 +174,7 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
         Raises:
             ValueError: image tokens in `input_ids` and visual tokens of the flagged tiles differ in number.
         """
-        llm = plain(self.language_model)
+        llm = unwrap_peft(self.language_model)
         bounds = getattr(attention_mask, "dtype", None) == torch.int32  # upstream's packed batches
         attention_mask = None if bounds or cu_seqlens is not None else attention_mask
         outputs = decode(
@@ -189,11 +188,11 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        states, head, scale = outputs.last_hidden_state, llm.get_output_embeddings(), partial(scaled, llm)
+        states, head, scale = outputs.last_hidden_state, llm.get_output_embeddings(), partial(scale_logits, llm)
         loss = logits = None
         if labels is None or not self.training:
-            logits = logits_of(llm, states)
-            states, head, scale = logits, nn.Identity(), unscaled
+            logits = compute_logits(llm, states)
+            states, head, scale = logits, nn.Identity(), keep_logits
         if labels is not None:
             if loss_weight is None and self.loss_reduction != "token":
                 loss_weight = document_weights(labels, position_ids, self.loss_reduction)
@@ -239,7 +238,7 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
     def _smallest_picture(self) -> torch.Tensor:
         """Black, of one visual token. Asks no weight by name, which ZeRO-3 would gather: not all ranks come here."""
         side = self.config.vision_config.patch_size * round(1 / self.downsample_ratio)
-        weight = next(plain(self.vision_model).embeddings.patch_embedding.parameters())
+        weight = next(unwrap_peft(self.vision_model).embeddings.patch_embedding.parameters())
         return torch.zeros(1, 3, side, side, dtype=weight.dtype, device=weight.device)
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -275,7 +274,7 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
     ) -> torch.Tensor:
         """Generated ids (B, new tokens). `visual_features` (T, tokens, C) spare a second pass over known tiles."""
         embeds = self._embed(input_ids, pixel_values, visual_features=visual_features)
-        return plain(self.language_model).generate(
+        return unwrap_peft(self.language_model).generate(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             generation_config=generation_config,
@@ -285,16 +284,16 @@ class InternVLChatModel(AdaptingMixin, ChatMixin, PreTrainedModel):
         )
 
     def get_input_embeddings(self) -> nn.Module:
-        return plain(self.language_model).get_input_embeddings()
+        return unwrap_peft(self.language_model).get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
-        plain(self.language_model).set_input_embeddings(value)
+        unwrap_peft(self.language_model).set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return plain(self.language_model).get_output_embeddings()
+        return unwrap_peft(self.language_model).get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module):
-        plain(self.language_model).set_output_embeddings(value)
+        unwrap_peft(self.language_model).set_output_embeddings(value)
 
     @property
     def lm_head(self) -> nn.Module:

@@ -12,7 +12,7 @@ from pathlib import Path
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def refuse_strange_files(path: str | Path, allow_pickle: bool = False) -> None:
+def refuse_unsafe_files(path: str | Path, allow_pickle: bool = False) -> None:
     """Raises a ValueError if the checkpoint folder `path` holds what is not opened; the hub's own names pass.
 
     Args:
@@ -51,7 +51,7 @@ def refuse_pickles(folder: Path, pattern: str = "*.bin") -> None:
 
 
 @contextmanager
-def reported(what: str, passing: Callable[[Exception], bool] = lambda error: False) -> Iterator[None]:
+def one_line_checkpoint_errors(what: str, passing: Callable[[Exception], bool] = lambda error: False) -> Iterator[None]:
     """What libraries raise when files are wrong, which may be anything, as a ValueError of one sentence on `what`; but
     for errors that files are not to blame for, which are `passing`."""
     try:

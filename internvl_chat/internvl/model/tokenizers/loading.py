@@ -8,7 +8,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 from transformers.utils import cached_file
 
 from internvl.model.internlm2.tokenization_internlm2 import InternLM2Tokenizer
-from internvl.model.internvl_chat.safe_loading import reported
+from internvl.model.internvl_chat.safe_loading import one_line_checkpoint_errors
 from internvl.model.tokenizers.llama import LlamaTokenizer
 from internvl.model.tokenizers.v4_compat import SavedForTransformers4
 
@@ -38,7 +38,7 @@ def load_tokenizer(path: str | Path, **kwargs) -> PreTrainedTokenizerBase:
     """
     if not Path(path).is_dir() and str(path).count("/") > 1:
         raise ValueError(f"there is no checkpoint folder {str(path)!r}")
-    with reported(f"the tokenizer in {str(path)!r}"):
+    with one_line_checkpoint_errors(f"the tokenizer in {str(path)!r}"):
         return _load(path, get_tokenizer_config(path), **kwargs)
 
 
