@@ -16,7 +16,7 @@ from helpers.video_files import film, gif
 
 from internvl.constants import UnusableSample
 from internvl.data.annotations import JsonlFile
-from internvl.data.file_io import MissingPackage, cache_dir, fetch_local_copy, join_root
+from internvl.data.file_io import MissingPackage, fetch_local_copy, get_cache_dir, join_root
 from internvl.data.schema import load_meta
 from internvl.planning.sample_lengths import measure_dataset
 from internvl.train.dataset import TCSLoader
@@ -115,11 +115,11 @@ def test_an_annotation_is_copied_once_for_each_content(stores):
     (stores / "b" / "a.jsonl").write_text('{"id": 0}\n')
     assert JsonlFile("s3://b/a.jsonl")[0] == {"id": 0}
     JsonlFile("s3://b/a.jsonl")
-    (copy,) = cache_dir().iterdir()
+    (copy,) = get_cache_dir().iterdir()
     copy.write_text('{"id": 1}\n')
     assert JsonlFile("s3://b/a.jsonl")[0] == {"id": 1}, "it is the copy that is read"
     (stores / "b" / "a.jsonl").write_text('{"id": 2, "changed": true}\n')
-    assert JsonlFile("s3://b/a.jsonl")[0]["id"] == 2 and len(list(cache_dir().iterdir())) == 2
+    assert JsonlFile("s3://b/a.jsonl")[0]["id"] == 2 and len(list(get_cache_dir().iterdir())) == 2
     for url in ("s3://b/absent.jsonl", "s3://absent/a.jsonl"):
         with pytest.raises(ValueError, match=f"{url} does not exist"):
             JsonlFile(url)

@@ -13,7 +13,7 @@ from glob import escape, glob
 import numpy as np
 
 from internvl.constants import UnusableSample
-from internvl.data.file_io import cache_dir, fetch_local_copy, is_remote, write_atomically
+from internvl.data.file_io import fetch_local_copy, get_cache_dir, is_remote, write_atomically
 
 CHUNK = 1 << 24
 LARGE = 1 << 26  # bytes from which on it pays to keep the table of lines on disk
@@ -50,7 +50,7 @@ class JsonlFile:
             raise ValueError(f"annotation {path} does not exist (relative paths start at {os.getcwd()}).")
         self.path, self.file = path, fetch_local_copy(path)
         name = hashlib.sha256(json.dumps(self.version).encode()).hexdigest()[:24]
-        self._table_file = str(cache_dir() / f"lines-{name}.npy") if self.version[1] >= LARGE else None
+        self._table_file = str(get_cache_dir() / f"lines-{name}.npy") if self.version[1] >= LARGE else None
         self._table = self._open_table()
         self._open_file = None
 
@@ -148,7 +148,7 @@ class TableFile:
             elif os.path.isdir(path) and not parquet:
                 self.rows = datasets.load_from_disk(path)
             else:
-                self.rows = datasets.Dataset.from_parquet(parquet, cache_dir=str(cache_dir() / "tables"))
+                self.rows = datasets.Dataset.from_parquet(parquet, cache_dir=str(get_cache_dir() / "tables"))
         except Exception as error:  # pyarrow and datasets have many of their own
             raise ValueError(f"annotation {path} cannot be opened as a table: {error}") from error
         if not isinstance(self.rows, datasets.Dataset):

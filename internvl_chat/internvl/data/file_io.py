@@ -108,7 +108,7 @@ def fetch_local_copy(path: str) -> str:
     try:
         version = _with_filesystem(path, lambda system, inner: system.checksum(inner))
         name = hashlib.sha256(f"{path} {version}".encode()).hexdigest()[:24]
-        copy = cache_dir() / f"copy-{name}{os.path.splitext(path)[1]}"
+        copy = get_cache_dir() / f"copy-{name}{os.path.splitext(path)[1]}"
         if not copy.exists():
             write_atomically(
                 str(copy), lambda file: _with_filesystem(path, lambda system, inner: system.get_file(inner, file.name))
@@ -147,7 +147,7 @@ def _with_filesystem(url: str | os.PathLike, question: Callable):
 # -- cache -------------------------------------------------------------------------------------------------------------
 
 
-def cache_dir() -> Path:
+def get_cache_dir() -> Path:
     """Where what can be made again is kept: $INTERNVL_CACHE, else ~/.cache/internvl_chat."""
     return Path(os.environ.get("INTERNVL_CACHE") or Path.home() / ".cache" / "internvl_chat")
 

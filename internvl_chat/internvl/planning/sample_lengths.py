@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from internvl.constants import UnusableSample
-from internvl.data.file_io import file_stamp, is_remote, write_atomically
+from internvl.data.file_io import file_stamp, get_cache_dir, is_remote, write_atomically
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.planning.epoch_plan import SampleLengths
 
@@ -88,7 +88,7 @@ def measure_dataset(
     Raises:
         ValueError: the folder cannot be written.
     """
-    stem = Path(cache_dir or cache_dir()) / f"lengths-{lengths_cache_key(dataset)}"
+    stem = Path(cache_dir or get_cache_dir()) / f"lengths-{lengths_cache_key(dataset)}"
     # Repeats of a record are as long as its first appearance: only that is measured.
     _, first, column = np.unique(dataset.order, return_index=True, return_inverse=True)
     table = ranks.gathered(_load(stem, len(first)) if ranks.rank == 0 else None)[0]

@@ -190,7 +190,7 @@ def load_trained_tensors(model: nn.Module, folder: str | Path) -> None:
 
 
 def read_trained_tensors(model: nn.Module, folder: str | Path) -> dict[str, torch.Tensor]:
-    """What `save_adapter_checkpoint` wrote, under the model's names, if it fits the model; ValueError as `load_adapter_checkpoint`."""
+    """The tensors of a folder under their names in the model, if they fit; ValueError as `load_adapter_checkpoint`."""
     folder = Path(folder)
     own = dict(model.named_parameters())
     adapters = {name_in_file(name): name for name in own if is_adapter(name)}
