@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the recipes of InternVL3.5 share; they source it with TASK=sft, on packed rows, or TASK=mpo, on pairs of answers.
-# Their launch variables count nodes: WORLD_SIZE of them with NPROC_PER_NODE GPUS each, and RANK is this one.
+# Flags common to the recipes of InternVL3.5, which source this file with TASK=sft (packed sequences) or TASK=mpo (pairs
+# of answers). As in upstream's scripts of 3.5, WORLD_SIZE and RANK are the number of nodes and the rank of this one.
 : "${NODES:=${WORLD_SIZE:-}}" "${NODE_RANK:=${RANK:-}}" "${GPUS_PER_NODE:=${NPROC_PER_NODE:-}}"
 : "${PROJECT_NAME:=$(basename "$0" .sh)}" "${ZERO_CONFIG:=zero_stage3_config.json}" "${PER_DEVICE_BATCH_SIZE:=1}"
 case $TASK in
@@ -12,7 +12,7 @@ case $TASK in
             --replacement True --loss_reduction square --split_annotations True $FLAGS
         "
         ;;
-    mpo) # upstream writes these losses and weights into the code of InternVL3.5
+    mpo) # upstream has these losses and weights hard-coded in its code of InternVL3.5
         : "${ENTRY:=internvl_chat_mpo.py}" "${META_PATH:=shell/data/debug_mpo.json}" "${BATCH_SIZE:=256}"
         FLAGS="
             --learning_rate 2e-7 --max_seq_length 16384 --save_total_limit 50 --loss_type sigmoid,bco_pair

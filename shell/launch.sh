@@ -1,39 +1,42 @@
 #!/usr/bin/env bash
-# Starts a training: environment, arithmetic, torchrun or srun, log. The only script with logic; a recipe sets what
-# differs (variables, flags in FLAGS), in words that `sh` reads too, and ends with `. .../launch.sh`.
+# Launch a training run: environment, batch size arithmetic, torchrun or srun, log. The only script with logic. A recipe
+# sets variables and FLAGS, in syntax that `sh` can read too, and ends with `. .../launch.sh`.
 #
-#   MODEL_PATH META_PATH OUTPUT_DIR          what to train, on what, where to
-#   BATCH_SIZE PER_DEVICE_BATCH_SIZE         samples per step, of all processes and (at most) of one micro-batch
-#   GPUS NODES GPUS_PER_NODE                 processes; without a GPU they run on the CPU
+#   MODEL_PATH META_PATH OUTPUT_DIR          checkpoint, data sets, output folder
+#   BATCH_SIZE PER_DEVICE_BATCH_SIZE         global batch size, maximum micro-batch size
+#   GPUS NODES GPUS_PER_NODE                 number of ranks; without a GPU they run on the CPU
 #   ZERO_CONFIG                              a file of zero_stage_configs/, or none
-#   LAUNCHER                                 pytorch, or slurm: the default inside a SLURM allocation, with PARTITION,
-#                                            and where srun is for a recipe that names its GPUs there, CLUSTER_GPUS
-#   NODE_RANK MASTER_ADDR MASTER_PORT        pytorch on several nodes: start it on each
+#   LAUNCHER                                 pytorch (torchrun) or slurm (srun). slurm is the default inside a SLURM
+#                                            allocation, with PARTITION, and where srun is installed for a recipe with
+#                                            CLUSTER_GPUS, its number of GPUs on a cluster
+#   NODE_RANK MASTER_ADDR MASTER_PORT        pytorch with several nodes: start the recipe on each node
 #   PARTITION GRES CPUS_PER_TASK SRUN_ARGS   slurm; GRES=none for tasks without a GPU
-#   DRY_RUN=1                                print the command and stop
-# The user's flags come last and win. The exit status is the training's; signals to leave reach it.
+#   DRY_RUN=1                                print the command and exit
+# The user's flags come last and override the recipe's. The exit status is the training's; preemption signals are
+# forwarded to it.
 
-# shellcheck disable=SC2015 # `sh recipe.sh` goes on with bash
+# shellcheck disable=SC2015 # `sh recipe.sh` is replaced by bash
 [ -n "${BASH_VERSION:-}" ] && set +o posix || exec bash "$0" "$@"
 set -euo pipefail
 stop() { printf 'launch.sh: %s.\n' "$*" >&2 && exit 1; }
-# What depends on this machine is only a warning in a dry run: recipes can be inspected anywhere.
-machine_lacks() { if [[ ${DRY_RUN:-0} == 1 ]]; then printf 'launch.sh: warning: %s.\n' "$*" >&2; else stop "$*"; fi; }
+stop_unless_dry_run() { # for what this machine lacks: a dry run, on any machine, only warns
+    if [[ ${DRY_RUN:-0} == 1 ]]; then printf 'launch.sh: warning: %s.\n' "$*" >&2; else stop "$*"; fi
+}
 
 ROOT=$(realpath -- "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")/..")
 CODE=$ROOT/internvl_chat
-[[ -d $CODE ]] || CODE=$ROOT # laid over an upstream checkout, shell/ stands inside internvl_chat/
+[[ -d $CODE ]] || CODE=$ROOT # copied into an upstream checkout: shell/ is inside internvl_chat/
 RECIPE=$(realpath -- "$0")
 [[ $RECIPE == "$ROOT"/shell/* ]] && RECIPE=${RECIPE#"$ROOT"/shell/} || RECIPE=${RECIPE##*/}
 RECIPE=${RECIPE%.sh}
 [[ -z ${PROJECT_NAME:-} ]] || RECIPE=$PROJECT_NAME/${RECIPE##*/}
 : "${ENTRY:=internvl_chat_finetune.py}" "${META_PATH:=$ROOT/shell/data/internvl_1_2_finetune_custom.json}"
 [[ $ENTRY == */* ]] || ENTRY=$CODE/internvl/train/$ENTRY
-[[ -f $META_PATH || ! -f $ROOT/$META_PATH ]] || META_PATH=$ROOT/$META_PATH # those of this repository, from anywhere
+[[ -f $META_PATH || ! -f $ROOT/$META_PATH ]] || META_PATH=$ROOT/$META_PATH # files of the repository, from any folder
 : "${OUTPUT_DIR:=work_dirs/$RECIPE}" "${ZERO_CONFIG:=zero_stage2_config.json}"
 : "${BATCH_SIZE:=128}" "${PER_DEVICE_BATCH_SIZE:=4}"
 
-gpus_here() {
+count_local_gpus() {
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true # -1 hides them all
     else
@@ -41,14 +44,14 @@ gpus_here() {
     fi
 }
 
-is_count() { # names of variables that must hold a positive whole number where they are set
+require_positive_integers() { # names of variables, each of which may be unset
     local name
     for name; do
-        [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]*$ ]] || stop "$name=${!name} is not a positive whole number"
+        [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]*$ ]] || stop "$name=${!name} is invalid: expected an integer >= 1"
     done
 }
 
-# Where this shell stands in SLURM: nowhere, in an allocation, or one of the tasks of a step.
+# This shell runs outside of SLURM, in an allocation (sbatch, salloc), or as one task of a step (srun).
 SLURM_PLACE=outside
 [[ -n ${SLURM_JOB_ID:-} ]] && SLURM_PLACE=allocation
 # Step 4294967290 is the shell that salloc opens on the first node.
@@ -58,20 +61,20 @@ if [[ -z ${LAUNCHER:-} ]]; then
     LAUNCHER=slurm
     case $SLURM_PLACE in
         outside) [[ -n ${PARTITION:-} || (-n ${CLUSTER_GPUS:-} && -n $(command -v srun)) ]] || LAUNCHER=pytorch ;;
-        task) ((STEP_TASKS > 1)) || LAUNCHER=pytorch ;; # `srun --pty bash` is a machine like any other
+        task) ((STEP_TASKS > 1)) || LAUNCHER=pytorch ;; # `srun --pty bash`: like a machine without SLURM
     esac
 fi
-is_count GPUS NODES GPUS_PER_NODE BATCH_SIZE PER_DEVICE_BATCH_SIZE CPUS_PER_TASK MASTER_PORT
+require_positive_integers GPUS NODES GPUS_PER_NODE BATCH_SIZE PER_DEVICE_BATCH_SIZE CPUS_PER_TASK MASTER_PORT
 
-HERE=$(gpus_here)
+LOCAL_GPUS=$(count_local_gpus)
 case $LAUNCHER-$SLURM_PLACE in
-    pytorch-*) NODES=${NODES:-} PER_NODE=${GPUS:-$((HERE > 0 ? HERE : 1))} ;;
+    pytorch-*) NODES=${NODES:-} PER_NODE=${GPUS:-$((LOCAL_GPUS > 0 ? LOCAL_GPUS : 1))} ;;
     slurm-task) GPUS=${GPUS:-$STEP_TASKS} NODES=${NODES:-${SLURM_STEP_NUM_NODES:-1}} PER_NODE=1 ;;
     slurm-allocation)
         NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}} PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-8}}
         ;;
     slurm-*) NODES=${NODES:-} PER_NODE=8 && [[ -n $NODES ]] || : "${GPUS:=${CLUSTER_GPUS:-}}" ;;
-    *) stop "LAUNCHER=$LAUNCHER is neither pytorch nor slurm" ;;
+    *) stop "LAUNCHER=$LAUNCHER is not supported: expected pytorch or slurm" ;;
 esac
 if [[ -n ${GPUS:-} ]]; then
     [[ -n $NODES ]] && PER_NODE=$((GPUS / NODES))
@@ -81,17 +84,18 @@ else
     : "${NODES:=1}" "${GPUS_PER_NODE:=$PER_NODE}"
     GPUS=$((NODES * GPUS_PER_NODE))
 fi
-((GPUS == NODES * GPUS_PER_NODE)) || stop "GPUS=$GPUS is not NODES=$NODES x GPUS_PER_NODE=$GPUS_PER_NODE"
-if [[ $LAUNCHER == pytorch ]] && ((HERE > 0 && GPUS_PER_NODE > HERE)); then
-    machine_lacks "GPUS=$GPUS asks for $GPUS_PER_NODE on this machine, which has $HERE"
+((GPUS == NODES * GPUS_PER_NODE)) ||
+    stop "GPUS=$GPUS is invalid: expected NODES=$NODES x GPUS_PER_NODE=$GPUS_PER_NODE = $((NODES * GPUS_PER_NODE))"
+if [[ $LAUNCHER == pytorch ]] && ((LOCAL_GPUS > 0 && GPUS_PER_NODE > LOCAL_GPUS)); then
+    stop_unless_dry_run "GPUS=$GPUS needs $GPUS_PER_NODE on this machine, which has $LOCAL_GPUS"
 fi
 if [[ $LAUNCHER-$SLURM_PLACE == slurm-task ]] && ((GPUS != STEP_TASKS)); then
-    stop "GPUS=$GPUS, but this step of SLURM has $STEP_TASKS tasks"
+    stop "GPUS=$GPUS is invalid: this step of SLURM has $STEP_TASKS tasks"
 fi
 
 if ((GPUS <= BATCH_SIZE && BATCH_SIZE < GPUS * PER_DEVICE_BATCH_SIZE)); then
     PER_DEVICE_BATCH_SIZE=$((BATCH_SIZE / GPUS))
-    echo "launch.sh: micro-batches of $PER_DEVICE_BATCH_SIZE: BATCH_SIZE=$BATCH_SIZE gives no more to GPUS=$GPUS." >&2
+    echo "launch.sh: micro-batch size reduced to $PER_DEVICE_BATCH_SIZE: BATCH_SIZE=$BATCH_SIZE / GPUS=$GPUS." >&2
 fi
 UNIT=$((PER_DEVICE_BATCH_SIZE * GPUS))
 GRADIENT_ACC=$((BATCH_SIZE / UNIT))
@@ -99,10 +103,10 @@ if ((GRADIENT_ACC * UNIT != BATCH_SIZE)); then
     NEAREST=$((UNIT * (GRADIENT_ACC + 1)))
     ((GRADIENT_ACC == 0)) || NEAREST="$((UNIT * GRADIENT_ACC)) and $NEAREST"
     stop "BATCH_SIZE=$BATCH_SIZE is not a multiple of PER_DEVICE_BATCH_SIZE=$PER_DEVICE_BATCH_SIZE x GPUS=$GPUS" \
-        "= $UNIT; nearest that are: $NEAREST"
+        "= $UNIT; nearest valid: $NEAREST"
 fi
 
-ARGS=( # what upstream's InternVL2.5 recipes share; those of other models override it in FLAGS
+ARGS=( # flags common to upstream's InternVL2.5 recipes; recipes of other models override them in FLAGS
     --conv_style internvl2_5 --force_image_size 448 --down_sample_ratio 0.5 --ps_version v2
     --dynamic_image_size True --use_thumbnail True --max_dynamic_patch 6 --max_seq_length 8192 --group_by_length True
     --do_train True --num_train_epochs 1 --bf16 True --grad_checkpoint True --dataloader_num_workers 4
@@ -113,10 +117,10 @@ ARGS=( # what upstream's InternVL2.5 recipes share; those of other models overri
 )
 [[ -z ${MODEL_PATH:-} ]] || ARGS+=(--model_name_or_path "$MODEL_PATH")
 [[ $ZERO_CONFIG == none ]] || ARGS+=(--deepspeed "$ZERO_CONFIG")
-# shellcheck disable=SC2206 # several words are meant
+# shellcheck disable=SC2206 # FLAGS is split into words
 ARGS+=(${FLAGS:-} "$@")
 
-last_value() { # what the parser will see for flag $1
+get_last_value() { # print the last value of flag $1, which is the one that the parser uses
     local i value=
     for ((i = 0; i < ${#ARGS[@]}; i++)); do
         case ${ARGS[i]} in
@@ -127,32 +131,32 @@ last_value() { # what the parser will see for flag $1
     printf '%s' "$value"
 }
 
-MODEL=$(last_value --model_name_or_path)
-META=$(last_value --meta_path)
-OUTPUT=$(last_value --output_dir)
-# ORG/NAME is downloaded from the hub, unless ORG is a folder here: then a path was meant.
+MODEL=$(get_last_value --model_name_or_path)
+META=$(get_last_value --meta_path)
+OUTPUT=$(get_last_value --output_dir)
+# ORG/NAME is downloaded from the Hugging Face hub, unless ORG is a folder here: then it is a wrong path.
 if [[ -n $MODEL && ! -d $MODEL && (! $MODEL =~ ^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$ || -d ${MODEL%%/*}) ]]; then
-    machine_lacks "MODEL_PATH=$MODEL is neither a directory nor a name ORG/MODEL on the hub"
+    stop_unless_dry_run "MODEL_PATH=$MODEL is not a folder and not a model ORG/NAME of the Hugging Face hub"
 fi
-[[ -f $META ]] || machine_lacks "META_PATH=$META is not a file; shell/data/example.json is one to copy"
-[[ -f $ENTRY ]] || machine_lacks "ENTRY=$ENTRY is not a file"
+[[ -f $META ]] || stop_unless_dry_run "META_PATH=$META is not a file; copy shell/data/example.json"
+[[ -f $ENTRY ]] || stop_unless_dry_run "ENTRY=$ENTRY is not a file"
 
-free_port() { # below the range from which systems take ports for outgoing connections
+find_free_port() { # below the range from which systems take ports for outgoing connections
     local port
     while port=$((20000 + RANDOM % 10000)); do
-        (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+        (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break # nobody listens there
     done
     echo "$port"
 }
 
-# Under SLURM a port that is not set is chosen where the tasks run, from the numbers of job and step (launchers.py).
+# Under SLURM the tasks choose a port from the ids of job and step (launchers.py), unless MASTER_PORT is set.
 case $LAUNCHER-$SLURM_PLACE in
     pytorch-*)
         if ((NODES > 1)) && [[ -z ${MASTER_ADDR:-} || -z ${NODE_RANK:-} ]]; then
-            stop "NODES=$NODES with LAUNCHER=pytorch needs MASTER_ADDR and NODE_RANK: start the recipe on every node"
+            stop "NODES=$NODES with LAUNCHER=pytorch requires MASTER_ADDR and NODE_RANK: start the recipe on every node"
         fi
-        ((NODES == 1)) || : "${MASTER_PORT:=34229}" # every node must know it
-        : "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=$(free_port)}"
+        ((NODES == 1)) || : "${MASTER_PORT:=34229}" # the same on every node
+        : "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=$(find_free_port)}"
         CPUS_PER_TASK=${CPUS_PER_TASK:-$(($(env -u OMP_NUM_THREADS nproc) / GPUS_PER_NODE))}
         START=(python3 "$ROOT/shell/torchrun.py" --nnodes="$NODES" --node_rank="${NODE_RANK:-0}"
             --nproc_per_node="$GPUS_PER_NODE" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT")
@@ -162,7 +166,7 @@ case $LAUNCHER-$SLURM_PLACE in
         START=(python3 -u)
         ;;
     slurm-*)
-        command -v srun >/dev/null || machine_lacks "LAUNCHER=slurm needs srun, which is not on PATH"
+        command -v srun >/dev/null || stop_unless_dry_run "LAUNCHER=slurm requires srun, which is not on PATH"
         START=(srun --job-name="${RECIPE//\//-}" --nodes="$NODES" --ntasks="$GPUS" --ntasks-per-node="$GPUS_PER_NODE")
         if [[ $SLURM_PLACE == outside ]]; then
             : "${GRES:=gpu:$GPUS_PER_NODE}" "${CPUS_PER_TASK:=10}"
@@ -173,7 +177,7 @@ case $LAUNCHER-$SLURM_PLACE in
             : "${CPUS_PER_TASK:=${SLURM_CPUS_PER_TASK:-$((SHARE > 0 ? SHARE : 1))}}"
         fi
         [[ $GRES == none ]] || START+=(--gres="$GRES")
-        # shellcheck disable=SC2206 # several words are meant
+        # shellcheck disable=SC2206 # SRUN_ARGS is split into words
         START+=(--cpus-per-task="$CPUS_PER_TASK" --kill-on-bad-exit=1 ${SRUN_ARGS:-} python3 -u)
         ;;
 esac
@@ -191,19 +195,22 @@ fi
 
 # shellcheck source=shell/setup.sh
 source "$ROOT/shell/setup.sh"
-[[ $LAUNCHER-$SLURM_PLACE == slurm-task && $SLURM_PROCID != 0 ]] && exec "${COMMAND[@]}" # task 0 keeps the log
-mkdir -p "$OUTPUT" 2>/dev/null || stop "OUTPUT_DIR=$OUTPUT cannot be made"
+[[ $LAUNCHER-$SLURM_PLACE == slurm-task && $SLURM_PROCID != 0 ]] && exec "${COMMAND[@]}" # task 0 alone writes the log
+mkdir -p "$OUTPUT" 2>/dev/null || stop "cannot create OUTPUT_DIR=$OUTPUT"
 
-# tee and this shell stay until the training has ended and the log is whole, whatever signals come. Those that reach the
-# shell alone go on to the training; of a terminal's Ctrl-C it has heard. At SIGTERM srun would kill its tasks.
+# Whatever signals come, tee and this shell stay until the training has exited and the log is complete. Signals that
+# reach only this shell are forwarded to the training. Ctrl-C in a terminal reaches the training directly. srun gets
+# SIGUSR1 in place of SIGTERM, at which it would kill its tasks.
 exec > >(trap '' INT TERM USR1 && exec tee -a "$OUTPUT/training_log.txt") 2>&1
 LOG=$! ON_TERM=TERM
 [[ ${START[0]} != srun ]] || ON_TERM=USR1
 "${COMMAND[@]}" <&0 &
 TRAINING=$!
-pass_on() { HEARD=1 && { [[ $1 == INT ]] || kill -"$1" "$TRAINING" 2>/dev/null || true; }; }
-trap 'pass_on INT' INT && trap 'pass_on USR1' USR1 && trap 'pass_on $ON_TERM' TERM
-while HEARD='' STATUS=0 && { wait "$TRAINING" || STATUS=$?; } && [[ -n $HEARD ]]; do :; done
+# shellcheck disable=SC2329 # the traps call it
+forward_signal() { HAS_FORWARDED=1 && { [[ $1 == INT ]] || kill -"$1" "$TRAINING" 2>/dev/null || true; }; }
+trap 'forward_signal INT' INT && trap 'forward_signal USR1' USR1 && trap 'forward_signal $ON_TERM' TERM
+# A trapped signal interrupts `wait`: wait again.
+while HAS_FORWARDED='' STATUS=0 && { wait "$TRAINING" || STATUS=$?; } && [[ -n $HAS_FORWARDED ]]; do :; done
 exec >&- 2>&-
 wait "$LOG" || true
 exit "$STATUS"

@@ -1,71 +1,59 @@
 #!/usr/bin/env bash
-# The main job end to end, on whatever machine this is, in some minutes on two CPU cores and without any download:
-# a tiny InternVL is trained to read handwritten digits, the digits change looks, and shell/internvl2.5/8b_vit_lora.sh
-# adapts the model to them. Prints a table, writes results.json and report.html.
+# Train, evaluate and merge a vision LoRA adapter from end to end, in minutes on two CPU cores, without a download.
+# A tiny InternVL learns to read handwritten digits (the base model). Then the digits shift to another domain, and
+# shell/internvl2.5/8b_vit_lora.sh adapts the model to it. Prints a table; writes results.json and report.html.
 #
 #   bash shell/quickstart.sh [--compare] [--fresh]
-#     --compare    also with adapters in the vision encoder alone, and in the language model alone
-#     --fresh      start over; otherwise stages that are done are not repeated
-#   OUTPUT_DIR     where to (work_dirs/quickstart)
-#   GPUS           processes: 2, on the CPU too; 1 where there is one GPU
+#     --compare    also train LoRA in the vision encoder only, and in the LLM only
+#     --fresh      start over; otherwise finished stages are skipped
+#   OUTPUT_DIR     output folder (work_dirs/quickstart)
+#   GPUS           number of ranks: 1 with a single GPU, otherwise 2, also on the CPU
 
 set -euo pipefail
-say() { printf 'quickstart.sh: %s\n' "$*"; }
-stop() { say "$1." >&2 && exit "${2:-1}"; }
+stop() { printf 'quickstart.sh: %s.\n' "$1" >&2 && exit "${2:-1}"; }
 
 COMPARE=0 FRESH=0
 for option; do
     case $option in
         --compare) COMPARE=1 ;;
         --fresh) FRESH=1 ;;
-        *) stop "unknown option $option; known are --compare and --fresh" 2 ;;
+        *) stop "unknown option $option: expected --compare or --fresh" 2 ;;
     esac
 done
 
 ROOT=$(CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 TOOLS=$ROOT/internvl_chat/tools
 WORK=$(realpath -m -- "${OUTPUT_DIR:-$ROOT/work_dirs/quickstart}")
-unset OUTPUT_DIR MODEL_PATH META_PATH DRY_RUN # each stage has its own
+unset OUTPUT_DIR MODEL_PATH META_PATH DRY_RUN # each training stage sets its own
 # shellcheck source=shell/setup.sh
 source "$ROOT/shell/setup.sh"
 
 if [[ -d $WORK && ! -d $WORK/done && -n $(ls -A "$WORK") ]]; then
-    stop "OUTPUT_DIR=$WORK holds something else; choose an empty folder"
+    stop "OUTPUT_DIR=$WORK has other files: choose an empty folder"
 fi
-# What was made by other versions of these files is not reused.
+# Results of other versions of these files are not reused.
 VERSION=$(cat "$ROOT/shell/quickstart.sh" "$TOOLS"/quickstart/{digits,tiny_model,evaluate}.py | cksum)
 if ((FRESH)) || [[ $(cat "$WORK/done/version" 2>/dev/null) != "$VERSION" ]]; then
     rm -rf "$WORK"/{data,models,logs,done}
 fi
 mkdir -p "$WORK"/{models,logs,done} && printf '%s' "$VERSION" >"$WORK/done/version"
 DATA=$WORK/data MODELS=$WORK/models
+HELD_OUT=("$DATA/plain_heldout.jsonl" "$DATA/shifted_heldout.jsonl")
 
-stage() { # name, command...: done once; done/NAME keeps the seconds it took
-    local name=$1 log=$WORK/logs/$1.log start=$SECONDS
-    shift
-    [[ -f $WORK/done/$name ]] && say "$name: done before, in $(<"$WORK/done/$name") s" && return
-    say "$name ..."
-    if ! "$@" >"$log" 2>&1; then
-        grep -v '^ *$' "$log" | tail -n 3 >&2 || true
-        stop "stage $name failed; its log is $log"
-    fi
-    echo $((SECONDS - start)) >"$WORK/done/$name"
-    say "$name: $(<"$WORK/done/$name") s"
-}
+# -- stages ------------------------------------------------------------------------------------------------------------
 
-tool() { python3 "$TOOLS/$1" "${@:2}"; }
-
-# Two processes on the CPU, so that what runs here is distributed training.
-HERE=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
-: "${GPUS:=$((HERE == 1 ? 1 : 2))}"
+# Two ranks also on the CPU: the quickstart shows distributed training.
+NUM_GPUS=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
+: "${GPUS:=$((NUM_GPUS == 1 ? 1 : 2))}"
 export GPUS BATCH_SIZE=16 PER_DEVICE_BATCH_SIZE=$((16 / GPUS)) LAUNCHER=pytorch NODES=1
-# Small pictures of one size and a small model need neither length groups nor recomputed activations, nor large tiles;
-# nothing is resumed.
+# Images have one size and the model is tiny: no grouping by length, no gradient checkpointing, tiles of 224 pixels.
 COMMON=(--overwrite_output_dir True --save_strategy no --group_by_length False --grad_checkpoint False)
 COMMON+=(--force_image_size 224)
-((HERE)) || COMMON+=(--dataloader_num_workers 0) # the cores are busy with training
+((NUM_GPUS)) || COMMON+=(--dataloader_num_workers 0) # training needs all CPU cores
 
-train_base() { # everything trains, by the same entry as any other run
+run_tool() { TQDM_DISABLE=1 python3 "$TOOLS/$1" "${@:2}"; }
+
+train_base() { # train all parameters, with the same program as every other run
     (
         export MODEL_PATH=$MODELS/init META_PATH=$DATA/plain_train.json OUTPUT_DIR=$MODELS/base
         FLAGS="${COMMON[*]} --num_train_epochs 2.5 --learning_rate 1e-3 --weight_decay 0.05"
@@ -75,28 +63,88 @@ train_base() { # everything trains, by the same entry as any other run
     )
 }
 
-adapt() { # name of the outcome, flags...: the recipe for InternVL2.5-8B as it is, with other weights and data
+train_lora() { # arguments: model name, flags; run the unchanged recipe of InternVL2.5-8B on the base model
     MODEL_PATH=$MODELS/base META_PATH=$DATA/shifted_train.json OUTPUT_DIR=$MODELS/$1 \
-        bash "$ROOT/shell/internvl2.5/8b_vit_lora.sh" "${COMMON[@]}" --num_train_epochs 2.5 --learning_rate 3e-3 "${@:2}"
+        bash "$ROOT/shell/internvl2.5/8b_vit_lora.sh" "${COMMON[@]}" \
+        --num_train_epochs 2.5 --learning_rate 3e-3 "${@:2}"
 }
 
-evaluate() { # name of the model, looks...
-    tool quickstart/evaluate.py "$MODELS/$1" "$WORK/answers_$1.json" "${@:2}"
+STAGES=(data init base base_answers adapted adapted_answers merged merged_answers)
+((COMPARE == 0)) || STAGES+=(vision_only vision_only_answers llm_only llm_only_answers)
+declare -A TITLES=(
+    [data]="draw digits as images and conversations"
+    [init]="build a tiny InternVL with random weights"
+    [base]="train all parameters on plain digits"
+    [adapted]="train LoRA in vision encoder and LLM on shifted digits"
+    [merged]="merge LoRA into the base model"
+    [vision_only]="train LoRA in the vision encoder only"
+    [llm_only]="train LoRA in the LLM only"
+)
+
+run_command() { # argument: stage
+    case $1 in
+        data) run_tool quickstart/digits.py "$DATA" ;;
+        init) run_tool quickstart/tiny_model.py "$DATA/plain_train.jsonl" "$MODELS/init" ;;
+        base) train_base ;;
+        adapted) train_lora adapted ;;
+        merged) run_tool merge_lora.py "$MODELS/adapted" "$MODELS/merged" --dtype float32 ;;
+        vision_only) train_lora vision_only --use_llm_lora 0 ;;
+        llm_only) train_lora llm_only --use_backbone_lora 0 ;;
+        *_answers)
+            local model=${1%_answers}
+            run_tool quickstart/evaluate.py "$MODELS/$model" "$WORK/answers_$model.json" "${HELD_OUT[@]}"
+            ;;
+    esac
 }
 
-HELD_OUT=("$DATA/plain_heldout.jsonl" "$DATA/shifted_heldout.jsonl")
-stage data tool quickstart/digits.py "$DATA"
-stage init tool quickstart/tiny_model.py "$DATA/plain_train.jsonl" "$MODELS/init"
-stage base train_base
-stage base_answers evaluate base "${HELD_OUT[@]}"
-stage adapted adapt adapted
-stage adapted_answers evaluate adapted "${HELD_OUT[@]}"
-stage merged tool merge_lora.py "$MODELS/adapted" "$MODELS/merged" --dtype float32
-stage merged_answers evaluate merged "${HELD_OUT[@]}"
-if ((COMPARE)); then
-    stage vision_alone adapt vision_alone --use_llm_lora 0
-    stage vision_alone_answers evaluate vision_alone "${HELD_OUT[@]}"
-    stage language_alone adapt language_alone --use_backbone_lora 0
-    stage language_alone_answers evaluate language_alone "${HELD_OUT[@]}"
-fi
-tool quickstart/report.py "$WORK"
+# -- running stages ----------------------------------------------------------------------------------------------------
+
+print_latest_progress() { # argument: log; print its latest "step 40/400, loss 1.23, left 2:24" (or question, accuracy)
+    tail -c 20000 "$1" | tr '\r' '\n' | grep -aE '(step|question) +[0-9]+/[0-9]+ ' | tail -n 1 |
+        grep -oE '[a-z]+_heldout|(step|question) +[0-9]+/[0-9]+|(loss|accuracy) +[^ ]+|left +.*' | tr -s ' ' |
+        paste -sd ',' | sed 's/,/, /g'
+}
+
+show_progress() { # argument: log; refresh a line every second in a terminal, otherwise print one every half minute
+    local seconds progress line interval=30
+    [[ ! -t 1 ]] || interval=1
+    for ((seconds = 1; ; seconds++)); do
+        sleep 1 >/dev/null 2>&1 # inherits no pipe, whose reader would wait for it
+        ((seconds % interval == 0)) || continue
+        progress=$(print_latest_progress "$1") || progress=
+        printf -v line '      %d:%02d  %s' $((seconds / 60)) $((seconds % 60)) "$progress"
+        if [[ -t 1 ]]; then printf '\r\033[K%s' "$line"; else printf '%s\n' "$line"; fi
+    done
+}
+
+run_stage() { # arguments: number, stage; skip it if done; write its seconds to done/STAGE
+    local name=$2 label="[$1/${#STAGES[@]}] $2" log=$WORK/logs/$2.log start=$SECONDS status=0 watcher
+    if [[ -f $WORK/done/$name ]]; then
+        echo "$label: skipped, done before in $(<"$WORK/done/$name") s"
+        return
+    fi
+    echo "$label: ${TITLES[$name]:-answer questions about held-out digits}"
+    : >"$log"
+    # The stage stays in the foreground: in the background of a script it would ignore Ctrl-C.
+    show_progress "$log" &
+    watcher=$!
+    # shellcheck disable=SC2064 # expanded now: the process id of this watcher
+    trap "kill $watcher 2>/dev/null" EXIT
+    run_command "$name" >"$log" 2>&1 || status=$?
+    kill "$watcher" 2>/dev/null || true
+    wait "$watcher" 2>/dev/null || true
+    trap - EXIT
+    [[ ! -t 1 ]] || printf '\r\033[K'
+    if ((status)); then
+        grep -v '^ *$' "$log" | tail -n 3 >&2 || true
+        stop "stage $name failed with status $status, see $log"
+    fi
+    echo $((SECONDS - start)) >"$WORK/done/$name"
+    echo "      done in $(<"$WORK/done/$name") s"
+}
+
+echo "Output folder: $WORK"
+for ((i = 0; i < ${#STAGES[@]}; i++)); do
+    run_stage $((i + 1)) "${STAGES[i]}"
+done
+run_tool quickstart/report.py "$WORK"

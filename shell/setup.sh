@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The environment. Every other script sources this file; so may you: `source shell/setup.sh`.
-# The first call makes .venv at the repository root and installs requirements.txt; later calls only activate it.
-#   INTERNVL_VENV=none   use (and complete) the active environment
-#   INTERNVL_VENV=PATH   keep the environment somewhere else
-# An interactive shell may source this file: it sets no shell options and exits only from subshells; the status of
-# its last line is its own.
+# Set up and activate the Python environment. Every other script sources this file; so can you: source shell/setup.sh
+# The first call creates .venv in the repository and installs requirements.txt. Later calls only activate it.
+#   INTERNVL_VENV=none   use the active environment; missing requirements are installed into it
+#   INTERNVL_VENV=PATH   use another folder for the environment
+# An interactive shell can source this file: it sets no shell options and calls exit only in subshells. The return
+# status is that of _internvl_setup.
 
 _internvl_setup() {
     local root code env wanted compiler=${CXX:-c++}
     root=$(CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd) || return
     code=$root/internvl_chat
-    [[ -d $code ]] || code=$root # laid over an upstream checkout, shell/ stands inside internvl_chat/
+    [[ -d $code ]] || code=$root # copied into an upstream checkout: shell/ is inside internvl_chat/
     env=${INTERNVL_VENV:-$root/.venv}
     if [[ $env == none ]]; then
         env=$(python3 -Ic 'import sys; print(sys.prefix)' 2>/dev/null) || env=
@@ -18,11 +18,11 @@ _internvl_setup() {
         env=$PWD/$env
     fi
     command -v "${compiler%% *}" >/dev/null || {
-        _internvl_say "no C++ compiler (${CXX:-g++}), with which DeepSpeed compiles an op: apt-get install g++."
+        _internvl_log "no C++ compiler (${CXX:-g++}), which DeepSpeed requires to compile an op: apt-get install g++."
         return 1
     }
 
-    # The stamp of a finished installation: its place (a moved environment is broken) and what was asked for.
+    # The stamp of a finished installation: its path (a moved environment is broken) and its requirements.
     wanted=$env$'\n'$(<"$root/requirements.txt")
     if [[ ! -x $env/bin/python3 || ! -f $env/.internvl || $(<"$env/.internvl") != "$wanted" ]]; then
         (_internvl_install "$root" "$env" "$wanted") || return
@@ -36,10 +36,10 @@ _internvl_setup() {
     [[ -f $env/.internvl-flash-attn ]] || (_internvl_flash_attn "$env")
 }
 
-_internvl_say() { printf 'setup.sh: %s\n' "$*" >&2; }
-_internvl_stop() { _internvl_say "$*." && exit 1; }
+_internvl_log() { printf 'setup.sh: %s\n' "$*" >&2; }
+_internvl_fail() { _internvl_log "$*." && exit 1; }
 
-_internvl_python() { # prints the first Python >= 3.10; the active environment has only one
+_internvl_python() { # print the first Python >= 3.10; with INTERNVL_VENV=none only python3 qualifies
     local python candidates=(python3 python3.13 python3.12 python3.11 python3.10)
     [[ ${INTERNVL_VENV:-} == none ]] && candidates=(python3)
     for python in "${candidates[@]}"; do
@@ -48,61 +48,61 @@ _internvl_python() { # prints the first Python >= 3.10; the active environment h
     return 1
 }
 
-_internvl_install() { # root, environment, content of its stamp
+_internvl_install() { # arguments: repository root, environment, content of its stamp
     local root=$1 env=$2 wanted=$3 python version free
-    # One installation at a time, also of jobs that share the disk. The kernel drops the lock however its owner ends.
-    # A checkout that nobody may write to, or a disk without locks: go on without.
+    # Lock: one installation at a time, also by jobs that share the disk. The kernel releases it when its owner exits.
+    # With a read-only checkout, or a file system without locks, install without it.
     { exec 9<>"$root/requirements.txt"; } 2>/dev/null
     if [[ -e /dev/fd/9 ]] && command -v flock >/dev/null && ! flock -n 9 2>/dev/null; then
-        _internvl_say "another process is installing into $env; waiting for it"
+        _internvl_log "another process is installing into $env; waiting for it"
         flock 9 || true
         [[ -f $env/.internvl && $(<"$env/.internvl") == "$wanted" ]] && return
     fi
 
     python=$(_internvl_python) ||
-        _internvl_stop "no Python >= 3.10 on PATH: apt-get install python3 python3-venv python3-dev"
+        _internvl_fail "no Python >= 3.10 on PATH: apt-get install python3 python3-venv python3-dev"
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     "$python" -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null ||
-        _internvl_stop "Python $version lacks Python.h, which DeepSpeed's op needs: apt-get install python$version-dev"
+        _internvl_fail "Python $version lacks Python.h, which DeepSpeed's op needs: apt-get install python$version-dev"
 
     if [[ ${INTERNVL_VENV:-} != none ]]; then
         "$python" -c 'import venv, ensurepip' 2>/dev/null ||
-            _internvl_stop "Python $version cannot make environments: apt-get install python$version-venv"
-        mkdir -p "$env" 2>/dev/null || _internvl_stop "cannot write to $env"
+            _internvl_fail "Python $version cannot create environments: apt-get install python$version-venv"
+        mkdir -p "$env" 2>/dev/null || _internvl_fail "cannot write to $env"
         if [[ ! -f $env/.internvl ]]; then
             free=$(df -Pk "$env" | awk 'NR == 2 {print int($4 / 1048576)}')
             ((${free:-0} >= 10)) ||
-                _internvl_stop "$env needs 10 GB of disk, $free GB are free: INTERNVL_VENV=PATH puts it elsewhere"
+                _internvl_fail "$env needs 10 GB of disk, $free GB are free: set INTERNVL_VENV to another folder"
         fi
-        _internvl_say "installing requirements.txt into $env with Python $version (once, some minutes)"
+        _internvl_log "installing requirements.txt into $env with Python $version (once, takes some minutes)"
         python=$("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))') # not $env's
-        rm -f "$env"/bin/python* # a link to a Python that is gone would stay
-        "$python" -m venv "$env" || _internvl_stop "'$python -m venv $env' failed, see above"
+        rm -f "$env"/bin/python* # venv keeps existing links, also to a Python that was removed
+        "$python" -m venv "$env" || _internvl_fail "'$python -m venv $env' failed, see above"
         python=$env/bin/python3
     fi
     _internvl_pip "$python" -r "$root/requirements.txt" ||
-        _internvl_stop "pip could not install requirements.txt, see above"
+        _internvl_fail "pip could not install requirements.txt, see above"
     printf '%s' "$wanted" 2>/dev/null >"$env/.internvl" || true # a complete environment may be read-only
 }
 
-_internvl_pip() { # python, what to install: silent, or the last words of pip
+_internvl_pip() { # arguments: python, then those of `pip install`; print the end of pip's output if it fails
     local log
     log=$("$1" -m pip install --quiet --disable-pip-version-check "${@:2}" 2>&1) && return
     tail -n 12 <<<"$log" >&2
     return 1
 }
 
-_internvl_flash_attn() { # tried once per environment, where a GPU can run it; without it attention is PyTorch's
+_internvl_flash_attn() { # argument: environment; install once if a GPU supports it, else attention is PyTorch's
     local env=$1 python=$1/bin/python3 wheels=(setuptools wheel psutil ninja packaging)
     command -v nvidia-smi >/dev/null || return 0
     { : >"$env/.internvl-flash-attn"; } 2>/dev/null || return 0
     nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
         awk '$1 >= 8 {ok = 1} END {exit !ok}' || return 0
     "$python" -c 'import flash_attn' 2>/dev/null && return 0
-    _internvl_say "installing flash-attn (once, at most 30 minutes)"
+    _internvl_log "installing flash-attn (once, takes up to 30 minutes)"
     { "$python" -m pip install --quiet "${wheels[@]}" &&
         timeout 30m "$python" -m pip install --quiet --no-build-isolation flash-attn; } >"$env/flash-attn.log" 2>&1 ||
-        _internvl_say "flash-attn could not be installed ($env/flash-attn.log); going on with PyTorch's attention"
+        _internvl_log "installing flash-attn failed ($env/flash-attn.log); using PyTorch's attention"
 }
 
 _internvl_setup

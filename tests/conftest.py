@@ -1,27 +1,46 @@
-"""Fixtures that several test files share."""
+"""Shared fixtures, and the order in which tests run."""
 
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
+from helpers.paths import GOLDENS_ARCHIVE
 
 pytest_plugins = ["helpers.fixtures"]
-TESTS = Path(__file__).parent
+
+# What takes minutes starts first: other workers run the short tests meanwhile (see `run.sh`).
+LONGEST_MARKERS_FIRST = ("stress", "e2e", "multiprocess", "compile")
 
 
 @pytest.fixture(scope="session")
 def goldens(tmp_path_factory) -> Path:
-    """The folder of reference numbers (tests/goldens.tar.xz, described in tests/README.md)."""
+    """Unpack the reference numbers of `goldens.tar.xz`, which `tests/README.md` describes."""
     folder = tmp_path_factory.mktemp("goldens")
-    with tarfile.open(TESTS / "goldens.tar.xz") as archive:
+    with tarfile.open(GOLDENS_ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
     return folder
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: "slow" not in item.keywords)  # first, so that other processes do the rest meanwhile
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+def pytest_report_header(config) -> str:
+    expression = config.option.markexpr
+    return f"tests selected: {expression or 'all'}" + (" (all: bash tests/run.sh)" if expression else "")
+
+
+@pytest.hookimpl(trylast=True)  # after `-m` has deselected tests: without a gpu test, torch need not be imported here
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def length_class(item: pytest.Item) -> int:
+        ranks = [rank for rank, marker in enumerate(LONGEST_MARKERS_FIRST) if marker in item.keywords]
+        return min(ranks, default=len(LONGEST_MARKERS_FIRST))
+
+    # A file is one unit of work (`--dist loadfile`): among equals, files with many long tests start first.
+    num_long_tests = Counter(item.path for item in items if length_class(item) < len(LONGEST_MARKERS_FIRST))
+    items.sort(key=lambda item: (length_class(item), -num_long_tests[item.path]))
+
+    gpu_tests = [item for item in items if "gpu" in item.keywords]
+    if gpu_tests:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu_tests:
+                item.add_marker(pytest.mark.skip(reason="requires a CUDA device"))

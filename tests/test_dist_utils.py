@@ -1,42 +1,47 @@
-"""Sharing between real ranks."""
+"""Results and errors are shared between ranks."""
 
 import subprocess
 import sys
-from pathlib import Path
 
-from internvl.dist_utils import free_port, gather_objects, run_on_rank_0
+import pytest
+from helpers.paths import PACKAGE_DIR
 
-PACKAGE = Path(__file__).parents[1] / "internvl_chat"
+from internvl.dist_utils import gather_objects, run_on_rank_0
+from internvl.launchers import find_free_port
 
 
-def test_one_process_shares_with_itself():
+def test_one_rank_shares_with_itself():
     assert gather_objects("x") == ["x"]
     assert run_on_rank_0(lambda: 5) == 5
 
 
 SHARING = """
-import os, torch.distributed as dist
-from internvl.dist_utils import from_first_rank, gathered, init_dist, rank, world_size
+import torch.distributed as dist
+from internvl.dist_utils import gather_objects, get_rank, get_world_size, init_dist, run_on_rank_0
 init_dist()
-assert gathered(rank() * 10) == [0, 10] and world_size() == 2
-assert from_first_rank(lambda: f"made by {rank()}") == "made by 0"
+assert gather_objects(get_rank() * 10) == [0, 10] and get_world_size() == 2
+assert run_on_rank_0(lambda: f"made by {get_rank()}") == "made by 0"
 def fail():
-    raise ValueError("only rank 0 saw this")
+    raise ValueError("raised on rank 0")
 try:
-    from_first_rank(fail)
+    run_on_rank_0(fail)
 except ValueError as error:
-    assert str(error) == "only rank 0 saw this"
+    assert str(error) == "raised on rank 0"
 else:
-    raise AssertionError("the error did not arrive")
+    raise AssertionError("the error of rank 0 was not raised here")
 dist.destroy_process_group()
 """
 
 
+@pytest.mark.multiprocess
 def test_results_and_errors_reach_every_rank(tmp_path):
     program = tmp_path / "sharing.py"
     program.write_text(SHARING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={find_free_port()}"]
     done = subprocess.run(
-        [*command, program], env={"PYTHONPATH": str(PACKAGE), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+        [*command, program],
+        env={"PYTHONPATH": str(PACKAGE_DIR), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr

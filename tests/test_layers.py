@@ -1,15 +1,18 @@
-"""Layers of the package, read off the syntax tree: a folder imports only from the folders below it, transitively."""
+"""Check that folders import only from lower layers.
+
+Imports are read from the syntax tree, so those inside functions count, too.
+"""
 
 import ast
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.paths import PACKAGE_DIR
 
-PACKAGE = Path(__file__).parents[1] / "internvl_chat"
-# Lowest first. Folders of a line do not import each other; the files of the first line import those to their left.
+# Lowest first. Folders on one line do not import each other; a file on the first line may import those to its left.
 LAYERS = [
-    ["constants", "conversation", "launchers", "command_line", "dist_utils"],
+    ["constants", "conversation", "launchers", "command_line", "progress", "torch_internals", "dist_utils"],
     ["arguments", "model"],
     ["data"],
     ["runtime", "metrics"],
@@ -19,98 +22,104 @@ LAYERS = [
     ["tools", "patch"],
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-FILES = sorted(PACKAGE.glob("internvl/**/*.py")) + sorted(PACKAGE.glob("tools/**/*.py"))
-# Upstream's paths, for code written for upstream.
+FILES = sorted(PACKAGE_DIR.glob("internvl/**/*.py")) + sorted(PACKAGE_DIR.glob("tools/**/*.py"))
+# Modules at upstream's paths, kept for code that was written for upstream.
 FACADES = {f"internvl.train.{name}" for name in ("constants", "dataset", "dataset_packed")}
 
 
-def module_of(file: Path) -> str:
-    """`internvl.data.images` for its file; a package for its `__init__.py`."""
-    parts = file.relative_to(PACKAGE).with_suffix("").parts
+def get_module_name(file: Path) -> str:
+    """Return the dotted name of a file (for `__init__.py`: its package)."""
+    parts = file.relative_to(PACKAGE_DIR).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_of(file): file for file in FILES}
+MODULES = {get_module_name(file): file for file in FILES}
 
 
-def folder_of(module: str) -> str:
-    """The entry of LAYERS that a module belongs to."""
+def get_folder(module: str) -> str:
+    """Return the entry of LAYERS that a module belongs to."""
     return "tools" if module.startswith("tools") else module.split(".")[1]
 
 
-def is_for_types(node: ast.AST) -> bool:
-    """Whether this is `if TYPE_CHECKING:`, whose imports never run."""
+def is_type_checking_block(node: ast.AST) -> bool:
+    """Return whether this is `if TYPE_CHECKING:`, whose imports never run."""
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def imports_of(module: str) -> set[str]:
-    """Modules that a file imports, anywhere in it; those of this repository by their full names."""
-    file, found = MODULES[module], set()
+def read_imports(module: str) -> set[str]:
+    """Return the modules that a module imports, anywhere in its file.
+
+    A relative import is resolved, and `from package import module` counts as an import of that module.
+    """
+    file, imports = MODULES[module], set()
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     tree = ast.parse(file.read_text())
-    for_types = {id(node) for block in ast.walk(tree) if is_for_types(block) for node in ast.walk(block)}
-    for node in (node for node in ast.walk(tree) if id(node) not in for_types):
+    types_only = {id(node) for block in ast.walk(tree) if is_type_checking_block(block) for node in ast.walk(block)}
+    for node in (node for node in ast.walk(tree) if id(node) not in types_only):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imports |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
             base = base if node.level else node.module
-            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names}
-    return found
+            imports |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names}
+    return imports
 
 
-def with_packages(modules: Iterable[str]) -> Iterator[str]:
-    """Also the packages around each module: importing it runs their `__init__.py`."""
+def add_packages(modules: Iterable[str]) -> Iterator[str]:
+    """Yield each module and the packages around it, whose `__init__.py` runs, too."""
     for module in modules:
         parts = module.split(".")
         yield from (".".join(parts[:n]) for n in range(1, len(parts) + 1))
 
 
-def reached_from(module: str) -> set[str]:
-    """Every module that this one imports when it is imported, or when its functions run, directly or not."""
-    found, todo = set(), [module]
+def find_reachable_modules(module: str) -> set[str]:
+    """Return every module that this one imports, directly or through others."""
+    reachable, todo = set(), [module]
     while todo:
-        for name in set(with_packages(imports_of(todo.pop()))) - found:
-            found.add(name)
+        for name in set(add_packages(read_imports(todo.pop()))) - reachable:
+            reachable.add(name)
             if name in MODULES:
                 todo.append(name)
-    return found
+    return reachable
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_only_go_down(module):
-    own = folder_of(module)
-    for name in imports_of(module):
+def test_imports_only_lower_layers(module):
+    own = get_folder(module)
+    for name in read_imports(module):
         if not name.startswith(("internvl.", "tools.")):
             continue
-        other = folder_of(name)
+        other = get_folder(name)
         lower = LEVEL[other] < LEVEL[own]
         left = LEVEL[other] == 0 == LEVEL[own] and LAYERS[0].index(other) < LAYERS[0].index(own)
         assert other == own or lower or left, f"{module} imports {name}, which is not in a layer below"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if folder_of(name) in ("data", "planning")])
+@pytest.mark.parametrize("module", [name for name in MODULES if get_folder(name) in ("data", "planning")])
 def test_data_and_planning_reach_no_process_group(module):
-    reached = reached_from(module)
-    assert not {name for name in reached if name == "internvl.dist_utils" or name.startswith("torch.distributed")}
+    reachable = find_reachable_modules(module)
+    assert not {name for name in reachable if name == "internvl.dist_utils" or name.startswith("torch.distributed")}
 
 
-def test_nobody_imports_programs_and_upstreams_paths():
+def test_programs_and_facades_are_not_imported():
     programs = {f"internvl.train.internvl_chat_{name}" for name in ("finetune", "pretrain", "mpo")}
-    tops = programs | FACADES | {"internvl.patch"}
+    top_modules = programs | FACADES | {"internvl.patch"}
     for module in MODULES:
-        if module not in tops:
-            assert not imports_of(module) & tops, module
+        if module not in top_modules:
+            assert not read_imports(module) & top_modules, module
 
 
 def test_modules_of_train_shadow_no_library():
-    """`train/` is first on `sys.path` of its programs: each of its modules can hide a top-level module of that name."""
+    """`train/` comes first in the `sys.path` of its programs.
+
+    So each of its modules hides a top-level module of the same name.
+    """
     import importlib.machinery
     import sys
 
     generic = {"image", "metrics", "schedule", "build", "check", "record", "files", "plan", "run", "flops", "lengths"}
-    elsewhere = [path for path in sys.path if Path(path) != PACKAGE / "internvl/train"]
-    for file in (PACKAGE / "internvl/train").glob("*.py"):
+    elsewhere = [path for path in sys.path if Path(path) != PACKAGE_DIR / "internvl/train"]
+    for file in (PACKAGE_DIR / "internvl/train").glob("*.py"):
         if file.stem not in ("__init__", "constants", "dataset", "trainer"):  # upstream's names, and the loop's
             assert file.stem not in generic
             assert importlib.machinery.PathFinder.find_spec(file.stem, elsewhere) is None, file.stem

@@ -1,13 +1,17 @@
-"""The parts of the suite that meet other libraries, at both ends of what requirements.txt allows; see versions.sh."""
+"""Run tests with the oldest and newest allowed versions of other libraries.
+
+The bounds are those of requirements.txt; see versions.sh.
+"""
 
 import re
 import subprocess
 import sys
 
-from helpers.environments import ROOT, environ, layer
+from helpers.environments import layer_environment, make_environment_layer
+from helpers.paths import REPO_ROOT
 from packaging.requirements import Requirement
 
-# `test_small_patch` has an environment of its own, whose versions are upstream's.
+# `test_small_patch` runs in another environment, with upstream's versions.
 TESTS = [
     "tests/test_conversation.py",
     "tests/model",
@@ -18,43 +22,58 @@ TESTS = [
 ]
 
 
-def requirements() -> list[Requirement]:
-    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
-    parsed = [Requirement(line) for line in lines if line]
-    return [each for each in parsed if each.marker is None or each.marker.evaluate()]
+def read_requirements() -> list[Requirement]:
+    """Read the lines of requirements.txt that apply to this Python."""
+    lines = (line.split("#")[0].strip() for line in (REPO_ROOT / "requirements.txt").read_text().splitlines())
+    requirements = [Requirement(line) for line in lines if line]
+    return [req for req in requirements if req.marker is None or req.marker.evaluate()]
 
 
-def lowest(requirement: Requirement) -> str:
+def pin_oldest(requirement: Requirement) -> str:
+    """Return the requirement with its lower bound as the version."""
     (bound,) = [clause.version for clause in requirement.specifier if clause.operator == ">="]
     return f"{requirement.name}=={bound}"
 
 
-def highest(requirement: Requirement) -> str:
-    return f"{requirement.name}{requirement.specifier}"  # pip takes the newest that fits
+def allow_newest(requirement: Requirement) -> str:
+    """Return the requirement as it is: pip installs the newest version."""
+    return f"{requirement.name}{requirement.specifier}"
 
 
-VERSIONS = "import sys, importlib.metadata as m; print(*map(m.version, sys.argv[1:]))"
-ENDS = {"floor": lowest, "newest": highest}
+PRINT_VERSIONS = "import sys, importlib.metadata as m; print(*map(m.version, sys.argv[1:]))"
+ENVIRONMENTS = {"floor": pin_oldest, "newest": allow_newest}
+
+
+def run_tests(name: str, requirements: list[Requirement], options: list[str]) -> tuple[list[str], bool]:
+    """Run the tests in an environment.
+
+    Returns the column of the table (the installed versions, then pytest's counts), and whether all tests passed.
+    """
+    print(f"{name}: installing", flush=True)
+    python = make_environment_layer(name, [ENVIRONMENTS[name](requirement) for requirement in requirements])
+    ask = [python, "-c", PRINT_VERSIONS, *(requirement.name for requirement in requirements)]
+    versions = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.split()
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-m", "", *TESTS, *options]
+    last_line = ""
+    with subprocess.Popen(
+        command, cwd=REPO_ROOT, env=layer_environment(python), stdout=subprocess.PIPE, text=True
+    ) as run:
+        for last_line in run.stdout:
+            print(last_line, end="", flush=True)
+    counts = re.sub(r"[=\s]*(.*?)( in .*)", r"\1", last_line).strip()
+    return [*versions, counts], run.returncode == 0
 
 
 def main(words: list[str]) -> int:
-    ends = [word for word in words if word in ENDS] or list(ENDS)
-    more = [word for word in words if word not in ENDS]
-    needed, table, failed = requirements(), {}, False
-    for end in ends:
-        print(f"{end}: installing", flush=True)
-        python = layer(end, [ENDS[end](requirement) for requirement in needed])
-        ask = [python, "-c", VERSIONS, *(requirement.name for requirement in needed)]
-        table[end] = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.split()
-        tests = [python, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", *TESTS, *more]
-        with subprocess.Popen(tests, cwd=ROOT, env=environ(python), stdout=subprocess.PIPE, text=True) as run:
-            lines = [print(line, end="", flush=True) or line for line in run.stdout]
-        failed |= run.returncode != 0
-        table[end].append(re.sub(r"[=\s]*(.*?)( in .*)", r"\1", lines[-1]).strip())
+    names = [word for word in words if word in ENVIRONMENTS] or list(ENVIRONMENTS)
+    options = [word for word in words if word not in ENVIRONMENTS]
+    requirements = read_requirements()
+    results = {name: run_tests(name, requirements, options) for name in names}
 
-    for name, *versions in zip(["", *(r.name for r in needed), "tests"], *([e, *table[e]] for e in ends), strict=True):
-        print(f"{name:14}", *(f"{version:28}" for version in versions))
-    return int(failed)
+    labels = ["", *(requirement.name for requirement in requirements), "tests"]
+    for label, *cells in zip(labels, *([name, *column] for name, (column, _) in results.items()), strict=True):
+        print(f"{label:14}", *(f"{cell:28}" for cell in cells))
+    return int(not all(passed for _, passed in results.values()))
 
 
 if __name__ == "__main__":

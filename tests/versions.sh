@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the model, data and LoRA parts of the suite with the oldest and with the newest versions that requirements.txt
-# allows and prints a table: `bash tests/versions.sh [floor] [newest] [words for pytest]`. The environments are layers
-# over the main one, kept in .venv-floor and .venv-newest: some minutes and 4 GB each the first time.
+# Run the model, data and training tests with the oldest and the newest versions that requirements.txt allows, and print a
+# table: `bash tests/versions.sh [floor] [newest] [pytest options]`. The environments are layers over the main one, in
+# .venv-floor and .venv-newest; making them takes some minutes and 4 GB each.
 set -euo pipefail
 cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source shell/setup.sh

@@ -1,4 +1,4 @@
-"""Names and numbers that the data path and the entry points share; imports nothing."""
+"""Special tokens, pixel statistics and the error for unusable samples; imports nothing."""
 
 IMG_CONTEXT_TOKEN = "<IMG_CONTEXT>"
 IMG_START_TOKEN = "<img>"
@@ -10,7 +10,7 @@ REF_END_TOKEN = "</ref>"
 BOX_START_TOKEN = "<box>"
 BOX_END_TOKEN = "</box>"
 
-# In this order they receive their ids when a tokenizer lacks them; published checkpoints depend on it.
+# A tokenizer without them gets them in this order, which decides their ids. Published checkpoints depend on the ids.
 SPECIAL_TOKENS = (
     IMG_START_TOKEN,
     IMG_END_TOKEN,
@@ -25,14 +25,14 @@ SPECIAL_TOKENS = (
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Seven digits, as the published models were trained with, not the eight of the CLIP release.
+# The published models were trained with seven digits, not the eight of the CLIP release.
 CLIP_MEAN = (0.4814546, 0.4578275, 0.40821073)
 CLIP_STD = (0.2686295, 0.2613025, 0.2757711)
 SIGLIP_MEAN = (0.5, 0.5, 0.5)
 SIGLIP_STD = (0.5, 0.5, 0.5)
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # label of a token that is not a loss token
 
 
 class UnusableSample(ValueError):
-    """A record of the data that cannot be trained on; the message is the reason."""
+    """A record that cannot be used as a sample; the message is the reason."""

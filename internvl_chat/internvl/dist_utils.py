@@ -1,8 +1,11 @@
-"""Process groups: joined however a process was launched, and two ways to share results between ranks.
+"""Process groups: join one under any launcher, exchange objects between ranks.
 
-`init_dist` runs first in an entry point; afterwards torch, accelerate and DeepSpeed all read the same variables.
+`init_dist` runs first in an entry point. Afterwards torch, accelerate and DeepSpeed all read the same variables.
 """
 
+import contextlib
+import io
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -12,97 +15,114 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from internvl.launchers import check_address, free_port, launch_environment, port_in_use_error  # noqa: F401
+from internvl.launchers import check_master_address, launch_environment, make_port_in_use_error
+from internvl.torch_internals import list_process_groups
 
-timeout = timedelta(minutes=60)
-COLLECTIVE_ERROR_WORDS = re.compile(
-    r"gloo|nccl|ProcessGroup|TCPStore|c10d", re.IGNORECASE
-)  # whose errors have no class
+timeout = timedelta(minutes=60)  # upstream's name; the default of --ddp_timeout
+# Errors of collectives are plain RuntimeErrors (torch 2.14): only their text names the library that failed.
+COLLECTIVE_ERROR_PATTERN = re.compile(r"gloo|nccl|ProcessGroup|TCPStore|c10d", re.IGNORECASE)
 
 
 def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs) -> None:
     """Join the process group that the launcher started.
 
     Args:
-        launcher: `pytorch` (torchrun), `slurm` (srun) or `mpi`; None finds out from the environment, and a process that
-            no launcher started becomes a world of one.
-        backend: default `nccl` with CUDA and `gloo` without; `nccl` without CUDA falls to `gloo`.
+        launcher: `pytorch` (torchrun), `slurm` (srun) or `mpi`. None detects it from the environment. Without a
+            launcher the world size is 1.
+        backend: defaults to `nccl` with CUDA and to `gloo` without; `nccl` without CUDA falls back to `gloo`.
         kwargs: passed to `torch.distributed.init_process_group`.
 
     Raises:
-        ValueError: for an unknown launcher, or one whose variables are not set.
-        OSError: rank 0's address is not known, or its port is not free.
+        ValueError: the launcher is unknown, or its variables are not set.
+        OSError: rank 0's address is unknown, or its port is in use.
     """
     os.environ.update(launch_environment(os.environ, launcher))
-    check_address(os.environ["MASTER_ADDR"])
+    check_master_address(os.environ["MASTER_ADDR"])
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not find out by itself, and warn
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for an accelerator, and warns
+        # DeepSpeed imports this module, which warns on a machine with the CUDA toolkit and without a GPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if backend in (None, "nccl"):
         backend = "nccl" if has_cuda else "gloo"
     if not dist.is_initialized():
         try:
-            dist.init_process_group(backend, **{"timeout": timeout, **kwargs})
+            options: dict[str, Any] = {"timeout": timeout, **kwargs}
+            dist.init_process_group(backend, **options)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
-            raise port_in_use_error(os.environ["MASTER_PORT"]) from error
+            raise make_port_in_use_error(os.environ["MASTER_PORT"]) from error
 
 
 def is_collective_error(error: BaseException) -> bool:
-    """Whether an error says that ranks did not come together, for which another of them may be to blame."""
+    """Check whether a collective failed, perhaps because of another rank."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and bool(COLLECTIVE_ERROR_WORDS.search(str(error)))
+        isinstance(error, RuntimeError) and bool(COLLECTIVE_ERROR_PATTERN.search(str(error)))
     )
 
 
 def set_collective_timeout(limit: timedelta) -> None:
-    """Let no group wait longer, those of libraries included, which have torch's own 10 minutes (nccl) or 30."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if isinstance(group, dist.ProcessGroup):
-            dist.set_timeout(limit, group)
+    """Set the timeout of all process groups, those of libraries included.
+
+    Groups that DeepSpeed or accelerate create have torch's default, 10 minutes (nccl) or 30, instead of --ddp_timeout.
+    """
+    for group in list_process_groups():
+        dist.set_timeout(limit, group)
 
 
 def init_deepspeed() -> None:
-    """Put DeepSpeed on the process group that is there; ZeRO-3 needs it before a model is built."""
+    """Initialize DeepSpeed on the existing process group.
+
+    ZeRO-3 needs it before a model is built.
+    """
     import deepspeed
 
-    deepspeed.init_distributed(dist.get_backend(), verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed 0.19.8 prints a line for an op on CPUs
+        deepspeed.init_distributed(dist.get_backend(), verbose=False)
 
 
-def rank() -> int:
+def get_rank() -> int:
+    """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size() -> int:
+def get_world_size() -> int:
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def num_cores() -> int:
-    """CPU cores for each rank of this node: of those that this process may use, its share."""
+def count_cores_per_rank() -> int:
+    """Count the CPU cores of each rank.
+
+    Those that this process may use, divided by the number of ranks on this node.
+    """
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def gather_objects(value: Any) -> list:
-    """`value` of every rank, in rank order, on every rank. A collective: all ranks must call it."""
-    if world_size() == 1:
+    """Gather `value` from all ranks, in rank order. A collective."""
+    if get_world_size() == 1:
         return [value]
-    values = [None] * world_size()
+    values = [None] * get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def run_on_rank_0(make: Callable[[], Any]) -> Any:
-    """Call `make` on rank 0 alone and hand its result, or its exception, to every rank."""
-    if world_size() == 1:
-        return make()
-    outcome = [None, None]
-    if rank() == 0:
+def run_on_rank_0(make_fn: Callable[[], Any]) -> Any:
+    """Call `make_fn` on rank 0; broadcast its result. A collective.
+
+    Every rank returns the result, or raises the exception.
+    """
+    if get_world_size() == 1:
+        return make_fn()
+    outcome: list[Any] = [None, None]
+    if get_rank() == 0:
         try:
-            outcome[0] = make()
-        except Exception as error:  # it is raised below, on every rank: otherwise the others would wait for ever
+            outcome[0] = make_fn()
+        except Exception as error:  # raised below on every rank: otherwise the others would wait for the broadcast
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     result, error = outcome

@@ -1,10 +1,10 @@
-"""Measures the data path alone: opening a large annotation, memory of its workers, samples a second.
+"""Measure the data path alone: opening annotations, worker memory, samples per second.
 
     python tools/benchmark_loader.py --lines 1000000
 
-Writes an annotation of short conversations with pictures into a folder that is removed afterwards (0.9 GB a million
-lines), with a tokenizer trained on it. Private memory is what the kernel tells in /proc/PID/smaps: pages that a process
-shares with no other. A spawned worker is compared with one of the same kind over a thousandth of the lines.
+Writes an annotation file of short conversations with images (0.9 GB per million lines) and a tokenizer into a temporary
+folder. Memory is private memory, from /proc/PID/smaps: pages that a process shares with no other. The memory growth is
+that of a spawned worker compared with a worker that has only a thousandth of the lines.
 """
 
 import argparse
@@ -17,131 +17,144 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from internvl.arguments.training import DataTrainingArguments
-from internvl.command_line import command
+from internvl.arguments.data import DataTrainingArguments
+from internvl.command_line import exit_on_user_error
 from internvl.constants import SPECIAL_TOKENS
-from internvl.data.collators import row_collator
+from internvl.data.collators import collate_rows
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.planning.packed_dataset import PackedDataset
 
-PICTURES = 64
+NUM_IMAGES = 64
 WORDS = "the cat sits on a red chair near an old window while two dogs sleep under it and nobody is there".split()
 
 
-def write_data(folder: Path, lines: int) -> None:
-    """`data.jsonl`: about 900 bytes a line, one picture of 64 each."""
+def write_data(folder: Path, num_lines: int) -> None:
+    """Write `data.jsonl`, about 900 bytes per line, and its images."""
     rng = np.random.default_rng(0)
-    for i in range(PICTURES):
-        side = int(rng.integers(300, 900)), int(rng.integers(300, 900))
+    for i in range(NUM_IMAGES):
+        size = int(rng.integers(300, 900)), int(rng.integers(300, 900))
         noise = Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8))
-        noise.resize(side).save(folder / f"{i}.jpg", quality=90)
+        noise.resize(size).save(folder / f"{i}.jpg", quality=90)
     answers = [" ".join(rng.choice(WORDS, 155)) for _ in range(512)]
     with open(folder / "data.jsonl", "w") as file:
-        for i in range(lines):
-            turns = [
+        for i in range(num_lines):
+            conversation = [
                 {"from": "human", "value": f"<image>\nQuestion {i}: what is it?"},
                 {"from": "gpt", "value": answers[i % len(answers)]},
             ]
-            file.write(json.dumps({"id": i, "image": f"{i % PICTURES}.jpg", "conversations": turns}) + "\n")
+            record = {"id": i, "image": f"{i % NUM_IMAGES}.jpg", "conversations": conversation}
+            file.write(json.dumps(record) + "\n")
 
 
-def tokenizer_of(folder: Path):
+def train_tokenizer():
+    """Train a byte-level BPE tokenizer on the words of the data."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS]
-    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, special_tokens=special)
+    special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPECIAL_TOKENS]
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, special_tokens=special_tokens)
     tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", model_max_length=4096
     )
 
 
-def dataset_of(folder: Path, name: str, tokenizer) -> LazySupervisedDataset:
+def open_dataset(folder: Path, name: str, tokenizer) -> LazySupervisedDataset:
+    """Open an annotation file as training does, with the default tiling."""
     args = DataTrainingArguments(conv_style="internvl2_5", dynamic_image_size=True, use_thumbnail=True)
     return LazySupervisedDataset(name, {"root": str(folder), "annotation": str(folder / name)}, tokenizer, 256, args)
 
 
-def private_memory(pid: int | str = "self") -> float:
-    """MB."""
-    lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+def get_private_memory() -> float:
+    """Return the private memory of this process, in MB."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1000
 
 
-def worker_memory(dataset: LazySupervisedDataset, samples: int) -> float:
-    """Private memory of a spawned DataLoader worker that has read so many records all over the file."""
-    ids = np.linspace(0, len(dataset) - 1, samples).astype(int).tolist()
-    loader = DataLoader(
-        Texts(dataset),
-        sampler=ids,
-        batch_size=None,
-        num_workers=1,
-        multiprocessing_context="spawn",
-        persistent_workers=True,
-    )
-    for memory in loader:
-        last = memory
-    return last
-
-
-class Texts:
-    """Reads and tokenises, decodes nothing; an item is the memory of the process that made it."""
+class WorkerMemoryDataset(Dataset):
+    """Private memory in MB after tokenizing a sample, without decoding images."""
 
     def __init__(self, dataset: LazySupervisedDataset):
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> float:
         self.dataset.measure(index)
-        return private_memory() if index in (0, len(self.dataset) - 1) else 0.0
+        # Reading smaps is slow: only for the first and the last sample.
+        return get_private_memory() if index in (0, len(self.dataset) - 1) else 0.0
 
 
-@command
+def measure_worker_memory(dataset: LazySupervisedDataset, num_samples: int) -> float:
+    """Measure the memory of a spawned DataLoader worker, in MB.
+
+    It reads samples from all over the file.
+    """
+    indices = np.linspace(0, len(dataset) - 1, num_samples).astype(int).tolist()
+    loader = DataLoader(
+        WorkerMemoryDataset(dataset),
+        sampler=indices,
+        batch_size=None,
+        num_workers=1,
+        multiprocessing_context="spawn",
+        persistent_workers=True,
+    )
+    *_, memory_after_last = loader
+    return memory_after_last
+
+
+@exit_on_user_error
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lines", type=int, default=1_000_000)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--lines", type=int, default=1_000_000, help="records of the annotation file")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="DataLoader workers")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["INTERNVL_CACHE"] = f"{folder}/cache"
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         folder = Path(folder)
         write_data(folder, args.lines)
-        with open(folder / "data.jsonl") as whole, open(folder / "part.jsonl", "w") as part:
-            part.writelines(line for line, _ in zip(whole, range(max(1, args.lines // 1000)), strict=False))
-        print(f"annotation: {args.lines:,} lines, {os.path.getsize(folder / 'data.jsonl') / 1e9:.2f} GB")
-        tokenizer = tokenizer_of(folder)
-        for attempt in ("first", "again"):
+        with open(folder / "data.jsonl") as data, open(folder / "part.jsonl", "w") as part:
+            part.writelines(line for line, _ in zip(data, range(max(1, args.lines // 1000)), strict=False))
+        print(f"Annotation file: {args.lines:,} lines, {os.path.getsize(folder / 'data.jsonl') / 1e9:.2f} GB")
+        tokenizer = train_tokenizer()
+        for attempt in ("first time", "from cache"):  # the first builds the index of lines
             start = time.perf_counter()
-            dataset = dataset_of(folder, "data.jsonl", tokenizer)
-            print(f"opened {attempt + ':':7} {time.perf_counter() - start:.3f} s")
-        part = dataset_of(folder, "part.jsonl", tokenizer)
-        small, large = worker_memory(part, 1000), worker_memory(dataset, 1000)
-        print(f"private memory of a worker: {large:.1f} MB; over a thousandth of the lines {small:.1f} MB")
-        print(f"growth: {large - small:.1f} MB")
-        speeds(dataset, part, args.workers)
+            dataset = open_dataset(folder, "data.jsonl", tokenizer)
+            print(f"Opening, {attempt}: {time.perf_counter() - start:.3f} s")
+        small_dataset = open_dataset(folder, "part.jsonl", tokenizer)
+        small, large = measure_worker_memory(small_dataset, 1000), measure_worker_memory(dataset, 1000)
+        print(f"Private memory of a worker: {large:.1f} MB; with a thousandth of the lines: {small:.1f} MB")
+        print(f"Memory growth: {large - small:.1f} MB")
+        measure_throughput(dataset, args.workers)
 
 
-def speeds(dataset: LazySupervisedDataset, part: LazySupervisedDataset, workers: int) -> None:
-    start, count = time.perf_counter(), min(len(dataset), 5000)
-    for index in range(count):
+def measure_throughput(dataset: LazySupervisedDataset, num_workers: int) -> None:
+    """Print samples per second of measuring and of loading."""
+    start, num_samples = time.perf_counter(), min(len(dataset), 5000)
+    for index in range(num_samples):
         dataset.measure(index)
-    print(f"measuring: {count / (time.perf_counter() - start):,.0f} samples a second on one core")
-    rows, count = PackedDataset([dataset]), min(len(dataset), 200 * workers)
-    keys = [[(0, index)] for index in range(count)]
-    loader = DataLoader(rows, batch_sampler=keys, collate_fn=row_collator, num_workers=workers, prefetch_factor=4)
-    start, tiles, bytes_ = time.perf_counter(), 0, 0
+    print(f"Measuring: {num_samples / (time.perf_counter() - start):,.0f} samples/s on one core")
+    num_samples = min(len(dataset), 200 * num_workers)
+    keys = [[(0, index)] for index in range(num_samples)]  # batches of one row of one sample, in epoch 0
+    loader = DataLoader(
+        PackedDataset([dataset]),
+        batch_sampler=keys,
+        collate_fn=collate_rows,
+        num_workers=num_workers,
+        prefetch_factor=4,
+    )
+    start, num_tiles, num_bytes = time.perf_counter(), 0, 0
     for batch in loader:
-        tiles += len(batch["pixel_values"])
-        bytes_ += batch["pixel_values"].nbytes
+        num_tiles += len(batch["pixel_values"])
+        num_bytes += batch["pixel_values"].nbytes
     seconds = time.perf_counter() - start
     print(
-        f"loading: {count / seconds:,.0f} samples and {tiles / seconds:,.0f} tiles a second with {workers} workers, "
-        f"{bytes_ / tiles / 1e6:.2f} MB a tile handed over"
+        f"Loading: {num_samples / seconds:,.0f} samples/s, {num_tiles / seconds:,.0f} tiles/s with {num_workers} "
+        f"workers, {num_bytes / num_tiles / 1e6:.2f} MB per tile"
     )
 
 

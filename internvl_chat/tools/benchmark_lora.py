@@ -1,11 +1,11 @@
-"""Measures what adapters cost a step: none, PEFT's own layer, and ours, on random weights.
+"""Benchmark the cost of LoRA in a step: PEFT's layers and ours.
 
-    python tools/benchmark_lora.py                                  # on two CPU cores, under a minute
+    python tools/benchmark_lora.py                                  # two CPU cores, under a minute
     python tools/benchmark_lora.py --dtype bf16 --llm 24 --vit 24 --tokens 8192 --tiles 12   # on a GPU
 
-Layers of Qwen2 and blocks of InternViT, frozen, run forward and backward. Each contender is a process of its own; they
-take turns, a step each. Without adapters the gradient still goes through all layers to their input. Peak memory is what
-a step adds to the weights.
+Frozen Qwen2 layers and InternViT layers with random weights run forward and backward. The contenders are processes that
+run one step each by turns, so other programs on the machine slow down all of them alike. Without adapters, gradients
+still flow through all layers to their input. Peak memory is counted beyond the weights.
 """
 
 import argparse
@@ -15,15 +15,16 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tools.benchmark.memory import start_counting_memory
+from tools.benchmark.memory import reset_peak_memory
 from torch import nn
 from transformers import Qwen2Config, Qwen2Model
 
-from internvl.command_line import command
-from internvl.metrics.step_timer import peak_memory
+from internvl.command_line import exit_on_user_error
+from internvl.metrics.step_metrics import get_peak_memory
 from internvl.model.internvl_chat.configuration_intern_vit import InternVisionConfig
 from internvl.model.internvl_chat.modeling_intern_vit import InternVisionModel
 from internvl.model.lora import LLM_TARGETS, VISION_TARGETS, LoraSettings, LoraTargets, add_adapters
@@ -31,24 +32,40 @@ from internvl.model.lora import LLM_TARGETS, VISION_TARGETS, LoraSettings, LoraT
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def by_peft(module: nn.Module, settings: LoraSettings, targets: LoraTargets) -> nn.Module:
+class LoraCost(NamedTuple):
+    """Median times of the forward pass and step, and peak memory."""
+
+    forward_seconds: float
+    step_seconds: float
+    peak_mb: float
+
+
+def add_peft_adapters(module: nn.Module, settings: LoraSettings, targets: LoraTargets) -> nn.Module:
+    """Add adapters with PEFT's own layers."""
     config = LoraConfig(
-        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets.modules
+        r=settings.r,
+        lora_alpha=settings.alpha,  # pyrefly: ignore[bad-argument-type]  # PEFT declares int, floats work
+        lora_dropout=settings.dropout,
+        target_modules=targets.modules,
     )
     return get_peft_model(module, config)
 
 
 CONTENDERS = {
     "none": lambda module, settings, targets: module.requires_grad_(False),
-    "peft": by_peft,
+    "peft": add_peft_adapters,
     "ours": add_adapters,
 }
 
 
-def towers(name: str, args: argparse.Namespace) -> list[tuple[nn.Module, dict]]:
-    """Each tower with its adapters, and its input (tokens, pixels), which asks for a gradient, too."""
+def build_modules(name: str, args: argparse.Namespace) -> list[tuple[nn.Module, dict]]:
+    """Build LLM and vision encoder with adapters, and their inputs.
+
+    The inputs are embeddings (1, L, hidden) and pixels (T, 3, 448, 448). Both require gradients, as they would after
+    trainable layers.
+    """
     torch.manual_seed(0)
-    llm = Qwen2Config(
+    llm_config = Qwen2Config(
         vocab_size=8,
         hidden_size=args.width,
         intermediate_size=args.width * 19 // 7,
@@ -57,7 +74,7 @@ def towers(name: str, args: argparse.Namespace) -> list[tuple[nn.Module, dict]]:
         num_key_value_heads=args.width // 64,
         use_cache=False,
     )
-    vit = InternVisionConfig(
+    vision_config = InternVisionConfig(
         hidden_size=args.vit_width,
         intermediate_size=4 * args.vit_width,
         num_hidden_layers=args.vit,
@@ -65,107 +82,117 @@ def towers(name: str, args: argparse.Namespace) -> list[tuple[nn.Module, dict]]:
         qk_normalization=False,
         use_flash_attn=False,
     )
-    texts, pictures = torch.randn(1, args.tokens, args.width), torch.randn(args.tiles, 3, 448, 448)
-    settings, dtype, found = LoraSettings(args.rank, 2 * args.rank, args.dropout), DTYPES[args.dtype], []
-    for kind, config, targets, key, value in (
-        (Qwen2Model, llm, LLM_TARGETS["Qwen2ForCausalLM"], "inputs_embeds", texts),
-        (InternVisionModel, vit, VISION_TARGETS, "pixel_values", pictures),
+    embeddings, pixels = torch.randn(1, args.tokens, args.width), torch.randn(args.tiles, 3, 448, 448)
+    settings, dtype = LoraSettings(args.rank, 2 * args.rank, args.dropout), DTYPES[args.dtype]
+    modules = []
+    for model_class, config, targets, input_name, value in (
+        (Qwen2Model, llm_config, LLM_TARGETS["Qwen2ForCausalLM"], "inputs_embeds", embeddings),
+        (InternVisionModel, vision_config, VISION_TARGETS, "pixel_values", pixels),
     ):
-        module = kind(config).to(args.device, dtype).train()
+        module: Any = model_class(config)  # pyrefly: ignore[bad-argument-type]  # each row has its own pair
+        module = module.to(args.device, dtype).train()
         if args.grad_checkpoint:
             module.gradient_checkpointing_enable({"use_reentrant": False})
         module = CONTENDERS[name](module, settings, targets)
+        # PEFT makes adapters float32, DeepSpeed casts them to the model's data type.
         for parameter in module.parameters():
-            if parameter.requires_grad:  # PEFT makes them fp32, DeepSpeed what the model is
+            if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32 if args.lora_fp32 else dtype)
-        found.append((module, {key: value.to(args.device, dtype).requires_grad_()}))
-    return found
+        modules.append((module, {input_name: value.to(args.device, dtype).requires_grad_()}))
+    return modules
 
 
-def contend(name: str, args: argparse.Namespace, pipe):
-    """Runs a step whenever the pipe says so, and answers (seconds forward, seconds in all); at last MB."""
+def run_contender(name: str, args: argparse.Namespace, pipe):
+    """Run and time steps on request of the parent process.
+
+    For each True received, runs a step and sends (forward seconds, step seconds). For False, sends the peak memory (MB)
+    and returns.
+    """
     torch.set_num_threads(args.threads)
-    modules = towers(name, args)
-    before = start_counting_memory(torch.device(args.device))
+    modules = build_modules(name, args)
+    bytes_before = reset_peak_memory(torch.device(args.device))
     while pipe.recv():
-        pipe.send(step(modules, args))
-    pipe.send((peak_memory(torch.device(args.device)) - before) / 1e6)
+        pipe.send(time_step(modules, args))
+    pipe.send((get_peak_memory(torch.device(args.device)) - bytes_before) / 1e6)
 
 
-def step(modules: list[tuple[nn.Module, dict]], args: argparse.Namespace) -> tuple[float, float]:
+def time_step(modules: list[tuple[nn.Module, dict]], args: argparse.Namespace) -> tuple[float, float]:
+    """Measure the seconds of the forward pass and of the step."""
     autocast = torch.autocast(args.device, torch.bfloat16) if args.lora_fp32 else nullcontext()
-    forward = total = 0.0
+    forward_seconds = step_seconds = 0.0
     for module, inputs in modules:
-        start = clock(args)
+        start = read_clock(args)
         with autocast:
             output = module(**inputs).last_hidden_state
-        middle = clock(args)
+        forward_end = read_clock(args)
         output.float().mean().backward()
-        forward, total = forward + middle - start, total + clock(args) - start
+        forward_seconds, step_seconds = forward_seconds + forward_end - start, step_seconds + read_clock(args) - start
         del output
         module.zero_grad()
         for value in inputs.values():
             value.grad = None
-    return forward, total
+    return forward_seconds, step_seconds
 
 
-def clock(args: argparse.Namespace) -> float:
+def read_clock(args: argparse.Namespace) -> float:
+    """Wait for the device, then return the time."""
     if args.device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def measure(args: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
-    """Contender -> median seconds forward, of a step, and MB."""
+def measure_contenders(args: argparse.Namespace) -> dict[str, LoraCost]:
+    """Measure all contenders in turn, each in its own process."""
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     for name in CONTENDERS:
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=contend, args=(name, args, theirs), daemon=True))
+        pipes[name], child_pipe = context.Pipe()
+        processes.append(context.Process(target=run_contender, args=(name, args, child_pipe), daemon=True))
         processes[-1].start()
-        theirs.close()  # so that a contender that dies ends the benchmark
+        child_pipe.close()  # now recv() raises EOFError if the child process exits
     times = {name: [] for name in CONTENDERS}
     for _ in range(args.steps + 1):
         for name, pipe in pipes.items():
             pipe.send(True)
             times[name].append(pipe.recv())
-    found = {}
+    costs = {}
     for name, pipe in pipes.items():
         pipe.send(False)
-        forward, total = (statistics.median(column) for column in zip(*times[name][1:], strict=True))  # one to warm up
-        found[name] = forward, total, pipe.recv()
+        forward, step = (statistics.median(column) for column in zip(*times[name][1:], strict=True))  # [0] is warm-up
+        costs[name] = LoraCost(forward, step, pipe.recv())
     for process in processes:
         process.join()
-    return found
+    return costs
 
 
-@command
+@exit_on_user_error
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", type=int, default=2, help="decoder layers (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=896, help="of the decoder, times 64 (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=512, help="that the decoder reads (default: %(default)s)")
-    parser.add_argument("--vit", type=int, default=1, help="vision blocks (default: %(default)s)")
+    parser.add_argument("--llm", type=int, default=2, help="LLM layers (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=896, help="of the LLM, a multiple of 64 (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of the LLM (default: %(default)s)")
+    parser.add_argument("--vit", type=int, default=1, help="vision encoder layers (default: %(default)s)")
     parser.add_argument("--vit_width", type=int, default=1024, help="a multiple of 64 (default: %(default)s)")
-    parser.add_argument("--tiles", type=int, default=1, help="of 1025 vision tokens (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--tiles", type=int, default=1, help="tiles of 1025 patches (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=16, help="LoRA rank (default: %(default)s)")
+    parser.add_argument("--dropout", type=float, default=0.05, help="LoRA dropout (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--lora_fp32", action="store_true", help="fp32 adapters, by autocast in bf16")
-    parser.add_argument("--grad_checkpoint", action="store_true")
-    parser.add_argument("--steps", type=int, default=5, help="measured, behind one to warm up (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--lora_fp32", action="store_true", help="float32 adapters under bfloat16 autocast")
+    parser.add_argument("--grad_checkpoint", action="store_true", help="gradient checkpointing in all layers")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps after one warm-up (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads per contender")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
-    found = measure(args)
-    base = found["none"][1]
-    print(f"{'adapters':10}{'forward':>10}{'step':>10}{'adapters':>10}{'memory':>12}")
-    for name, (forward, total, memory) in found.items():
-        print(f"{name:10}{forward:8.3f} s{total:8.3f} s{(total - base) / total:10.1%}{memory:9.0f} MB")
-    peft, ours = found["peft"], found["ours"]
+    costs = measure_contenders(args)
+    none, peft, ours = (costs[name] for name in ("none", "peft", "ours"))
+    print(f"{'adapters':10}{'forward':>10}{'step':>10}{'share':>10}{'memory':>12}")
+    for name, cost in costs.items():
+        share = (cost.step_seconds - none.step_seconds) / cost.step_seconds
+        print(f"{name:10}{cost.forward_seconds:8.3f} s{cost.step_seconds:8.3f} s{share:10.1%}{cost.peak_mb:9.0f} MB")
     print(
-        f"ours: {peft[1] / ours[1]:.2f} times as fast, what adapters cost {ours[1] - base:.3f} s instead of "
-        f"{peft[1] - base:.3f} s, {ours[2] / peft[2]:.0%} of the memory"
+        f"ours: {peft.step_seconds / ours.step_seconds:.2f} times as fast as peft; adapters take "
+        f"{ours.step_seconds - none.step_seconds:.3f} s instead of {peft.step_seconds - none.step_seconds:.3f} s; "
+        f"{ours.peak_mb / peft.peak_mb:.0%} of the memory"
     )
 
 

@@ -1,7 +1,9 @@
-"""Quantizes a chat checkpoint to 8 bits with bitsandbytes: `python tools/convert_to_int8.py [MODEL [OUT]]`.
+"""Quantize a chat checkpoint to 8 bits with bitsandbytes.
 
-The result loads with `InternVLChatModel.from_pretrained(OUT)`. Needs `pip install bitsandbytes`; works on the GPU where
-there is one.
+    python tools/convert_to_int8.py [MODEL [OUT]]
+
+`InternVLChatModel.from_pretrained(OUT)` loads the result. Requires `pip install bitsandbytes`. Runs on the GPU if there
+is one.
 """
 
 import argparse
@@ -10,34 +12,45 @@ import importlib.util
 import torch
 from transformers import BitsAndBytesConfig
 
-from internvl.command_line import command, new_folder
-from internvl.model.adapter_io import refuse_adapters
+from internvl.command_line import create_output_dir, exit_on_user_error
+from internvl.model.adapter_io import require_no_adapters
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
 
-MODEL, OUT = "OpenGVLab/InternVL-Chat-V1-5", "release/InternVL-Chat-V1-5-Int8"
+# Upstream's tool has no arguments, but these two paths.
+DEFAULT_MODEL, DEFAULT_OUTPUT = "OpenGVLab/InternVL-Chat-V1-5", "release/InternVL-Chat-V1-5-Int8"
 
 
-@command
+@exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model_path", nargs="?", default=MODEL, help=f"chat checkpoint or its hub name ({MODEL})")
-    parser.add_argument("output_path", nargs="?", default=OUT, help=f"folder for the 8-bit checkpoint ({OUT})")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model_path",
+        nargs="?",
+        default=DEFAULT_MODEL,
+        help="chat checkpoint without adapters, a folder or a hub name (default: %(default)s)",
+    )
+    parser.add_argument(
+        "output_path",
+        nargs="?",
+        default=DEFAULT_OUTPUT,
+        help="new folder for the result (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("quantizing to 8 bits needs bitsandbytes: pip install bitsandbytes")
+        raise ValueError("bitsandbytes is required to quantize to 8 bits: pip install bitsandbytes")
     tokenizer = load_tokenizer(args.model_path)
-    refuse_adapters(InternVLChatConfig.from_pretrained(args.model_path), args.model_path)
-    with new_folder(args.output_path) as folder:
+    require_no_adapters(InternVLChatConfig.from_pretrained(args.model_path), args.model_path)
+    with create_output_dir(args.output_path) as output_dir:
         model = InternVLChatModel.from_pretrained(
             args.model_path,
             quantization_config=BitsAndBytesConfig(load_in_8bit=True),
             dtype=torch.float16,
             device_map="cuda:0" if torch.cuda.is_available() else "cpu",
         )
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    print(f"8-bit checkpoint: {folder}")
+        model.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+    print(f"8-bit checkpoint: {output_dir}")
 
 
 if __name__ == "__main__":

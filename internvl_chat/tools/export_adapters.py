@@ -1,60 +1,63 @@
-"""Writes a chat model's LoRA adapters as one PEFT folder for transformers' own class: for serving engines and PEFT.
+"""Export the LoRA adapters of a chat model as one PEFT adapter.
 
-    python tools/export_adapters.py IN OUT [--parts language_model ...] [--base NATIVE]
+    python tools/export_adapters.py IN OUT [--parts language_model ...] [--base HF]
 
-`PeftModel.from_pretrained(native, OUT)` is then the adapted model, where `native` is the base as
-tools/internvl_custom2hf.py writes it. Engines that adapt the language model alone take `--parts language_model`.
+The adapter is for transformers' own InternVL class and for serving engines. `PeftModel.from_pretrained(hf_model, OUT)`
+is the adapted model, where `hf_model` is the base model that tools/internvl_custom2hf.py writes. Engines that support
+adapters of the LLM only need `--parts language_model`.
 """
 
 import argparse
-from pathlib import Path
 
 from safetensors.torch import save_file
 
-from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
-from internvl.model.adapter_io import read_adapters, refuse_not_finite
-from internvl.model.hf.adapter import to_hf_adapter
-from internvl.model.hf.config import to_hf_config
+from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_user_error, require_checkpoint_dir
+from internvl.model.adapter_io import read_part_adapter, require_finite
+from internvl.model.hf.adapter import convert_adapters_to_hf
+from internvl.model.hf.config import convert_config_to_hf
 from internvl.model.internvl_chat import InternVLChatConfig
-from internvl.model.internvl_chat.merge import without_adapters
+from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE, TRAINED_TENSORS_FILE
+from internvl.model.internvl_chat.merge import remove_adapter_fields
 from internvl.model.lora import LORA_RANK_FIELDS
 
 
-@command
+@exit_on_user_error
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input_path", help="chat checkpoint with adapters")
-    parser.add_argument("output_path", help="folder for the adapter")
+    parser.add_argument("output_path", help="new folder for the PEFT adapter")
     parser.add_argument(
-        "--parts", nargs="+", choices=LORA_RANK_FIELDS, help="whose adapters (default: all that there are)"
+        "--parts", nargs="+", choices=LORA_RANK_FIELDS, help="parts whose adapters are exported (default: all)"
     )
-    parser.add_argument("--base", help="written into the adapter as the model it stands on: a folder or a hub's id")
+    parser.add_argument("--base", help="base model to record in adapter_config.json: a folder or a hub name")
     args = parser.parse_args(argv)
 
-    source = checkpoint_folder(args.input_path, CHAT)
+    source = require_checkpoint_dir(args.input_path, CHAT_MODEL_TYPE)
     config = InternVLChatConfig.from_pretrained(source)
-    found = {part: adapter for part in LORA_RANK_FIELDS if (adapter := read_adapters(source, part, config))}
-    wanted = args.parts or list(found)
-    if lacking := [part for part in wanted if part not in found] or ([] if found else list(LORA_RANK_FIELDS)):
-        raise ValueError(f"{source} has no adapters of {', '.join(lacking)}")
+    available = {part: adapter for part in LORA_RANK_FIELDS if (adapter := read_part_adapter(source, part, config))}
+    requested = args.parts or list(available or LORA_RANK_FIELDS)
+    if missing := [part for part in requested if part not in available]:
+        raise ValueError(f"{source} has no adapters of {', '.join(missing)}")
     llm_config = config.llm_config
-    native = to_hf_config(without_adapters(config), image_token_id=0, tied=False)
-    # Its own scale for the language model, if that is among them: `to_hf_adapter` keeps the first one's.
-    adapters = {part: found[part] for part in sorted(wanted, key=list(LORA_RANK_FIELDS).index, reverse=True)}
-    settings, tensors = to_hf_adapter(adapters, llm_config, native)
+    hf_config = convert_config_to_hf(remove_adapter_fields(config), image_token_id=0, is_tied=False)
+    # `convert_adapters_to_hf` keeps the scale of the first part. With the LLM first, its adapter stays unchanged.
+    adapters = {part: available[part] for part in reversed(LORA_RANK_FIELDS) if part in requested}
+    settings, tensors = convert_adapters_to_hf(adapters, llm_config, hf_config)
     settings.base_model_name_or_path = args.base
-    refuse_not_finite(tensors, source)
-    with new_folder(args.output_path) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        settings.save_pretrained(folder)
-    print(f"adapter of rank {settings.r} for {', '.join(adapters)}: {folder}")
-    if left := [part for part in found if part not in wanted]:
-        print(f"note: the adapters of {', '.join(left)} are left out")
-    if (Path(source) / "trained.safetensors").is_file():
+    require_finite(tensors, source)
+    with create_output_dir(args.output_path) as output_dir:
+        save_file(tensors, output_dir / ADAPTER_FILE, metadata={"format": "pt"})
+        settings.save_pretrained(str(output_dir))
+    print(f"PEFT adapter: {output_dir}")
+    print(f"LoRA rank: {settings.r}")
+    print(f"Parts: {', '.join(adapters)}")
+    if skipped := [part for part in available if part not in requested]:
+        print(f"Note: adapters not exported: {', '.join(skipped)}")
+    if (source / TRAINED_TENSORS_FILE).is_file():
         print(
-            "note: the run trained other weights, too (trained.safetensors), which no adapter folder can hold: the base"
+            f"Note: the run also trained other weights ({TRAINED_TENSORS_FILE}), which no PEFT adapter contains. "
+            "Use a base model that has them, or merge everything with tools/merge_lora.py"
         )
-        print("      must have them, or the whole be merged with tools/merge_lora.py")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Takes the projector out of a chat checkpoint: `python tools/extract_mlp.py MODEL OUT` writes OUT/mlp_projector.pth.
+"""Extract the projector of a chat checkpoint.
 
-The file is a state dict in bfloat16, for `--mlp_path` of the training entries.
+    python tools/extract_mlp.py MODEL OUT
+
+Writes OUT/mlp_projector.pth, a state dict in bfloat16 for `--mlp_path` of the training programs. Adapters are merged
+first.
 """
 
 import argparse
@@ -8,40 +11,41 @@ from pathlib import Path
 
 import torch
 
-from internvl.command_line import CHAT, checkpoint_folder, command
-from internvl.model.adapter_io import has_plain_weights
+from internvl.command_line import CHAT_MODEL_TYPE, exit_on_user_error, require_checkpoint_dir
+from internvl.model.adapter_io import has_adapters
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
-from internvl.model.safetensors_io import Checkpoint
+from internvl.model.safetensors_io import CheckpointTensors
 
-PREFIX = "mlp1."
+PROJECTOR_PREFIX = "mlp1."
 
 
-@command
+@exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_path", help="chat checkpoint")
-    parser.add_argument("output_path", help="folder for mlp_projector.pth, made if it does not exist")
+    parser.add_argument("output_path", help="folder for mlp_projector.pth, created if missing")
     args = parser.parse_args(argv)
 
-    file = Path(args.output_path) / "mlp_projector.pth"
-    if file.exists():
-        raise ValueError(f"{file} exists: name another folder, or remove it")
-    source = checkpoint_folder(args.model_path, CHAT)
-    projector = {name: tensor.bfloat16() for name, tensor in sorted(projector_of(source).items())}
-    if not projector:
-        raise ValueError(f"{source} has no tensor named {PREFIX}*: it is no chat checkpoint")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(projector, file)
-    print(f"projector: {file}")
+    output_file = Path(args.output_path) / "mlp_projector.pth"
+    if output_file.exists():
+        raise ValueError(f"{output_file} exists: choose another folder or remove the file")
+    source = require_checkpoint_dir(args.model_path, CHAT_MODEL_TYPE)
+    state = {name: tensor.bfloat16() for name, tensor in sorted(read_projector(source).items())}
+    if not state:
+        raise ValueError(f"{source} has no tensor named {PROJECTOR_PREFIX}*: it is not a chat checkpoint")
+    output_file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, output_file)
+    print(f"Projector: {output_file}")
 
 
-def projector_of(source: Path) -> dict[str, torch.Tensor]:
-    """The projector's state dict, its adapters merged if it has some."""
-    if not has_plain_weights(InternVLChatConfig.from_pretrained(source)):
+def read_projector(source: Path) -> dict[str, torch.Tensor]:
+    """Return the projector's state dict, with merged adapters."""
+    if has_adapters(InternVLChatConfig.from_pretrained(source)):
         return merge_adapters(InternVLChatModel.from_pretrained(source, dtype=torch.bfloat16)).mlp1.state_dict()
-    tensors = Checkpoint(source)
-    return {name.removeprefix(PREFIX): tensors[name] for name in tensors if name.startswith(PREFIX)}
+    tensors = CheckpointTensors(source)
+    names = [name for name in tensors if name.startswith(PROJECTOR_PREFIX)]
+    return {name.removeprefix(PROJECTOR_PREFIX): tensors[name] for name in names}
 
 
 if __name__ == "__main__":

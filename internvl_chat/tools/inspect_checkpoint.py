@@ -1,179 +1,234 @@
-"""Says what a checkpoint folder is and what opens it: `python tools/inspect_checkpoint.py DIR` prints one table.
+"""Describe a checkpoint folder: kind, sizes, adapters, how to load it.
 
-Reads the JSON files and the headers of the safetensors files, never a tensor.
+    python tools/inspect_checkpoint.py DIR
+
+Reads the JSON files and the headers of the safetensors files, but no tensor.
 """
 
 import argparse
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from internvl.command_line import CHAT, command
-from internvl.model.adapter_io import part_folders
+from internvl.command_line import CHAT_MODEL_TYPE, exit_on_user_error
+from internvl.model.adapter_io import find_adapter_dirs
+from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE, TRAINED_TENSORS_FILE
+from internvl.model.internvl_chat.safe_loading import ADAPTER_CONFIG_FILE
 from internvl.model.lora import LORA_RANK_FIELDS
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
-NATIVE = "internvl"
-# Which part a tensor belongs to, by the name in either format; the first that is found.
-PARTS = {
+# Bytes of a value, by the dtype names of safetensors headers.
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I8": 1,
+    "U8": 1,
+}
+HF_MODEL_TYPE = "internvl"
+# Part of the model -> pattern of its tensor names in the custom and the HF format. The first match counts.
+PART_PATTERNS = {
     "vision_model": re.compile(r"(^|\.)(vision_model|vision_tower)\."),
     "mlp1": re.compile(r"(^|\.)(mlp1|multi_modal_projector)\."),
     "language_model": re.compile(r"(^|\.)(language_model|lm_head)\."),
 }
-HELD = {"weights": "whole weights", "trained": "trained weights in place of the base's", "adapters": "adapters"}
-CONVERT = "tools/internvl_custom2hf.py"
-OPENED = {
-    "full": ["InternVLChatModel.from_pretrained({0})", "--model_name_or_path {0}", CONVERT],
-    "merged": ["InternVLChatModel.from_pretrained({0})", "--model_name_or_path {0}", CONVERT],
-    "full with adapters": ["InternVLChatModel.from_pretrained({0})", "tools/merge_lora.py", "tools/export_adapters.py"],
-    "adapters on a base": [
-        "InternVLChatModel.from_pretrained({0})",
+# Kind of a tensor -> its description.
+TENSOR_KINDS = {"weights": "weights", "trained": "trained weights that replace the base's", "adapters": "adapters"}
+LOAD_CHAT_MODEL = "InternVLChatModel.from_pretrained({0})"
+# Kind of a checkpoint -> what loads or converts it.
+LOADERS = {
+    "full checkpoint": [LOAD_CHAT_MODEL, "--model_name_or_path {0}", "tools/internvl_custom2hf.py"],
+    "merged checkpoint": [LOAD_CHAT_MODEL, "--model_name_or_path {0}", "tools/internvl_custom2hf.py"],
+    "full checkpoint with adapters": [LOAD_CHAT_MODEL, "tools/merge_lora.py", "tools/export_adapters.py"],
+    "adapter checkpoint": [
+        LOAD_CHAT_MODEL,
         "PeftModel.from_pretrained(model.PART, {0}/PART)",
         "tools/merge_lora.py",
         "tools/export_adapters.py",
     ],
-    "native": ["AutoModelForImageTextToText and AutoProcessor, .from_pretrained({0})", "tools/internvl_hf2custom.py"],
-    "adapter of one model or part": ["PeftModel.from_pretrained(model, {0})"],
+    "HF checkpoint": [
+        "AutoModelForImageTextToText.from_pretrained({0})",
+        "AutoProcessor.from_pretrained({0})",
+        "tools/internvl_hf2custom.py",
+    ],
+    "PEFT adapter": ["PeftModel.from_pretrained(model, {0})"],
 }
 
 
 class Size(NamedTuple):
-    parameters: int
-    nbytes: int
+    """Number of parameters and bytes."""
+
+    num_parameters: int
+    num_bytes: int
 
     def __str__(self):
-        return f"{_short(self.parameters).strip()} parameters, {_short(self.nbytes)}B"
+        return f"{_format_si(self.num_parameters).strip()} parameters, {_format_si(self.num_bytes)}B"
 
 
-@command
+class TensorHeader(NamedTuple):
+    """Name and size of a tensor in a safetensors file."""
+
+    name: str
+    num_values: int
+    num_bytes: int
+
+
+@exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path", metavar="DIR", help="a checkpoint, a run's output or a folder of adapters")
-    print(table(describe(Path(parser.parse_args(argv).path))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", metavar="DIR", help="a checkpoint, the output of a run, or a folder of adapters")
+    args = parser.parse_args(argv)
+    print(format_table(describe_checkpoint(Path(args.path))))
 
 
-def describe(folder: Path) -> list[tuple[str, str]]:
-    """Names and values of the table's lines. ValueError if `folder` holds no checkpoint."""
-    config, sizes, adapters = _json(folder / "config.json"), sizes_of(folder), adapters_of(folder)
-    kind = kind_of(folder, config, sizes, adapters)
-    lines = [("folder", str(folder)), ("kind", kind), ("base", _base(config, adapters)), *_model(config)]
+def describe_checkpoint(folder: Path) -> list[tuple[str, str]]:
+    """Collect labels and values of the table.
+
+    Raises:
+        ValueError: `folder` holds no checkpoint.
+    """
+    config = _read_json(folder / "config.json")
+    sizes, adapters = measure_tensors(folder), read_adapter_settings(folder)
+    kind = classify_checkpoint(folder, config, sizes, adapters)
+    rows = [("Folder", str(folder)), ("Kind", kind), ("Base checkpoint", _describe_base(config))]
+    rows += _describe_llm(config)
     for part in [*LORA_RANK_FIELDS, "other"]:
-        told = {what: words for what, words in HELD.items() if (what, part) in sizes}
+        # Kind of tensors -> description, of the kinds that this part has.
+        texts = {tensors: text for tensors, text in TENSOR_KINDS.items() if (tensors, part) in sizes}
         if part in adapters:
-            told["adapters"] = "adapters: {variant}, rank {r}, alpha {alpha}".format(**adapters[part])
-        lines += [(part, f"{words}: {sizes.get((what, part), 'no tensors here')}") for what, words in told.items()]
-    state = _json(folder / "trainer_state.json")
-    if state:
-        lines.append(("steps", f"{state['global_step']} of {state['max_steps']}, epoch {state['epoch'] or 0:.3g}"))
-    return lines + [("opened with", way.format(folder)) for way in OPENED[kind]]
+            texts["adapters"] = "adapters ({variant}, rank {r}, alpha {alpha})".format(**adapters[part])
+        rows += [(part, f"{text}: {sizes.get((tensors, part), 'no tensors here')}") for tensors, text in texts.items()]
+    if state := _read_json(folder / "trainer_state.json"):
+        rows.append(("Step", f"{state['global_step']} of {state['max_steps']} (epoch {state['epoch'] or 0:.3g})"))
+    return rows + [("Load with", loader.format(folder)) for loader in LOADERS[kind]]
 
 
-def kind_of(folder: Path, config: dict, sizes: dict, adapters: dict) -> str:
-    model_type, here = config.get("model_type"), {what for what, _ in sizes}
-    if not sizes or (model_type not in (CHAT, NATIVE) and not adapters):
-        found = f"its config.json is of type {model_type!r}" if config else "there is no config.json"
-        raise ValueError(f"{folder} is no checkpoint of a chat model: {found}, safetensors of {sorted(here) or 'none'}")
-    if model_type not in (CHAT, NATIVE):
-        return "adapter of one model or part"
-    if model_type == NATIVE:
-        return "native"
-    if "weights" not in here:
-        return "adapters on a base"
+def classify_checkpoint(folder: Path, config: dict, sizes: dict, adapters: dict) -> str:
+    """Return the kind of a checkpoint, a key of `LOADERS`."""
+    model_type, tensor_kinds = config.get("model_type"), {kind for kind, _ in sizes}
+    if not sizes or (model_type not in (CHAT_MODEL_TYPE, HF_MODEL_TYPE) and not adapters):
+        type_text = f"config.json has model_type {model_type!r}" if config else "config.json is missing"
+        raise ValueError(
+            f"{folder} is not a checkpoint of a chat model: {type_text}; safetensors files hold "
+            f"{', '.join(sorted(tensor_kinds)) or 'nothing'}"
+        )
+    if model_type not in (CHAT_MODEL_TYPE, HF_MODEL_TYPE):
+        return "PEFT adapter"
+    if model_type == HF_MODEL_TYPE:
+        return "HF checkpoint"
+    if "weights" not in tensor_kinds:
+        return "adapter checkpoint"
     if adapters:
-        return "full with adapters"
-    return "merged" if config.get("merged_from") and not (folder / "trainer_state.json").is_file() else "full"
+        return "full checkpoint with adapters"
+    # A run that starts from a merged checkpoint copies `merged_from`, but also saves a trainer state.
+    is_merged = config.get("merged_from") and not (folder / "trainer_state.json").is_file()
+    return "merged checkpoint" if is_merged else "full checkpoint"
 
 
-def sizes_of(folder: Path) -> dict[tuple[str, str], Size]:
-    """(weights, trained or adapters; part) -> what of it lies in `folder`, adapters counted once."""
-    own = part_folders(folder)
-    parameters, nbytes = Counter(), Counter()
+def measure_tensors(folder: Path) -> dict[tuple[str, str], Size]:
+    """Return the size of the tensors in a folder by (kind, part).
+
+    Kinds are those of `TENSOR_KINDS`. Adapters that are both among the weights and in PEFT folders count once.
+    """
+    num_parameters, num_bytes = Counter(), Counter()
+    kinds_by_file = {TRAINED_TENSORS_FILE: "trained", ADAPTER_FILE: "adapters"}
     for file in folder.glob("*.safetensors"):
-        kinds = {"trained.safetensors": "trained", "adapter_model.safetensors": "adapters"}
-        for name, count, size in headers(file):
-            kind = "adapters" if ".lora_" in name else kinds.get(file.name, "weights")
-            part = next((part for part, pattern in PARTS.items() if pattern.search(name)), "other")
-            parameters[kind, part] += count
-            nbytes[kind, part] += size
-    for part, place in own.items():
-        rows = [row for file in place.glob("*.safetensors") for row in headers(file)]
-        parameters["adapters", part] = sum(count for _, count, _ in rows)
-        nbytes["adapters", part] = sum(size for *_, size in rows)
-    return {key: Size(parameters[key], nbytes[key]) for key in parameters}
+        for header in read_tensor_headers(file):
+            kind = "adapters" if ".lora_" in header.name else kinds_by_file.get(file.name, "weights")
+            part = next((part for part, pattern in PART_PATTERNS.items() if pattern.search(header.name)), "other")
+            num_parameters[kind, part] += header.num_values
+            num_bytes[kind, part] += header.num_bytes
+    for part, adapter_dir in find_adapter_dirs(folder).items():
+        headers = [header for file in adapter_dir.glob("*.safetensors") for header in read_tensor_headers(file)]
+        num_parameters["adapters", part] = sum(header.num_values for header in headers)
+        num_bytes["adapters", part] = sum(header.num_bytes for header in headers)
+    return {key: Size(num_parameters[key], num_bytes[key]) for key in num_parameters}
 
 
-def headers(file: Path) -> list[tuple[str, int, int]]:
-    """Name, numbers and bytes of each tensor of a safetensors file."""
+def read_tensor_headers(file: Path) -> list[TensorHeader]:
+    """Read the headers of a safetensors file."""
     try:
         with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not iterable)
     except SafetensorError as error:
-        raise ValueError(f"{file} is no whole safetensors file ({error})") from error
-    counts = {name: prod(part.get_shape()) for name, part in slices.items()}
-    return [(name, counts[name], counts[name] * BYTES.get(part.get_dtype(), 1)) for name, part in slices.items()]
+        raise ValueError(f"{file} is not a complete safetensors file ({error})") from error
+    counts = {name: prod(tensor.get_shape()) for name, tensor in slices.items()}
+    return [
+        TensorHeader(name, counts[name], counts[name] * DTYPE_BYTES.get(tensor.get_dtype(), 1))
+        for name, tensor in slices.items()
+    ]
 
 
-def adapters_of(folder: Path) -> dict[str, dict]:
-    """Part -> r, alpha and variant of its adapters, as config.json or PEFT's own files tell."""
-    config = _json(folder / "config.json")
-    ranks = {part: config.get(rank) for part, rank in LORA_RANK_FIELDS.items()}
-    found = {part: {"r": r, "alpha": 2 * r, "variant": "lora"} for part, r in ranks.items() if r}
-    files = {part: _json(place / "adapter_config.json") for part, place in part_folders(folder).items()}
-    if not config and (alone := _json(folder / "adapter_config.json")):
-        parts = {part for what, part in sizes_of(folder) if what == "adapters"}
-        files = dict.fromkeys(sorted(parts, key=[*LORA_RANK_FIELDS, "other"].index), alone)
-    found |= {part: {"r": c["r"], "alpha": c["lora_alpha"], "variant": _variant(c)} for part, c in files.items()}
-    for part, settings in (config.get("lora_settings") or {}).items():
-        found[part] = found.get(part, {}) | {key: settings[key] for key in ("r", "alpha", "variant")}
-    return found
+def read_adapter_settings(folder: Path) -> dict[str, dict]:
+    """Return r, alpha and variant of each part's adapters.
+
+    In upstream's checkpoints config.json has the rank only; alpha is twice the rank. PEFT's files and our
+    `lora_settings` have precedence.
+    """
+    config = _read_json(folder / "config.json")
+    ranks = {part: config.get(field) for part, field in LORA_RANK_FIELDS.items()}
+    settings = {part: {"r": rank, "alpha": 2 * rank, "variant": "lora"} for part, rank in ranks.items() if rank}
+    peft_configs = {part: _read_json(path / ADAPTER_CONFIG_FILE) for part, path in find_adapter_dirs(folder).items()}
+    if not config and (peft_config := _read_json(folder / ADAPTER_CONFIG_FILE)):
+        # One PEFT folder for one or more parts, as export_adapters.py writes it.
+        parts = {part for kind, part in measure_tensors(folder) if kind == "adapters"}
+        peft_configs = dict.fromkeys(sorted(parts, key=[*LORA_RANK_FIELDS, "other"].index), peft_config)
+    for part, c in peft_configs.items():
+        settings[part] = {"r": c["r"], "alpha": c["lora_alpha"], "variant": _name_variant(c)}
+    for part, own in (config.get("lora_settings") or {}).items():
+        settings[part] = settings.get(part, {}) | {key: own[key] for key in ("r", "alpha", "variant")}
+    return settings
 
 
-def _variant(config: dict) -> str:
-    start = config.get("init_lora_weights")
-    names = [name for name in ("dora", "rslora") if config.get(f"use_{name}")]
-    return " ".join([*names, *([start] if isinstance(start, str) else [])]) or "lora"
+def _name_variant(peft_config: dict) -> str:
+    init = peft_config.get("init_lora_weights")
+    names = [name for name in ("dora", "rslora") if peft_config.get(f"use_{name}")]
+    return " ".join([*names, *([init] if isinstance(init, str) else [])]) or "lora"
 
 
-def _base(config: dict, adapters: dict) -> str:
-    base = config.get("base_model")
-    if base:
-        there = "" if Path(base["path"]).exists() else ", which is not here: name its place by base_model="
-        return f"{base['path']} (fingerprint {base.get('fingerprint')}){there}"
+def _describe_base(config: dict) -> str:
+    if base := config.get("base_model"):
+        hint = "" if Path(base["path"]).exists() else "; not found: pass its new path as base_model="
+        return f"{base['path']} (fingerprint {base.get('fingerprint')}){hint}"
     if config.get("merged_from"):
-        return f"none is needed; merged from {config['merged_from']}"
-    return "none is needed" if config else "the model these adapters were made for; the folder does not name it"
+        return f"not required (merged from {config['merged_from']})"
+    return "not required" if config else "not recorded in this folder"
 
 
-def _model(config: dict) -> list[tuple[str, str]]:
+def _describe_llm(config: dict) -> list[tuple[str, str]]:
     llm = config.get("llm_config") or config.get("text_config")
     if not llm:
         return []
     template = config.get("template") or (config.get("internvl_chat") or {}).get("template")
     name = (llm.get("architectures") or [llm.get("model_type")])[0]
-    told = f"{name}, {llm.get('num_hidden_layers')} layers of width {llm.get('hidden_size')}"
-    return [("language model", told), ("template", template or "not named")]
+    llm_text = f"{name}, {llm.get('num_hidden_layers')} layers, hidden size {llm.get('hidden_size')}"
+    return [("LLM", llm_text), ("Template", template or "not recorded")]
 
 
-def table(lines: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in lines)
-    shown = defaultdict(lambda: " " * width)
-    rows = []
-    for name, value in lines:
-        rows.append(f"{shown.get(name, name.ljust(width))}  {value}")
-        shown[name] = " " * width
-    return "\n".join(rows)
+def format_table(rows: list[tuple[str, str]]) -> str:
+    """Format rows in two columns; a label that repeats is printed once."""
+    width = max(len(label) for label, _ in rows) + 1
+    lines, previous = [], None
+    for label, value in rows:
+        lines.append(f"{'' if label == previous else f'{label}:':{width}}  {value}")
+        previous = label
+    return "\n".join(lines)
 
 
-def _json(file: Path) -> dict:
+def _read_json(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _short(number: int) -> str:
+def _format_si(number: int) -> str:
     thousands = min((len(str(number)) - 1) // 3, 4)
     return f"{number / 1000**thousands:.3g} {('', 'k', 'M', 'G', 'T')[thousands]}"
 

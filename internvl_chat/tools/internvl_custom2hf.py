@@ -1,11 +1,10 @@
-"""Turns a chat checkpoint into one for transformers' own class, `InternVLForConditionalGeneration`.
+"""Convert a chat checkpoint to transformers' `InternVLForConditionalGeneration`.
 
     python tools/internvl_custom2hf.py --custom_path CHAT --save_path HF [--hf_path REFERENCE]
 
-Tensor for tensor, without building a model; a checkpoint of several files passes through the memory of one. The folder
-is complete: `AutoModelForImageTextToText` and `AutoProcessor` read it. A checkpoint with adapters is merged first, as a
-whole model, into a temporary folder beside the result. With `--hf_path`, prints how far the result is from that
-reference.
+Tensors are converted one by one without building a model: a checkpoint of several files needs the memory of one.
+`AutoModelForImageTextToText` and `AutoProcessor` load the result. A checkpoint with adapters is first merged in memory
+and saved in a temporary folder beside the result. With --hf_path, the L2 distance from that checkpoint is printed.
 """
 
 import argparse
@@ -17,85 +16,98 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForImageTextToText
 
-from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
-from internvl.model.adapter_io import has_plain_weights
-from internvl.model.combine_adapters import save_merged
-from internvl.model.hf.config import to_hf_config
-from internvl.model.hf.processor import IMAGE_TOKEN, save_processor
-from internvl.model.hf.weights import is_tied, newer_name, to_hf
+from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_user_error, require_checkpoint_dir
+from internvl.constants import IMG_CONTEXT_TOKEN
+from internvl.model.adapter_io import has_adapters
+from internvl.model.combine_adapters import save_merged_checkpoint
+from internvl.model.hf.config import convert_config_to_hf
+from internvl.model.hf.processor import save_processor
+from internvl.model.hf.weights import convert_weights_to_hf, is_head_tied, normalize_hf_key
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
-from internvl.model.safetensors_io import Checkpoint, Tensors, compute_l2_distance, save_tensors
+from internvl.model.safetensors_io import CheckpointTensors, StateDict, compute_l2_distance, save_tensors
 from internvl.model.tokenizers.loading import load_tokenizer
 
 
-def convert_keys_to_hf(custom_state_dict: Tensors, llm_config=None) -> dict[str, torch.Tensor]:
-    """A chat model's state dict under transformers' names; InternLM2's needs its `llm_config`."""
-    return dict(to_hf(custom_state_dict, llm_config))
+def convert_keys_to_hf(custom_state_dict: StateDict, llm_config=None) -> dict[str, torch.Tensor]:
+    """Convert a chat model's state dict to the HF format.
+
+    Args:
+        llm_config: required for InternLM2.
+    """
+    return dict(convert_weights_to_hf(custom_state_dict, llm_config))
 
 
-@command
+@exit_on_user_error
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--custom_path", required=True, help="chat checkpoint to convert")
-    parser.add_argument("--hf_path", help="checkpoint of transformers' class to compare the result with")
-    parser.add_argument("--save_path", required=True, help="folder for the converted checkpoint")
+    parser.add_argument("--custom_path", required=True, help="chat checkpoint")
+    parser.add_argument("--hf_path", help="HF checkpoint to compare the result with")
+    parser.add_argument("--save_path", required=True, help="new folder for the HF checkpoint")
     args = parser.parse_args(argv)
 
-    reference = Checkpoint(args.hf_path, newer_name) if args.hf_path else None
-    with merged(checkpoint_folder(args.custom_path, CHAT), Path(args.save_path)) as source:
-        convert(source, args.save_path)
-    print(f"checkpoint of transformers' format: {args.save_path}")
+    reference = CheckpointTensors(args.hf_path, normalize_hf_key) if args.hf_path else None
+    source = require_checkpoint_dir(args.custom_path, CHAT_MODEL_TYPE)
+    with merge_if_adapted(source, Path(args.save_path)) as merged_dir:
+        convert_checkpoint(merged_dir, args.save_path)
+    print(f"HF checkpoint: {args.save_path}")
     if reference:
-        compute_l2_distance(Checkpoint(args.save_path), reference)
+        compute_l2_distance(CheckpointTensors(args.save_path), reference)
 
 
 @contextmanager
-def merged(source: Path, beside: Path) -> Iterator[Path]:
-    """The checkpoint itself, or where it carries adapters a merged copy that is there for a while."""
-    if has_plain_weights(InternVLChatConfig.from_pretrained(source)):
+def merge_if_adapted(source: Path, save_path: Path) -> Iterator[Path]:
+    """Yield the checkpoint, or a temporary merged copy if it has adapters."""
+    if not has_adapters(InternVLChatConfig.from_pretrained(source)):
         yield source
         return
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=beside.parent, prefix=".merged-") as folder:
-        print("merging its adapters first")
-        save_merged(merge_adapters(InternVLChatModel.from_pretrained(source, dtype="auto")), source, folder)
+    save_path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=save_path.parent, prefix=".merged-") as folder:
+        print(f"Merging the adapters of {source}")
+        model = merge_adapters(InternVLChatModel.from_pretrained(source, dtype="auto"))
+        save_merged_checkpoint(model, source, folder)
         yield Path(folder)
 
 
-def convert(source: Path, save_path: str) -> None:
-    """Writes the plain chat checkpoint `source` as one of transformers' class."""
-    config, custom = InternVLChatConfig.from_pretrained(source), Checkpoint(source)
-    stored = config.get_config_dict(source)[0]  # our class unties the head, whatever is stored
-    tied = is_tied(custom, declared=any(c.get("tie_word_embeddings") for c in (stored, stored["llm_config"])))
-    hf_config = to_hf_config(config, image_token_id(source), tied)
+def convert_checkpoint(source: Path, save_path: str) -> None:
+    """Convert a chat checkpoint without adapters."""
+    config, custom = InternVLChatConfig.from_pretrained(source), CheckpointTensors(source)
+    # InternVLChatConfig sets tie_word_embeddings to False unless both configurations have it: read what is stored.
+    stored_config = config.get_config_dict(source)[0]
+    declared = any(c.get("tie_word_embeddings") for c in (stored_config, stored_config["llm_config"]))
+    is_tied = is_head_tied(custom, declared)
+    hf_config = convert_config_to_hf(config, get_image_token_id(source), is_tied)
     if config.dynamic_image_size and not config.use_thumbnail:
-        print("note: use_thumbnail is False, but transformers' processor adds a thumbnail to several tiles always")
+        print("Note: use_thumbnail False is ignored by transformers' processor: it adds a thumbnail to several tiles")
     if config.pad2square:
-        print("note: pad2square is True, but transformers' processor does not pad")
+        print("Note: pad2square True is ignored by transformers' processor: it does not pad")
 
-    with new_folder(save_path) as folder:
-        save_tensors(to_hf(custom, config.llm_config, tied), folder)
-        hf_config.save_pretrained(folder)
-        save_processor(config, source, folder)
-        check(folder)
+    with create_output_dir(save_path) as output_dir:
+        save_tensors(convert_weights_to_hf(custom, config.llm_config, is_tied), output_dir)
+        hf_config.save_pretrained(output_dir)
+        save_processor(config, source, output_dir)
+        check_loadable(output_dir)
 
 
-def image_token_id(path: Path) -> int:
+def get_image_token_id(path: Path) -> int:
+    """Return the id of `<IMG_CONTEXT>`; ValueError if the tokenizer lacks it."""
     vocabulary = load_tokenizer(path).get_vocab()
-    if IMAGE_TOKEN not in vocabulary:
-        raise ValueError(f"the tokenizer in {str(path)!r} lacks the token {IMAGE_TOKEN}: no chat checkpoint")
-    return vocabulary[IMAGE_TOKEN]
+    if IMG_CONTEXT_TOKEN not in vocabulary:
+        raise ValueError(
+            f"the tokenizer in {str(path)!r} has no token {IMG_CONTEXT_TOKEN}: it is not a chat model's tokenizer"
+        )
+    return vocabulary[IMG_CONTEXT_TOKEN]
 
 
-def check(folder) -> None:
-    """ValueError with the names, if transformers finds a tensor too many, too few or of another shape in `folder`."""
+def check_loadable(folder: Path) -> None:
+    """Raise a ValueError if tensors are missing, unexpected or of another shape."""
     _, info = AutoModelForImageTextToText.from_pretrained(
         folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
     )
-    problems = [f"{kind[:-5]}: {sorted(map(str, names))}" for kind, names in info.items() if names]
+    # `missing_keys`, `unexpected_keys`, ... -> `missing`, `unexpected`, ...
+    problems = [f"{kind.removesuffix('_keys')}: {sorted(map(str, keys))}" for kind, keys in info.items() if keys]
     if problems:
-        raise ValueError(f"transformers' class does not take this model: {'; '.join(problems)}")
+        raise ValueError(f"the converted weights do not fit transformers' class: {'; '.join(problems)}")
 
 
 if __name__ == "__main__":

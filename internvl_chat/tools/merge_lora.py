@@ -1,11 +1,11 @@
-"""Merges LoRA adapters into the weights: `python tools/merge_lora.py IN OUT` writes a plain checkpoint.
+"""Merge LoRA adapters into the weights of a chat checkpoint.
 
     python tools/merge_lora.py IN OUT [--dtype float32]
     python tools/merge_lora.py IN OUT --adapter DIR=WEIGHT [--adapter ...] [--weight W] [--combination linear]
 
-W + update is computed in fp32 and rounded once. Then the written checkpoint is loaded and asked what the adapted model
-was asked before, a picture and a question, and the differences are printed. The two are never in memory together. With
-`--adapter`, adapters of other runs on the same base are combined with those of IN, if it has some.
+Weights and adapters are added in float32 and rounded once. Then the merged checkpoint is loaded again, and its logits
+and generated tokens for one image and question are compared with the adapted model's. The two models are never in
+memory together. --adapter combines adapters of other runs on the same base checkpoint with those of IN, if it has any.
 """
 
 import argparse
@@ -13,106 +13,120 @@ from os.path import commonprefix
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
-from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
+from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_user_error, require_checkpoint_dir
+from internvl.constants import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN
 from internvl.data.images import build_transform
-from internvl.model.adapter_io import refuse_not_finite
-from internvl.model.combine_adapters import COMBINATIONS, combine_adapters, save_merged
+from internvl.model.adapter_io import require_finite
+from internvl.model.combine_adapters import COMBINATION_METHODS, combine_adapters, save_merged_checkpoint
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.internvl_chat.configuration_internvl_chat import get_tile_size
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.lora import LORA_RANK_FIELDS, is_peft_model
 from internvl.model.tokenizers.loading import load_tokenizer
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
-TOKENS = 32  # generated for the comparison
+MAX_NEW_TOKENS = 32  # generated to compare the adapted with the merged model
 
 
-@command
+@exit_on_user_error
 def main(argv=None):
-    args = parse(argv)
-    source, dtype = checkpoint_folder(args.input_path, CHAT), DTYPES[args.dtype]
-    stored = InternVLChatConfig.from_pretrained(source).dtype
-    # Rounded once: what is not stored in the dtype asked for is computed with in fp32 until the end.
-    compute = dtype if stored == dtype else torch.float32
-    model = InternVLChatModel.from_pretrained(source, dtype=compute)
+    args = parse_args(argv)
+    source, dtype = require_checkpoint_dir(args.input_path, CHAT_MODEL_TYPE), DTYPES[args.dtype]
+    stored_dtype = InternVLChatConfig.from_pretrained(source).dtype
+    # If the dtype changes, weights are kept in float32 until the end, and rounded only once.
+    compute_dtype = dtype if stored_dtype == dtype else torch.float32
+    model = InternVLChatModel.from_pretrained(source, dtype=compute_dtype)
     if args.adapter or args.weight != 1:
         combine_adapters(model, args.adapter, args.weight, args.combination, args.density)
     if not any(is_peft_model(getattr(model, part)) for part in LORA_RANK_FIELDS):
-        raise ValueError(f"{source} has no adapters, and no --adapter brings some")
-    refuse_not_finite(dict(model.named_parameters()), source)
+        raise ValueError(f"{source} has no adapters: add some with --adapter DIR=WEIGHT")
+    require_finite(dict(model.named_parameters()), source)
     tokenizer = load_tokenizer(source)
-    with new_folder(args.output_path) as folder:
-        adapted = answer(model.eval(), tokenizer)
+    with create_output_dir(args.output_path) as output_dir:
+        adapted_answer = answer_probe(model.eval(), tokenizer)
         merge_adapters(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-        refuse_not_finite(dict(model.named_parameters()), f"the sum of weights and adapters in {args.dtype}")
-        save_merged(model, source, folder)
-        del model, parameter
-        merged = answer(InternVLChatModel.from_pretrained(folder, dtype=compute).eval(), tokenizer)
-    print(f"merged checkpoint: {args.output_path}")
-    print(compared(adapted, merged, compute, dtype))
+        require_finite(dict(model.named_parameters()), f"merged weights in {args.dtype}")
+        save_merged_checkpoint(model, source, output_dir)
+        del model, parameter  # `parameter` would keep the last one in memory
+        merged_model = InternVLChatModel.from_pretrained(output_dir, dtype=compute_dtype).eval()
+        merged_answer = answer_probe(merged_model, tokenizer)
+    print(f"Merged checkpoint: {args.output_path}")
+    print(format_comparison(adapted_answer, merged_answer, compute_dtype, dtype))
 
 
-def parse(argv) -> argparse.Namespace:
+def parse_args(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input_path", help="chat checkpoint with adapters, or with --adapter any chat checkpoint")
-    parser.add_argument("output_path", help="folder for the merged checkpoint, tokenizer included")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights written (%(default)s)")
+    parser.add_argument("input_path", help="chat checkpoint with adapters; with --adapter any chat checkpoint")
+    parser.add_argument("output_path", help="new folder for the merged checkpoint and its tokenizer")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of the merged weights (default: %(default)s)"
+    )
     parser.add_argument(
         "--adapter",
         action="append",
         default=[],
-        type=folder_and_weight,
+        type=parse_adapter,
         metavar="DIR=WEIGHT",
-        help="another run's output or its folder of adapters, and how much it counts; can be repeated",
+        help="output of another run (or its adapters/) and its weight in the combination; repeatable",
     )
-    parser.add_argument("--weight", type=float, default=1.0, help="how much the adapters of IN count (%(default)s)")
+    parser.add_argument("--weight", type=float, default=1.0, help="weight of the adapters of IN (default: %(default)s)")
     parser.add_argument(
         "--combination",
-        choices=COMBINATIONS,
+        choices=COMBINATION_METHODS,
         default="cat",
-        help="PEFT's method for several adapters (%(default)s: the exact sum)",
+        help="PEFT's method of combining adapters (default: %(default)s, the exact sum)",
     )
-    parser.add_argument("--density", type=float, default=0.5, help="kept by ties and dare_linear (%(default)s)")
+    parser.add_argument(
+        "--density",
+        type=float,
+        default=0.5,
+        help="fraction of values kept by ties and dare_linear (default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 
-def folder_and_weight(text: str) -> tuple[str, float]:
+def parse_adapter(text: str) -> tuple[str, float]:
     folder, _, weight = text.rpartition("=")
     try:
         return folder, float(weight)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not DIR=WEIGHT, such as runs/a=0.5") from None
+        raise argparse.ArgumentTypeError(f"expected DIR=WEIGHT such as runs/a=0.5, got {text!r}") from None
 
 
 @torch.inference_mode()
-def answer(model: InternVLChatModel, tokenizer: AutoTokenizer) -> tuple[torch.Tensor, list[int]]:
-    """Logits (L, V) in fp32 of a prompt with a picture of one tile, and the tokens generated after it, greedily."""
-    side = model.config.force_image_size or model.config.vision_config.image_size
-    picture = Image.effect_mandelbrot((side, side), (-2, -1.5, 1, 1.5), 50)
-    pixels = build_transform(False, side)(picture)[None].to(model.dtype)
-    image = f"<img>{'<IMG_CONTEXT>' * model.num_image_token}</img>"
-    prompt = model._prompt("<image>\nDescribe this picture.", []).replace("<image>", image)
+def answer_probe(model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, list[int]]:
+    """Answer a question about an image of one tile.
+
+    Returns:
+        logits of the prompt (L, V) in float32, and the greedily generated tokens.
+    """
+    size = get_tile_size(model.config)
+    image = Image.effect_mandelbrot((size, size), (-2, -1.5, 1, 1.5), 50)
+    pixel_values = build_transform(False, size)(image)[None].to(model.dtype)  # (1, 3, size, size)
+    image_tokens = f"{IMG_START_TOKEN}{IMG_CONTEXT_TOKEN * model.num_image_token}{IMG_END_TOKEN}"
+    prompt = model.build_prompt("<image>\nDescribe this image.", []).replace("<image>", image_tokens)
     inputs = tokenizer(prompt, return_tensors="pt")
-    model.img_context_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    logits = model(pixels, inputs.input_ids, inputs.attention_mask).logits[0].float()
-    settings = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-    return logits, model.generate(pixels, **inputs, **settings)[0].tolist()
+    model.img_context_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
+    logits = model(pixel_values, inputs.input_ids, inputs.attention_mask).logits[0].float()
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    return logits, model.generate(pixel_values, **inputs, **settings)[0].tolist()
 
 
-def compared(adapted, merged, compute: torch.dtype, dtype: torch.dtype) -> str:
-    """Both differences in words."""
-    (logits, tokens), (new_logits, new_tokens) = adapted, merged
-    difference, largest = (logits - new_logits).abs().max().item(), logits.abs().max().item()
-    same = len(commonprefix([tokens, new_tokens]))
-    which = "the same" if tokens == new_tokens else f"the same up to token {same}, then different"
-    why = "" if dtype == torch.float32 else f"; that is what rounding the merged weights to {_name(dtype)} costs"
+def format_comparison(adapted_answer, merged_answer, compute_dtype: torch.dtype, dtype: torch.dtype) -> str:
+    """Format the differences between two results of `answer_probe`."""
+    (logits, tokens), (merged_logits, merged_tokens) = adapted_answer, merged_answer
+    difference, largest = (logits - merged_logits).abs().max().item(), logits.abs().max().item()
+    num_equal = len(commonprefix([tokens, merged_tokens]))
+    equality = "identical" if tokens == merged_tokens else f"the first {num_equal} identical"
+    cause = "" if dtype == torch.float32 else f", due to rounding the merged weights to {_name(dtype)}"
     return (
-        f"adapted and merged model on a picture and a question, computed in {_name(compute)}:\n"
-        f"  logits differ by {difference:.2g} at most (they reach {largest:.3g}){why}\n"
-        f"  {len(new_tokens)} tokens generated greedily: {which}"
+        f"Adapted and merged model on one image and question, computed in {_name(compute_dtype)}:\n"
+        f"  Largest logit difference: {difference:.2g}{cause} (largest logit: {largest:.3g})\n"
+        f"  Generated tokens: {len(merged_tokens)}, {equality}"
     )
 
 

@@ -1,7 +1,9 @@
-"""Rewrites pickled weights as safetensors: `python tools/pickle2safetensors.py IN OUT`.
+"""Convert pickled weights to safetensors.
 
-IN is a folder with `pytorch_model*.bin` or `adapter_model.bin`. They are read as data: tensors come out of them, and
-one that would run code is an error. OUT gets the tensors, and all JSON and text files that lie beside them.
+    python tools/pickle2safetensors.py IN OUT
+
+IN is a folder with `pytorch_model*.bin` or `adapter_model.bin`. Nothing but tensors is unpickled: a file that would run
+code is an error. The JSON and text files beside the weights are copied.
 """
 
 import argparse
@@ -13,43 +15,48 @@ from pickle import UnpicklingError
 import torch
 from safetensors.torch import save_file
 
-from internvl.command_line import command, new_folder
+from internvl.command_line import create_output_dir, exit_on_user_error
 from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE
 from internvl.model.safetensors_io import save_tensors
 
-COPIED = ("*.json", "*.txt", "*.jinja", "*.model")
+COPIED_FILE_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
-@command
+@exit_on_user_error
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input_path", help="folder with pickled weights")
-    parser.add_argument("output_path", help="folder for the safetensors")
+    parser.add_argument("output_path", help="new folder for the safetensors")
     args = parser.parse_args(argv)
     source = Path(args.input_path)
-    model, adapter = sorted(source.glob("pytorch_model*.bin")), sorted(source.glob("adapter_model.bin"))
-    if not model + adapter:
+    model_files, adapter_files = sorted(source.glob("pytorch_model*.bin")), sorted(source.glob("adapter_model.bin"))
+    if not model_files + adapter_files:
         raise ValueError(f"no pytorch_model*.bin and no adapter_model.bin in {args.input_path!r}")
-    with new_folder(args.output_path) as folder:
-        if model:
-            save_tensors(tensors_of(model), folder)
-        if adapter:
-            save_file(dict(tensors_of(adapter)), folder / ADAPTER_FILE, metadata={"format": "pt"})
-        for file in (file for pattern in COPIED for file in source.glob(pattern)):
+    with create_output_dir(args.output_path) as output_dir:
+        if model_files:
+            save_tensors(load_pickled_tensors(model_files), output_dir)
+        if adapter_files:
+            tensors = dict(load_pickled_tensors(adapter_files))
+            save_file(tensors, output_dir / ADAPTER_FILE, metadata={"format": "pt"})
+        for file in (file for pattern in COPIED_FILE_PATTERNS for file in source.glob(pattern)):
             if not file.name.endswith(".bin.index.json"):
-                shutil.copyfile(file, folder / file.name)
-    print(f"{args.output_path} holds the tensors of {', '.join(file.name for file in model + adapter)}")
+                shutil.copyfile(file, output_dir / file.name)
+    print(f"Converted: {', '.join(file.name for file in model_files + adapter_files)}")
+    print(f"Safetensors: {args.output_path}")
 
 
-def tensors_of(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors, file by file; names of one tensor get copies of their own."""
+def load_pickled_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield names and tensors, file by file.
+
+    Tensors are cloned: safetensors files do not support tensors that share memory.
+    """
     for file in files:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{file} cannot be read as tensors: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{file} is not readable as tensors: {str(error).splitlines()[0]}") from error
         if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-            raise ValueError(f"{file} holds something else than names and tensors")
+            raise ValueError(f"{file} is not a state dict: expected names and tensors only")
         for name, tensor in state.items():
             yield name, tensor.clone()
 

@@ -1,7 +1,9 @@
-"""Puts another language model into a chat checkpoint: `python tools/replace_llm.py MODEL LLM` writes MODEL_replace_llm.
+"""Replace the LLM of a chat checkpoint.
 
-The vision encoder stays. So does the projector, if the new model is as wide as the old one; else a fresh one takes its
-place and has to be trained. Tokenizer: the new model's, with the image tokens added. Saved in bfloat16.
+    python tools/replace_llm.py MODEL LLM
+
+Writes MODEL_replace_llm in bfloat16. The vision encoder stays. The projector stays if both LLMs have the same hidden
+size; otherwise it is initialized anew and must be trained. The tokenizer is the new LLM's, with the image tokens added.
 """
 
 import argparse
@@ -9,60 +11,62 @@ from pathlib import Path
 
 import torch
 
-from internvl.command_line import CHAT, checkpoint_folder, command, new_folder
+from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_user_error, require_checkpoint_dir
 from internvl.constants import SPECIAL_TOKENS
-from internvl.model.adapter_io import refuse_adapters
-from internvl.model.compose import add_special_tokens, compose
+from internvl.model.adapter_io import require_no_adapters
+from internvl.model.compose import add_special_tokens, compose_chat_model
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
-from internvl.model.safetensors_io import Checkpoint
+from internvl.model.safetensors_io import CheckpointTensors
 from internvl.model.tokenizers.loading import load_tokenizer
 
-# What a chat checkpoint's configuration says about the vision encoder and the pictures, not about the language model.
-KEPT = (
+# Fields of the chat configuration that do not depend on the LLM.
+KEPT_CONFIG_FIELDS = (
     "pad2square select_layer force_image_size downsample_ratio template dynamic_image_size use_thumbnail ps_version "
     "min_dynamic_patch max_dynamic_patch system_message"
 ).split()
 
 
-@command
+@exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model_path", help="chat checkpoint")
-    parser.add_argument("llm_path", help="causal language model")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_path", help="chat checkpoint without adapters")
+    parser.add_argument("llm_path", help="checkpoint of a causal LM")
     args = parser.parse_args(argv)
-    model_path, llm_path = checkpoint_folder(args.model_path, CHAT), checkpoint_folder(args.llm_path)
+    model_path = require_checkpoint_dir(args.model_path, CHAT_MODEL_TYPE)
+    llm_path = require_checkpoint_dir(args.llm_path)
 
-    old = InternVLChatConfig.from_pretrained(model_path)
-    refuse_adapters(old, model_path)
+    old_config = InternVLChatConfig.from_pretrained(model_path)
+    require_no_adapters(old_config, model_path)
     tokenizer = load_tokenizer(llm_path)
-    kept = {name: getattr(old, name) for name in KEPT if hasattr(old, name)}
-    with new_folder(f"{model_path}_replace_llm") as folder:
-        model = compose(model_path, llm_path, dtype=torch.bfloat16, **kept)
-        keep_projector(model, model_path)
+    fields = {name: getattr(old_config, name) for name in KEPT_CONFIG_FIELDS if hasattr(old_config, name)}
+    with create_output_dir(f"{model_path}_replace_llm") as output_dir:
+        model = compose_chat_model(model_path, llm_path, dtype=torch.bfloat16, **fields)
+        copy_projector(model, model_path)
         add_special_tokens(model, tokenizer, SPECIAL_TOKENS)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        model.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
 
-    before, after = old.llm_config.architectures[0], model.llm_arch_name
-    if before != after:
+    print(f"Chat checkpoint: {output_dir}")
+    old_llm, new_llm = old_config.llm_config.architectures[0], model.llm_arch_name
+    print(f"LLM: {new_llm} from {llm_path}")
+    if old_llm != new_llm:
         print(
-            f"note: the language model was {before} and is {after}; the template stays {model.template}: "
-            "set `template` in config.json to the new model's own, if that differs"
+            f"Note: the LLM was {old_llm}; the template is still {model.template}. If the new LLM expects another one, "
+            "set `template` in config.json"
         )
-    print(f"checkpoint with {after} of {llm_path}: {folder}")
 
 
-def keep_projector(model: InternVLChatModel, path: Path) -> None:
-    """Gives the model the projector of the chat checkpoint `path`, if it fits; says so if not."""
-    tensors = Checkpoint(path)
-    old = {name: tensors[f"mlp1.{name}"] for name in model.mlp1.state_dict()}
-    before, now = old["3.bias"].numel(), model.mlp1[3].out_features
-    if before == now:
-        model.mlp1.load_state_dict(old)
+def copy_projector(model: InternVLChatModel, source: Path) -> None:
+    """Copy a chat checkpoint's projector if it fits; warn otherwise."""
+    tensors = CheckpointTensors(source)
+    state = {name: tensors[f"mlp1.{name}"] for name in model.mlp1.state_dict()}
+    old_size, new_size = state["3.bias"].numel(), model.mlp1[3].out_features  # hidden sizes of the LLMs
+    if old_size == new_size:
+        model.mlp1.load_state_dict(state)
     else:
         print(
-            f"WARNING: the language model is {now} wide instead of {before}: the projector mlp1 starts afresh with "
-            "random weights, and the model sees nothing before it is trained"
+            f"WARNING: the hidden size of the LLM is {new_size}, not {old_size}: the projector mlp1 has random weights "
+            "and must be trained"
         )
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the recipes of InternVL 1.2 share; they source it.
+# Flags common to the recipes of InternVL 1.2, which source this file.
 PROJECT_NAME=internvl_chat_v1_2
 : "${ZERO_CONFIG:=zero_stage3_config_34b.json}"
 FLAGS="

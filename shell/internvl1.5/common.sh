@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the recipes of InternVL 1.5 share; they source it.
+# Flags common to the recipes of InternVL 1.5, which source this file.
 PROJECT_NAME=internvl_chat_v1_5
 FLAGS="--max_dynamic_patch 12 --max_seq_length 4096 $FLAGS"
 # shellcheck source=shell/launch.sh

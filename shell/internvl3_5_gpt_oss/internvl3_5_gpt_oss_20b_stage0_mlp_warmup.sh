@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL3.5-GPT-OSS-20B (InternViT-300M + GPT-OSS-20B): stage 0, the projector warms up.
+# InternVL3.5-GPT-OSS-20B (InternViT-300M + GPT-OSS-20B): stage 0, warmup of the projector.
 TASK=sft PROJECT_NAME=internvl3_5_gpt_oss_20b_pretrain
 : "${BATCH_SIZE:=256}"
 FLAGS="

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL3.5-GPT-OSS-20B (InternViT-300M + GPT-OSS-20B): stage 1, everything pretrains.
+# InternVL3.5-GPT-OSS-20B (InternViT-300M + GPT-OSS-20B): stage 1, pretraining of all parts.
 TASK=sft PROJECT_NAME=internvl3_5_gpt_oss_20b_pretrain
 : "${MODEL_PATH:=work_dirs/internvl3_5_gpt_oss_20b_pretrain/internvl3_5_gpt_oss_20b_stage0_mlp_warmup}"
 FLAGS="

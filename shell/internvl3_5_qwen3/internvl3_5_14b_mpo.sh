@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL3.5-14B (InternViT-300M + Qwen3-14B): mixed preference optimisation of everything.
+# InternVL3.5-14B (InternViT-300M + Qwen3-14B): mixed preference optimization of all parts.
 TASK=mpo
 : "${MODEL_PATH:=OpenGVLab/InternVL3_5-14B-Instruct}"
 FLAGS="--drop_path_rate 0.1"

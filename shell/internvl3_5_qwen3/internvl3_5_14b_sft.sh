@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL3.5-14B (InternViT-300M + Qwen3-14B): supervised fine-tuning of everything.
+# InternVL3.5-14B (InternViT-300M + Qwen3-14B): supervised fine-tuning of all parts.
 TASK=sft
 : "${MODEL_PATH:=OpenGVLab/InternVL3_5-14B-Pretrained}"
 FLAGS="--drop_path_rate 0.1 --learning_rate 8e-5"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL3.5-30B-A3B (InternViT-300M + Qwen3-30B-A3B): mixed preference optimisation of everything.
+# InternVL3.5-30B-A3B (InternViT-300M + Qwen3-30B-A3B): mixed preference optimization of all parts.
 TASK=mpo
 : "${MODEL_PATH:=OpenGVLab/InternVL3_5-30B-A3B-Instruct}"
 FLAGS="--drop_path_rate 0.1"

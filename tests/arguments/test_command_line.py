@@ -1,13 +1,15 @@
-"""The command line: upstream's names and defaults, transformers' dropped flags, DeepSpeed files by bare name."""
+"""The command line: upstream's flags, flags that transformers removed, DeepSpeed files."""
 
 import json
 from dataclasses import fields
 
 import pytest
 
+from internvl.arguments.data import DataTrainingArguments
 from internvl.arguments.deepspeed_config import ZERO_CONFIG_DIR
+from internvl.arguments.model import ModelArguments
 from internvl.arguments.per_part import LoraArguments
-from internvl.arguments.training import DataTrainingArguments, ModelArguments, parse_args
+from internvl.arguments.training import parse_args
 
 MODEL_DEFAULTS = {
     "model_name_or_path": None,
@@ -56,7 +58,7 @@ DATA_DEFAULTS = {
     "loss_reduction_all_gather": False,
     "split_annotations": False,
 }
-OUR_OWN = {
+OWN_FLAGS = {
     "accept_changed_data",
     "allow_outside_root",
     "allow_pickle",
@@ -66,25 +68,25 @@ OUR_OWN = {
     "quantize_backbone",
     "quantize_llm",
     "vit_grad_checkpoint",
-    "checkpoint_every",
-    "checkpoint_keep",
+    "grad_checkpoint_ratio",
+    "grad_checkpoint_keep",
     "compile",
 }
-OUR_OWN |= {field.name for field in fields(LoraArguments)}
+OWN_FLAGS |= {field.name for field in fields(LoraArguments)}
 
 
 @pytest.mark.parametrize(
     ("arguments", "defaults"), [(ModelArguments, MODEL_DEFAULTS), (DataTrainingArguments, DATA_DEFAULTS)]
 )
-def test_fields_and_defaults_are_upstreams(arguments, defaults):
-    assert {f.name: f.default for f in fields(arguments) if f.name not in OUR_OWN} == defaults
+def test_flags_and_defaults_equal_upstreams(arguments, defaults):
+    assert {f.name: f.default for f in fields(arguments) if f.name not in OWN_FLAGS} == defaults
 
 
 def parse(tmp_path, *flags):
     return parse_args(["--output_dir", str(tmp_path), *flags])
 
 
-def test_flags_that_transformers_5_dropped_still_act(tmp_path):
+def test_flags_removed_by_transformers_5_still_work(tmp_path):
     flags = "--evaluation_strategy no --overwrite_output_dir True --group_by_length True --warmup_ratio 0.25".split()
     _, _, training = parse(tmp_path, *flags)
     assert training.eval_strategy == "no"
@@ -93,20 +95,20 @@ def test_flags_that_transformers_5_dropped_still_act(tmp_path):
     assert training.get_warmup_steps(1000) == 250
 
 
-def test_the_last_flag_wins(tmp_path):
+def test_last_of_repeated_flags_wins(tmp_path):
     model, _, training = parse(
         tmp_path, *"--use_llm_lora 16 --learning_rate 1e-4 --use_llm_lora 8 --learning_rate 3".split()
     )
     assert (model.use_llm_lora, training.learning_rate) == (8, 3)
 
 
-def test_booleans_take_all_upstream_forms(tmp_path):
+def test_boolean_flags_take_all_upstream_forms(tmp_path):
     _, data, _ = parse(tmp_path, "--use_thumbnail", "--dynamic_image_size", "True", "--strict_mode", "False")
     assert (data.use_thumbnail, data.dynamic_image_size, data.strict_mode) == (True, True, False)
     assert not parse(tmp_path, "--no_strict_mode")[1].strict_mode
 
 
-def test_a_json_file_of_arguments(tmp_path):
+def test_json_file_of_arguments_is_parsed(tmp_path):
     file = tmp_path / "arguments.json"
     file.write_text(json.dumps({"output_dir": str(tmp_path), "use_backbone_lora": 4}))
     assert parse_args([str(file)])[0].use_backbone_lora == 4
@@ -120,31 +122,31 @@ def test_zero_configs_resolve_by_bare_name_from_any_directory(name, tmp_path, mo
     assert config["zero_optimization"]["stage"] == int(name.removeprefix("zero_stage")[0])
     assert config["bf16"]["enabled"] is True
     assert config["gradient_accumulation_steps"] == 3
-    assert "optimizer" not in config, "the trainer brings its own AdamW, with a group a part"
+    assert "optimizer" not in config, "the trainer builds AdamW, with a parameter group per part"
 
 
-def test_there_are_eight_zero_configs():
+def test_number_of_zero_configs():
     assert len(list(ZERO_CONFIG_DIR.glob("*.json"))) == 8
 
 
-WRONG = {
-    "unknown ZeRO file": (["--deepspeed", "zero_stage9.json"], "zero_stage9.json: no such file"),
-    "a misspelt flag": (["--no_such_flag", "3"], "not a flag of this program: --no_such_flag 3"),
+INVALID = {
+    "unknown ZeRO config": (["--deepspeed", "zero_stage9.json"], "zero_stage9.json: no such file"),
+    "unknown flag": (["--no_such_flag", "3"], "unknown flag: --no_such_flag 3"),
     "not a number": (["--learning_rate", "fast"], "--learning_rate.*: invalid float value: 'fast'"),
-    "warmup ratio of 3": (["--warmup_ratio", "3"], r"--warmup_ratio is a share of the steps in \[0, 1\), not 3.0"),
+    "warmup ratio of 3": (["--warmup_ratio", "3"], r"--warmup_ratio 3.0 is invalid: expected a share in \[0, 1\)"),
 }
 
 
-@pytest.mark.parametrize(("flags", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_values_are_refused(flags, message, tmp_path):
+@pytest.mark.parametrize(("flags", "message"), INVALID.values(), ids=INVALID)
+def test_invalid_values_are_refused(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         parse(tmp_path, *flags)
 
 
-def test_an_optimizer_that_contradicts_the_flags_is_refused(tmp_path):
+def test_deepspeed_optimizer_that_contradicts_the_flags_is_refused(tmp_path):
     file = tmp_path / "zero.json"
     file.write_text(
         json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}, "zero_optimization": {"stage": 1}})
     )
-    with pytest.raises(ValueError, match="sets optimizer lr to 0.5, the command line to 0.001"):
+    with pytest.raises(ValueError, match="optimizer lr 0.5 contradicts the command line, which has 0.001"):
         parse(tmp_path, "--deepspeed", str(file), "--learning_rate", "1e-3")

@@ -1,6 +1,6 @@
-"""Checkpoints of a stranger: whatever lies in them, none of it runs, and nothing outside their folders is opened.
+"""Untrusted checkpoints run no code and open no other files.
 
-The attacks are real: each would leave a folder named `marker` if anything of it ran.
+The attacks are real: each would make a folder named `marker` if its code ran.
 """
 
 import json
@@ -12,21 +12,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.training_runs import FULL, LORA, flags_of, losses, prepare, run, run_here
+from helpers.training_runs import (
+    TRAIN_ADAPTERS,
+    TRAIN_LLM_AND_PROJECTOR,
+    build_run_flags,
+    prepare_trainer,
+    read_losses,
+    run_training,
+    train_in_process,
+)
 from safetensors.torch import load_file, save_file
 from tools.pickle2safetensors import main as pickle2safetensors
 
 from internvl.checkpoint.optimizer_state import find_deepspeed_shards
 from internvl.checkpoint.safe_load import refuse_unsafe_pickles, weights_only_loading
-from internvl.model.adapter_io import lora_config
-from internvl.model.compose import compose, load_projector
+from internvl.model.adapter_io import load_lora_config
+from internvl.model.compose import compose_chat_model, load_projector
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.safetensors_io import Checkpoint
+from internvl.model.safetensors_io import CheckpointTensors
 from internvl.model.tokenizers.loading import load_tokenizer
 
 
 class Attack:
-    """What a pickle of it calls when it is opened."""
+    """Object whose pickle makes the folder `marker` when it is loaded."""
 
     def __init__(self, marker: Path):
         self.marker = str(marker)
@@ -37,23 +45,24 @@ class Attack:
 
 @pytest.fixture
 def marker(tmp_path):
-    """Where an attack would leave its mark; it is a real one, which the fixture tries."""
+    """Return the path that an attack creates; fail if it exists."""
     marker = tmp_path / "marker"
-    torch.save(Attack(marker), tmp_path / "tried.pt")
-    torch.load(tmp_path / "tried.pt", weights_only=False)
+    # The attack works where nothing prevents it: otherwise rmdir fails.
+    torch.save(Attack(marker), tmp_path / "attack.pt")
+    torch.load(tmp_path / "attack.pt", weights_only=False)
     marker.rmdir()
-    (tmp_path / "tried.pt").unlink()
+    (tmp_path / "attack.pt").unlink()
     yield marker
     assert not marker.exists()
 
 
 @pytest.fixture
-def chat(tiny, tmp_path) -> Path:
-    """A chat checkpoint that may be changed."""
-    return Path(shutil.copytree(tiny / "model", tmp_path / "chat"))
+def checkpoint(tiny_inputs, tmp_path) -> Path:
+    """Copy a chat checkpoint; the test may change it."""
+    return Path(shutil.copytree(tiny_inputs / "model", tmp_path / "checkpoint"))
 
 
-def edit(file: Path, **fields) -> None:
+def edit_json(file: Path, **fields) -> None:
     old = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(old | fields))
 
@@ -61,196 +70,198 @@ def edit(file: Path, **fields) -> None:
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def pickled(folder: Path, to: Path) -> Path:
-    """A checkpoint whose weights are `pytorch_model.bin`."""
-    shutil.copytree(folder, to)
-    torch.save(load_file(to / "model.safetensors"), to / "pytorch_model.bin")
-    (to / "model.safetensors").unlink()
-    return to
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "before torch 1.6"])
+def test_pickled_weights_do_not_run(tiny_inputs, model_parts, build_from_flags, tmp_path, marker, checkpoint, is_zip):
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({"a": Attack(marker)}, checkpoint / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
+    message = r"are pickled \(pytorch_model.bin\).*pickle2safetensors.py.*--allow_pickle True"
+    for load_fn in (InternVLChatModel.from_pretrained, CheckpointTensors, load_lora_config):
+        with pytest.raises(ValueError, match=message):
+            load_fn(checkpoint)
+    for paths in ((model_parts / "vit", checkpoint), (checkpoint, model_parts / "llm")):
+        with pytest.raises(ValueError, match=message):
+            compose_chat_model(*paths)
+    with pytest.raises(ValueError, match=message):
+        build_from_flags("--model_name_or_path", str(checkpoint))
+    with pytest.raises(ValueError, match="Unsafe file in the checkpoint: it holds more than data"):
+        build_from_flags("--model_name_or_path", str(checkpoint), "--allow_pickle", "True")
+    with pytest.raises(ValueError, match="is not readable as a state dict"):
+        load_projector(InternVLChatModel.from_pretrained(tiny_inputs / "model"), checkpoint / "pytorch_model.bin")
+    with pytest.raises(SystemExit, match="pytorch_model.bin is not readable as tensors"):
+        pickle2safetensors([str(checkpoint), str(tmp_path / "out")])
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])
-def test_pickled_weights_run_nothing(tiny, parts, build, tmp_path, marker, chat, old):
-    (chat / "model.safetensors").unlink()
-    torch.save({"a": Attack(marker)}, chat / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
-    refused = r"are pickled \(pytorch_model.bin\).*pickle2safetensors.py.*--allow_pickle True"
-    for load in (InternVLChatModel.from_pretrained, Checkpoint, lora_config):
-        with pytest.raises(ValueError, match=refused):
-            load(chat)
-    for paths in ((parts / "vit", chat), (chat, parts / "llm")):
-        with pytest.raises(ValueError, match=refused):
-            compose(*paths)
-    with pytest.raises(ValueError, match=refused):
-        build("--model_name_or_path", str(chat))
-    with pytest.raises(ValueError, match="holds more than data"):
-        build("--model_name_or_path", str(chat), "--allow_pickle", "True")
-    with pytest.raises(ValueError, match="cannot be read as a state dict"):
-        load_projector(InternVLChatModel.from_pretrained(tiny / "model"), chat / "pytorch_model.bin")
-    with pytest.raises(SystemExit, match="pytorch_model.bin cannot be read as tensors"):
-        pickle2safetensors([str(chat), str(tmp_path / "out")])
-
-
-def test_tensors_in_a_pickle_are_read_when_allowed(tiny, build, tmp_path):
-    folder, model = pickled(tiny / "model", tmp_path / "pickled"), InternVLChatModel.from_pretrained(tiny / "model")
-    read = build("--model_name_or_path", str(folder), "--allow_pickle", "True", *LORA)
-    assert read.base_checkpoint is None, "it is saved as a whole"
-    assert torch.equal(read.mlp1[1].weight, model.mlp1[1].weight)
-    pickle2safetensors([str(folder), str(tmp_path / "out")])
-    rewritten = InternVLChatModel.from_pretrained(tmp_path / "out").state_dict()
-    assert all(torch.equal(tensor, rewritten[name]) for name, tensor in model.state_dict().items())
-    # Safetensors are taken where there are some.
+def test_tensors_in_a_pickle_are_read_when_allowed(build_from_flags, tmp_path, checkpoint):
+    expected = InternVLChatModel.from_pretrained(checkpoint).state_dict()
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    model = build_from_flags("--model_name_or_path", str(checkpoint), "--allow_pickle", "True", *TRAIN_ADAPTERS)
+    assert model.base_checkpoint is None, "it is saved with all its weights"
+    assert torch.equal(model.mlp1[1].weight, expected["mlp1.1.weight"])
+    pickle2safetensors([str(checkpoint), str(tmp_path / "out")])
+    converted = InternVLChatModel.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, converted[name]) for name, tensor in expected.items())
+    # Safetensors are preferred to a pickle, here an empty one.
     torch.save({}, tmp_path / "out/pytorch_model.bin")
-    build("--model_name_or_path", str(tmp_path / "out"), "--allow_pickle", "True", *LORA)
+    build_from_flags("--model_name_or_path", str(tmp_path / "out"), "--allow_pickle", "True", *TRAIN_ADAPTERS)
 
 
-# -- what JSON names ---------------------------------------------------------------------------------------------------
+# -- file and class names in JSON --------------------------------------------------------------------------------------
 
 
-def index(folder: Path, name: str) -> None:
+def index_shard(folder: Path, file_name: str) -> None:
+    """Move the weights out of the folder and write their index."""
     names = load_file(folder / "model.safetensors")
-    edit(folder / "model.safetensors.index.json", weight_map=dict.fromkeys(names, name))
-    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    edit_json(folder / "model.safetensors.index.json", weight_map=dict.fromkeys(names, file_name))
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
 
 
-def pickle_beside(folder: Path, name: str) -> None:
+def add_pickle(folder: Path, name: str) -> None:
     torch.save(Attack(folder.parent / "marker"), folder / name)
 
 
-def pickle_as_weights(folder: Path) -> None:
-    edit(folder / "config.json", transformers_weights="adapter_model.bin")
-    pickle_beside(folder, "adapter_model.bin")
+def name_pickle_as_weights(folder: Path) -> None:
+    edit_json(folder / "config.json", transformers_weights="adapter_model.bin")
+    add_pickle(folder, "adapter_model.bin")
 
 
-def adapter_beside(folder: Path) -> None:
-    edit(folder / "adapter_config.json", peft_type="LORA", r=2, target_modules=["q_proj"])
-    pickle_beside(folder, "adapter_model.bin")
+def add_adapter(folder: Path) -> None:
+    edit_json(folder / "adapter_config.json", peft_type="LORA", r=2, target_modules=["q_proj"])
+    add_pickle(folder, "adapter_model.bin")
 
 
-def in_llm(folder: Path, **fields) -> None:
-    edit(folder / "config.json", llm_config=json.loads((folder / "config.json").read_text())["llm_config"] | fields)
+def edit_llm_config(folder: Path, **fields) -> None:
+    llm_config = json.loads((folder / "config.json").read_text())["llm_config"]
+    edit_json(folder / "config.json", llm_config=llm_config | fields)
 
 
-LLM_KERNEL = {"attn_implementation": "stranger/kernel"}
-NAMED = {
-    "a shard elsewhere": (lambda f: index(f, "../elsewhere.safetensors"), "elsewhere.safetensors.*beside it"),
-    "a shard by its absolute name": (lambda f: index(f, "/etc/passwd"), "/etc/passwd.*beside it"),
-    "a pickled shard": (lambda f: (pickle_beside(f, "x.bin"), index(f, "x.bin")), "x.bin.*no \\*.safetensors"),
-    "a pickle as weights": (pickle_as_weights, "adapter_model.bin.*no safetensors"),
-    "attention of a hub": (lambda f: edit(f / "config.json", **LLM_KERNEL), "stranger/kernel.*not run"),
-    "the same for the language model": (lambda f: in_llm(f, **LLM_KERNEL), "stranger/kernel.*not run"),
-    "experts of a hub": (lambda f: in_llm(f, _experts_implementation="a/b"), "a/b.*not run"),
-    "an adapter beside": (adapter_beside, "adapter_config.json beside config.json"),
-    "itself as its base": (
-        lambda f: edit(f / "config.json", base_model={"path": str(f), "fingerprint": "", "merged": False}),
-        "stands on itself",
+HUB_KERNEL = {"attn_implementation": "somebody/kernel"}
+UNSAFE_NAMES = {
+    "shard outside": (lambda f: index_shard(f, "../outside.safetensors"), "outside.safetensors.*beside it"),
+    "shard with an absolute path": (lambda f: index_shard(f, "/etc/passwd"), "/etc/passwd.*beside it"),
+    "pickled shard": (lambda f: (add_pickle(f, "x.bin"), index_shard(f, "x.bin")), "x.bin.*expected \\*.safetensors"),
+    "pickle as weights": (name_pickle_as_weights, "adapter_model.bin.*expected \\*.safetensors"),
+    "attention from a hub": (lambda f: edit_json(f / "config.json", **HUB_KERNEL), "somebody/kernel.*not run"),
+    "attention from a hub, in the LLM": (lambda f: edit_llm_config(f, **HUB_KERNEL), "somebody/kernel.*not run"),
+    "experts from a hub": (lambda f: edit_llm_config(f, _experts_implementation="a/b"), "a/b.*not run"),
+    "adapter beside the model": (add_adapter, "adapter_config.json beside config.json"),
+    "its own base checkpoint": (
+        lambda f: edit_json(f / "config.json", base_model={"path": str(f), "fingerprint": "", "merged": False}),
+        "names its own folder as the base checkpoint",
     ),
-    "a list as config": (lambda f: (f / "config.json").write_text("[1]"), "holds a JSON list"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+    "list as config": (lambda f: (f / "config.json").write_text("[1]"), "got a JSON list"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", NAMED)
-def test_json_names_nothing_elsewhere(chat, marker, case):
-    change, said = NAMED[case]
-    change(chat)
-    with pytest.raises(ValueError, match=said):
-        InternVLChatModel.from_pretrained(chat)
+@pytest.mark.parametrize(("change_fn", "message"), UNSAFE_NAMES.values(), ids=UNSAFE_NAMES)
+def test_unsafe_names_in_json_are_an_error(checkpoint, marker, change_fn, message):
+    change_fn(checkpoint)
+    with pytest.raises(ValueError, match=message):
+        InternVLChatModel.from_pretrained(checkpoint)
 
 
-KINDS = {"XLORA": {"adapters": {"1": "/etc"}}, "LORA": {"megatron_config": {"a": 1}, "megatron_core": "antigravity"}}
+# peft_type -> fields with which PEFT would open another folder or import a module
+UNSAFE_ADAPTERS = {
+    "XLORA": {"adapters": {"1": "/etc"}},
+    "LORA": {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapters_are_plain_lora(tmp_path, kind):
+@pytest.mark.parametrize("peft_type", UNSAFE_ADAPTERS)
+def test_only_plain_lora_is_loaded(tmp_path, peft_type):
     save_file({}, tmp_path / "adapter_model.safetensors")
-    edit(tmp_path / "adapter_config.json", peft_type=kind, r=2, target_modules=["q_proj"], **KINDS[kind])
-    with pytest.raises(ValueError, match="not plain LoRA"):
-        lora_config(tmp_path)
+    fields = {"r": 2, "target_modules": ["q_proj"], **UNSAFE_ADAPTERS[peft_type]}
+    edit_json(tmp_path / "adapter_config.json", peft_type=peft_type, **fields)
+    with pytest.raises(ValueError, match="only plain LoRA is supported"):
+        load_lora_config(tmp_path)
 
 
-# -- code that lies beside ---------------------------------------------------------------------------------------------
+# -- Python code in a checkpoint ---------------------------------------------------------------------------------------
 
 CODE = """
 import os
 os.mkdir({marker!r})
 from transformers import PreTrainedModel, PreTrainedConfig, PreTrainedTokenizerFast
-class Stranger(PreTrainedTokenizerFast): pass
+class Custom(PreTrainedTokenizerFast): pass
 """
-NAMES = ("modeling_x", "configuration_x", "tokenization_x", "processing_x", "custom_generate/generate", "sitecustomize")
+MODULES = "modeling_x configuration_x tokenization_x processing_x custom_generate/generate sitecustomize".split()
 
 
-def test_code_in_a_checkpoint_is_not_run(chat, marker, tiny, build, monkeypatch):
-    monkeypatch.chdir(chat)
-    (chat / "custom_generate").mkdir()
-    for name in NAMES:
-        (chat / f"{name}.py").write_text(CODE.format(marker=str(marker)))
-    classes = {"AutoConfig": "configuration_x.Stranger", "AutoModel": "modeling_x.Stranger"}
-    classes |= {"AutoModelForCausalLM": "modeling_x.Stranger", "AutoTokenizer": ["tokenization_x.Stranger", None]}
-    edit(chat / "config.json", auto_map=classes)
-    in_llm(chat, auto_map=classes)
-    edit(chat / "tokenizer_config.json", auto_map=classes, trust_remote_code=True)
-    edit(chat / "generation_config.json", custom_generate=str(chat), trust_remote_code=True)
-    (chat / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    tokenizer = load_tokenizer(chat)
-    assert tokenizer("What?").input_ids == load_tokenizer(tiny / "model")("What?").input_ids
-    model = build("--model_name_or_path", str(chat), *LORA)
+def test_code_in_a_checkpoint_does_not_run(checkpoint, marker, tiny_inputs, build_from_flags, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    (checkpoint / "custom_generate").mkdir()
+    for module in MODULES:
+        (checkpoint / f"{module}.py").write_text(CODE.format(marker=str(marker)))
+    classes = {"AutoConfig": "configuration_x.Custom", "AutoModel": "modeling_x.Custom"}
+    classes |= {"AutoModelForCausalLM": "modeling_x.Custom", "AutoTokenizer": ["tokenization_x.Custom", None]}
+    edit_json(checkpoint / "config.json", auto_map=classes)
+    edit_llm_config(checkpoint, auto_map=classes)
+    edit_json(checkpoint / "tokenizer_config.json", auto_map=classes, trust_remote_code=True)
+    edit_json(checkpoint / "generation_config.json", custom_generate=str(checkpoint), trust_remote_code=True)
+    (checkpoint / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    tokenizer = load_tokenizer(checkpoint)
+    assert tokenizer("What?").input_ids == load_tokenizer(tiny_inputs / "model")("What?").input_ids
+    model = build_from_flags("--model_name_or_path", str(checkpoint), *TRAIN_ADAPTERS)
     model.img_context_token_id = 0
     model.generate(input_ids=torch.ones(1, 3, dtype=torch.int64), max_new_tokens=2)
-    edit(chat / "tokenizer_config.json", tokenizer_class="Stranger")
-    with pytest.raises(ValueError, match="Stranger, which only Python code of the checkpoint defines"):
-        load_tokenizer(chat)
+    edit_json(checkpoint / "tokenizer_config.json", tokenizer_class="Custom")
+    with pytest.raises(ValueError, match="Custom in .*: only Python code of the checkpoint defines"):
+        load_tokenizer(checkpoint)
 
 
-def test_a_tokenizer_reads_its_own_folder_alone(chat, tiny, tmp_path):
-    """Names of files in its configuration lead nowhere."""
-    files = {f"{name}_file": str(tiny / f"model/{name}.json") for name in ("tokenizer", "vocab", "special_tokens_map")}
-    edit(chat / "tokenizer_config.json", **files, merges_file=str(tiny / "model/merges.txt"))
+def test_tokenizer_reads_its_own_folder_only(checkpoint, tiny_inputs):
+    """File names in its configuration are ignored."""
+    files = {
+        f"{name}_file": str(tiny_inputs / f"model/{name}.json") for name in ("tokenizer", "vocab", "special_tokens_map")
+    }
+    edit_json(checkpoint / "tokenizer_config.json", **files, merges_file=str(tiny_inputs / "model/merges.txt"))
     for file in ("tokenizer.json", "vocab.json", "merges.txt"):
-        (chat / file).unlink(missing_ok=True)
+        (checkpoint / file).unlink(missing_ok=True)
     for name in ("PreTrainedTokenizerFast", "Qwen2Tokenizer", "LlamaTokenizer", "InternLM2Tokenizer", "GPT2Tokenizer"):
-        edit(chat / "tokenizer_config.json", tokenizer_class=name)
+        edit_json(checkpoint / "tokenizer_config.json", tokenizer_class=name)
         try:
-            size = len(load_tokenizer(chat))
+            num_tokens = len(load_tokenizer(checkpoint))
         except (ValueError, OSError):
             continue
-        assert size < len(load_tokenizer(tiny / "model")) // 2, name
+        assert num_tokens < len(load_tokenizer(tiny_inputs / "model")) // 2, name
 
 
-# -- states to go on from ----------------------------------------------------------------------------------------------
+# -- optimizer and other states ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def stopped(tiny, tmp_path_factory) -> Path:
-    """The output of a run of two steps without DeepSpeed."""
-    output = tmp_path_factory.mktemp("stopped") / "run"
+def two_steps(tiny_inputs, tmp_path_factory) -> Path:
+    """Train two steps without DeepSpeed; return the output folder."""
+    output = tmp_path_factory.mktemp("two_steps") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
-        run_here(tiny, output, *LORA, "--max_steps", "2", "--save_steps", "2")
+        patch.setenv("INTERNVL_CACHE", str(tiny_inputs / "cache"))
+        train_in_process(tiny_inputs, output, *TRAIN_ADAPTERS, "--max_steps", "2", "--save_steps", "2")
     return output
 
 
-STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
-def test_states_of_a_checkpoint_run_nothing(tiny, stopped, tmp_path, monkeypatch, marker):
-    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
-    checkpoint = Path(shutil.copytree(stopped / "checkpoint-2", tmp_path / "checkpoint-2"))
-    for data in stopped.glob("data-*.npz"):
+def test_pickled_states_do_not_run(tiny_inputs, two_steps, tmp_path, monkeypatch, marker):
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny_inputs / "cache"))
+    checkpoint = Path(shutil.copytree(two_steps / "checkpoint-2", tmp_path / "checkpoint-2"))
+    for data in two_steps.glob("data-*.npz"):
         shutil.copy(data, tmp_path)
-    torch.save(Attack(marker), checkpoint / "training_args.bin")  # nothing opens it
-    trainer = prepare([*flags_of(tiny, tmp_path / "out"), *LORA, "--max_steps", "3"])
-    for name in STATES:
-        kept = (checkpoint / name).read_bytes()
+    torch.save(Attack(marker), checkpoint / "training_args.bin")  # nothing reads it
+    trainer = prepare_trainer([*build_run_flags(tiny_inputs, tmp_path / "out"), *TRAIN_ADAPTERS, "--max_steps", "3"])
+    for name in STATE_FILES:
+        content = (checkpoint / name).read_bytes()
         torch.save({"state": Attack(marker)}, checkpoint / name)
-        with pytest.raises(ValueError, match=rf"{name} is no checkpoint's: opening it would call \w+.mkdir"):
+        with pytest.raises(ValueError, match=rf"Unsafe file: opening .*{name} would call \w+.mkdir"):
             trainer.train(str(checkpoint))
-        (checkpoint / name).write_bytes(kept)
+        (checkpoint / name).write_bytes(content)
     trainer.train(str(checkpoint))
     assert trainer.state.global_step == 3
 
 
-def test_whoever_loads_gets_data_alone(tmp_path, marker, monkeypatch):
-    """DeepSpeed and others ask for everything."""
+def test_libraries_load_data_only(tmp_path, marker, monkeypatch):
+    """Also those that ask for pickles, by argument or environment variable."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -259,10 +270,13 @@ def test_whoever_loads_gets_data_alone(tmp_path, marker, monkeypatch):
     torch.save({"a": Attack(marker)}, file)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     config = Namespace(checkpoint_config={"checkpoint_serialization": True})
-    for load in (partial(torch.load, weights_only=False), torch.load, TorchCheckpointEngine(config).load):
-        with pytest.raises(ValueError, match="holds more than data"), weights_only_loading(deepspeed=True):
-            load(file)
-    with pytest.raises(ValueError, match=r"states.pt is no checkpoint's: opening it would call \w+.mkdir"):
+    for load_fn in (partial(torch.load, weights_only=False), torch.load, TorchCheckpointEngine(config).load):
+        with (
+            pytest.raises(ValueError, match="Unsafe file in the checkpoint: it holds more than data"),
+            weights_only_loading(deepspeed=True),
+        ):
+            load_fn(file)
+    with pytest.raises(ValueError, match=r"Unsafe file: opening .*states.pt would call \w+.mkdir"):
         refuse_unsafe_pickles(tmp_path)
     states = {"loss_scaler": DynamicLossScaler(1, 2, 3, 4, 5, False, "fp16"), "stage": ZeroStageEnum(2)}
     torch.save(states, file)
@@ -270,31 +284,30 @@ def test_whoever_loads_gets_data_alone(tmp_path, marker, monkeypatch):
     with weights_only_loading(deepspeed=True):
         assert torch.load(file, weights_only=False)["stage"] == 2
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
-    file.write_bytes(b"no zip")
+    file.write_bytes(b"not a zip file")
     with pytest.raises(ValueError, match="states.pt cannot be read as a file of torch.save"):
         refuse_unsafe_pickles(tmp_path)
 
 
-@pytest.mark.slow
-def test_states_of_deepspeed_run_nothing(tiny, tmp_path, marker):
-    """Resumed from in a process of its own; a whole checkpoint is gone on from."""
-    flags = [*FULL, "--deepspeed", "zero_stage1_config.json", "--save_steps", "2"]
-    run(tiny, tmp_path / "out", *flags, "--max_steps", "2")
+@pytest.mark.multiprocess
+def test_pickled_deepspeed_states_do_not_run(tiny_inputs, tmp_path, marker):
+    flags = [*TRAIN_LLM_AND_PROJECTOR, "--deepspeed", "zero_stage1_config.json", "--save_steps", "2"]
+    run_training(tiny_inputs, tmp_path / "out", *flags, "--max_steps", "2")
     (file,) = (tmp_path / "out/checkpoint-2").rglob("*_optim_states.pt")
-    kept = file.read_bytes()
+    content = file.read_bytes()
     torch.save({"optimizer_state_dict": Attack(marker)}, file)
-    (tmp_path / "out/checkpoint-2/manifest.json").unlink(missing_ok=True)  # who wrote the file wrote that, too
-    done = run(tiny, tmp_path / "out", *flags, "--max_steps", "3", status=1)
-    assert f"{file.name} is no checkpoint's: opening it would call posix.mkdir" in done.stderr
-    file.write_bytes(kept)
-    run(tiny, tmp_path / "out", *flags, "--max_steps", "3")
-    assert len(losses(tmp_path / "out")) == 3
+    (tmp_path / "out/checkpoint-2/manifest.json").unlink(missing_ok=True)  # an attacker would update it
+    failed = run_training(tiny_inputs, tmp_path / "out", *flags, "--max_steps", "3", status=1)
+    assert f"{file.name} would call posix.mkdir" in failed.stderr
+    file.write_bytes(content)
+    run_training(tiny_inputs, tmp_path / "out", *flags, "--max_steps", "3")
+    assert len(read_losses(tmp_path / "out")) == 3
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "/etc", "absent", ".."])
-def test_deepspeeds_files_lie_in_the_checkpoint(tmp_path, name):
-    (tmp_path / "elsewhere").mkdir()
+@pytest.mark.parametrize("name", ["../outside", "/etc", "absent", ".."])
+def test_deepspeed_files_outside_the_checkpoint_are_not_read(tmp_path, name):
+    (tmp_path / "outside").mkdir()
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/latest").write_text(name)
-    with pytest.raises(ValueError, match="which is no folder in"):
+    with pytest.raises(ValueError, match="which is not a folder in"):
         find_deepspeed_shards(tmp_path / "checkpoint")

@@ -1,7 +1,7 @@
-"""Samples as recorded from upstream, and what becomes of data that cannot be used.
+"""Samples equal those recorded from upstream; unusable records are reported.
 
-Differences from upstream, on purpose: samples are not padded (it pads to `model_max_length` unless it groups by
-length), and a record that it replaced by a random other one raises BadSample or, where it can be understood, is used.
+Intended differences: samples are not padded (upstream pads to `model_max_length` unless it groups by length). Upstream
+replaces a record that fails by a random other one; ours raises UnusableSample or, if the record is valid, uses it.
 """
 
 import hashlib
@@ -15,96 +15,106 @@ import torch
 import torchvision
 from helpers.samples import (
     ANSWER,
-    BAD,
     QUESTION,
-    recorded_configs,
-    recorded_dataset,
-    recorded_items,
-    samples_equal,
-    turns,
+    UNUSABLE_RECORDS,
+    are_samples_equal,
+    build_recorded_dataset,
+    make_turns,
+    read_recorded_configs,
+    read_recorded_samples,
 )
 
 from internvl.constants import UnusableSample
 from internvl.data.supervised_dataset import LazySupervisedDataset
 
-SAME_ARITHMETIC = PIL.__version__ == "13.0.0" and torchvision.__version__.startswith("0.29.1")
-GREY_LEVELS = 0.04  # two steps of 1 / 255, normalised: where another Pillow rounds otherwise while it resizes
+# The versions that the goldens were recorded with; other ones may round differently.
+HAS_RECORDED_VERSIONS = PIL.__version__ == "13.0.0" and torchvision.__version__.startswith("0.29.1")
+ROUNDING_TOLERANCE = 0.04  # two steps of 1 / 255, normalized
 
 
-def assert_same_sample(sample: dict, item: dict, where: str):
-    length = sum(map(int, item["attention_mask"]))
+def assert_equals_recorded(sample: dict, recorded: dict, where: str):
+    length = sum(map(int, recorded["attention_mask"]))
     for key in ("input_ids", "labels", "position_ids"):
         assert sample[key].dtype == torch.int64
-        assert sample[key].tolist() == item[key][:length], f"{where} {key}"
-    assert sample["image_flags"].tolist() == item["image_flags"], where
-    pixels, digest = sample["pixel_values"], item["pixel_values"]
+        assert sample[key].tolist() == recorded[key][:length], f"{where} {key}"
+    assert sample["image_flags"].tolist() == recorded["image_flags"], where
+    pixels, digest = sample["pixel_values"], recorded["pixel_values"]
     assert list(pixels.shape) == digest["shape"] and pixels.dtype == torch.float32, where
-    if SAME_ARITHMETIC:
+    if HAS_RECORDED_VERSIONS:
         assert hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest() == digest["sha256"], where
     else:
-        torch.testing.assert_close(pixels.flatten()[:8], torch.tensor(digest["first8"]), atol=GREY_LEVELS, rtol=0)
+        torch.testing.assert_close(
+            pixels.flatten()[:8], torch.tensor(digest["first8"]), atol=ROUNDING_TOLERANCE, rtol=0
+        )
         assert abs(pixels.mean().item() - digest["mean"]) < 1e-3, where
 
 
 def test_recorded_samples(goldens):
-    seen = strays = 0
-    for name, config in recorded_configs(goldens).items():
-        dataset = recorded_dataset(goldens, config)
-        items = recorded_items(goldens, name)
-        assert len(dataset) == config["len"] == len(items)
-        for index, item in enumerate(items):
-            where = f"{name} {index} (id {item['id']})"
-            if item["replaced_by_id"] is not None:
-                continue  # see test_what_upstream_replaced
-            if all(label == -100 for label in item["labels"]):
-                with pytest.raises(UnusableSample, match="no answer to train on"):
+    num_compared = num_stray = 0
+    for name, config in read_recorded_configs(goldens).items():
+        dataset = build_recorded_dataset(goldens, config)
+        recorded_samples = read_recorded_samples(goldens, name)
+        assert len(dataset) == config["len"] == len(recorded_samples)
+        for index, recorded in enumerate(recorded_samples):
+            where = f"{name} {index} (id {recorded['id']})"
+            if recorded["replaced_by_id"] is not None:
+                continue  # see test_records_that_upstream_replaced
+            if all(label == -100 for label in recorded["labels"]):
+                with pytest.raises(UnusableSample, match="no loss tokens"):
                     dataset.get(index, 0)
                 continue
             sample = dataset[index]
-            if stray := has_stray_placeholder(dataset.records[index]):
-                remove_stray_placeholder(item, sample)
-            assert_same_sample(sample, item, where)
-            seen += 1
-            strays += stray
-    assert seen > 50 and strays > 0
+            if stray := has_stray_placeholder(dataset.annotations[index]):
+                remove_stray_placeholder(recorded, sample)
+            assert_equals_recorded(sample, recorded, where)
+            num_compared += 1
+            num_stray += stray
+    assert num_compared > 50 and num_stray > 0
 
 
 def has_stray_placeholder(record: dict) -> bool:
-    """Upstream puts a literal `<image>` line into a system turn that has none, although the question has its own."""
+    """Return whether upstream adds a literal `<image>` line to the system turn.
+
+    It does so if the system turn has none, although the question has.
+    """
     first, *others = record["conversations"]
-    asked = any("<image>" in turn["value"] for turn in others if turn["from"] == "human")
-    single = isinstance(record.get("image"), str)
-    return asked and single and first["from"] == "system" and "<image>" not in first["value"]
+    in_question = any("<image>" in turn["value"] for turn in others if turn["from"] == "human")
+    has_single_image = isinstance(record.get("image"), str)
+    return in_question and has_single_image and first["from"] == "system" and "<image>" not in first["value"]
 
 
-def remove_stray_placeholder(item: dict, sample: dict):
-    """Take upstream's extra tokens out of a recorded item: what lies between the common start and the common end."""
-    length = sum(map(int, item["attention_mask"]))
-    ours, theirs = sample["input_ids"].tolist(), item["input_ids"][:length]
-    extra = length - len(ours)
-    assert 0 < extra <= 8, "a few tokens for one line"
+def remove_stray_placeholder(recorded: dict, sample: dict):
+    """Remove upstream's extra tokens from a recorded sample.
+
+    They start where the tokens first differ.
+    """
+    length = sum(map(int, recorded["attention_mask"]))
+    ours, theirs = sample["input_ids"].tolist(), recorded["input_ids"][:length]
+    num_extra = length - len(ours)
+    assert 0 < num_extra <= 8, "a few tokens for one line"
     start = next(i for i, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other)
     for key in ("input_ids", "labels"):
-        item[key] = item[key][:start] + item[key][start + extra : length]
-    item["attention_mask"] = item["attention_mask"][extra:length]
-    item["position_ids"] = item["position_ids"][: len(ours)]
+        recorded[key] = recorded[key][:start] + recorded[key][start + num_extra : length]
+    recorded["attention_mask"] = recorded["attention_mask"][num_extra:length]
+    recorded["position_ids"] = recorded["position_ids"][: len(ours)]
 
 
-def test_what_upstream_replaced(goldens):
-    """Missing files and wrong counts are reported. System turns, which upstream's older templates refuse, are used; so
-    is a record whose first turn is the system's and whose question lacks the placeholder: it goes to the first human
-    turn."""
-    outcomes = {}
-    for name, config in recorded_configs(goldens).items():
-        dataset = recorded_dataset(goldens, config)
-        for index, item in enumerate(recorded_items(goldens, name)):
-            if item["replaced_by_id"] is None:
+def test_records_that_upstream_replaced(goldens):
+    """Missing files and wrong placeholder counts are reported; system turns are used.
+
+    Upstream's older templates refuse system turns. After one, a missing placeholder goes to the first human turn.
+    """
+    reasons = {}
+    for name, config in read_recorded_configs(goldens).items():
+        dataset = build_recorded_dataset(goldens, config)
+        for index, recorded in enumerate(read_recorded_samples(goldens, name)):
+            if recorded["replaced_by_id"] is None:
                 continue
-            record = dataset.records[index]
+            record = dataset.annotations[index]
             try:
                 sample = dataset.get(index, 0)
             except UnusableSample as reason:
-                outcomes[str(item["id"])] = str(reason)
+                reasons[str(recorded["id"])] = str(reason)
                 continue
             system, human = record["conversations"][:2]
             assert system["from"] == "system", f"{name} {index}: only records with a system turn may pass"
@@ -112,27 +122,30 @@ def test_what_upstream_replaced(goldens):
             assert system["value"].strip() in text
             if "image" in record:
                 assert text.index("<img>") > text.index(system["value"].strip())
-    assert outcomes.keys() >= {"bad_missing_file", "bad_count"} and "bad_system_first" not in outcomes
-    assert "does_not_exist.png does not exist" in outcomes["bad_missing_file"]
-    assert "1 <image>" in outcomes["bad_count"] and "2 images" in outcomes["bad_count"]
+    assert reasons.keys() >= {"bad_missing_file", "bad_count"} and "bad_system_first" not in reasons
+    assert "does_not_exist.png does not exist" in reasons["bad_missing_file"]
+    assert "1 <image>" in reasons["bad_count"] and "2 images" in reasons["bad_count"]
 
 
 def test_recorded_repeat_times(goldens):
-    """On purpose, a fraction is a random part, where upstream takes the first records, or refuses (1.5)."""
-    config = recorded_configs(goldens)["dyn_thumb"]
+    """Intended difference: a fraction is a random part.
+
+    Upstream takes the first records, or fails (1.5).
+    """
+    config = read_recorded_configs(goldens)["dyn_thumb"]
     for row in json.loads((goldens / "dataset" / "configs.json").read_text())["repeat_time"]:
-        dataset = recorded_dataset(goldens, config, repeat_time=row["repeat_time"])
+        dataset = build_recorded_dataset(goldens, config, repeat_time=row["repeat_time"])
         assert len(dataset) == (int(14 * row["repeat_time"]) if "error" in row else len(row["ids"]))
         if row["repeat_time"] == int(row["repeat_time"]):
-            assert [dataset._record(i)["id"] for i in range(len(dataset))] == row["ids"]
-    assert len(recorded_dataset(goldens, config, repeat_time=2.0)) == 28
+            assert [dataset.read_record(i)["id"] for i in range(len(dataset))] == row["ids"]
+    assert len(build_recorded_dataset(goldens, config, repeat_time=2.0)) == 28
 
 
-# -- own data ----------------------------------------------------------------------------------------------------------
+# -- records of our own ------------------------------------------------------------------------------------------------
 
 
-def text_of(dataset: LazySupervisedDataset, index: int = 0) -> str:
-    """The sample's text, image tokens written as [n]."""
+def decode_sample(dataset: LazySupervisedDataset, index: int = 0) -> str:
+    """Decode a sample, writing an image of n tokens as [n]."""
     text = dataset.tokenizer.decode(dataset.get(index, 0)["input_ids"])
     for n in range(100, 0, -1):
         text = text.replace("<img>" + "<IMG_CONTEXT>" * n + "</img>", f"[{n}]")
@@ -140,137 +153,148 @@ def text_of(dataset: LazySupervisedDataset, index: int = 0) -> str:
 
 
 @pytest.mark.parametrize("repeat_time", [0.02, 0.3, 0.5, 0.999, 1, 1.0, 1.7, 2, 2.5, 7.25])
-def test_repeat_time_is_whole_copies_and_a_random_part(make, repeat_time):
-    records = [{"id": n, "conversations": turns("What?", "A.")} for n in range(60)]
+def test_repeat_time_is_full_copies_and_a_random_part(make_dataset, repeat_time):
+    records = [{"id": n, "conversations": make_turns("What?", "A.")} for n in range(60)]
 
-    def ids(**changes) -> list[int]:
-        dataset = make(*records, meta={"repeat_time": repeat_time}, **changes)
-        assert [int(dataset.describe(i).split()[2]) - 1 for i in range(len(dataset))] == list(dataset.order)
-        return [dataset._record(i)["id"] for i in range(len(dataset))]
+    def read_ids(**changes) -> list[int]:
+        dataset = make_dataset(*records, meta={"repeat_time": repeat_time}, **changes)
+        assert [int(dataset.describe(i).split()[2]) - 1 for i in range(len(dataset))] == list(dataset.record_indices)
+        return [dataset.read_record(i)["id"] for i in range(len(dataset))]
 
-    copies, part = divmod(int(60 * repeat_time), 60)
-    drawn = ids()
-    assert len(drawn) == 60 * copies + part
-    assert drawn[: 60 * copies] == list(range(60)) * copies
-    assert drawn[60 * copies :] == sorted(set(drawn[60 * copies :])), "without replacement, in the order of the file"
-    assert drawn == ids(), "decided by the seed"
-    if 1 < part < 59:
-        assert drawn != ids(seed=1) and drawn[60 * copies :] != list(range(part)), "at random"
+    num_copies, num_drawn = divmod(int(60 * repeat_time), 60)
+    ids = read_ids()
+    copied, drawn = ids[: 60 * num_copies], ids[60 * num_copies :]
+    assert copied == list(range(60)) * num_copies and len(drawn) == num_drawn
+    assert drawn == sorted(set(drawn)), "without replacement, in the order of the file"
+    assert ids == read_ids(), "determined by the seed"
+    if 1 < num_drawn < 59:
+        assert ids != read_ids(seed=1) and drawn != list(range(num_drawn)), "at random"
 
 
-def test_every_record_is_as_likely_as_another_to_be_in_the_part(make):
-    records = [{"conversations": turns("What?", "A.")}] * 10
-    drawn = [make(*records, meta={"repeat_time": 0.3}, seed=seed).order for seed in range(300)]
+def test_every_record_is_equally_likely_to_be_drawn(make_dataset):
+    records = [{"conversations": make_turns("What?", "A.")}] * 10
+    drawn = [make_dataset(*records, meta={"repeat_time": 0.3}, seed=seed).record_indices for seed in range(300)]
     counts = np.bincount(np.concatenate(drawn), minlength=10)
     assert np.abs(counts - 90).max() < 4 * np.sqrt(300 * 0.3 * 0.7), counts
 
 
-def test_missing_placeholders_go_to_the_first_human_turn(make):
+def test_missing_placeholders_go_to_the_first_human_turn(make_dataset):
     system = {"from": "system", "value": "Be brief."}
-    dataset = make(
-        {"image": "a.png", "conversations": [system, *turns("What?", "A.")]},
-        {"image": ["a.png", "b.jpg"], "conversations": [system, *turns("What?", "A.")]},
-        {"image": "a.png", "conversations": turns("Hello.", "Hello.", "Now <image> this?", "B.")},
-        {"image": ["a.png"], "conversations": turns("What?", "A.")},
+    dataset = make_dataset(
+        {"image": "a.png", "conversations": [system, *make_turns("What?", "A.")]},
+        {"image": ["a.png", "b.jpg"], "conversations": [system, *make_turns("What?", "A.")]},
+        {"image": "a.png", "conversations": make_turns("Hello.", "Hello.", "Now <image> this?", "B.")},
+        {"image": ["a.png"], "conversations": make_turns("What?", "A.")},
         max_dynamic_patch=1,
     )
-    assert "user\n[4]\nWhat?" in text_of(dataset, 0)
-    assert "user\n[4]\n[4]\nWhat?" in text_of(dataset, 1)
-    assert "user\nHello." in text_of(dataset, 2) and "Now [4] this?" in text_of(dataset, 2), "the writer's place counts"
-    assert "user\n[4]\nWhat?" in text_of(dataset, 3)
+    assert "user\n[4]\nWhat?" in decode_sample(dataset, 0)
+    assert "user\n[4]\n[4]\nWhat?" in decode_sample(dataset, 1)
+    assert "user\nHello." in decode_sample(dataset, 2) and "Now [4] this?" in decode_sample(dataset, 2), (
+        "a placeholder stays where it is"
+    )
+    assert "user\n[4]\nWhat?" in decode_sample(dataset, 3)
 
 
-def test_surplus_placeholders_stay_text(make):
-    dataset = make({"image": "a.png", "conversations": turns("<image> and <image>?", "A.")}, max_dynamic_patch=1)
-    assert "[4] and <image>?" in text_of(dataset)
+def test_surplus_placeholders_stay_text(make_dataset):
+    dataset = make_dataset(
+        {"image": "a.png", "conversations": make_turns("<image> and <image>?", "A.")}, max_dynamic_patch=1
+    )
+    assert "[4] and <image>?" in decode_sample(dataset)
 
 
-def test_null_and_empty_media_mean_text(make):
-    records = [{"image": value, "video": value, "conversations": turns("<image>?", "A.")} for value in (None, "", [])]
-    dataset = make(*records)
+def test_null_and_empty_media_mean_a_text_record(make_dataset):
+    records = [
+        {"image": value, "video": value, "conversations": make_turns("<image>?", "A.")} for value in (None, "", [])
+    ]
+    dataset = make_dataset(*records)
     for index in range(3):
         sample = dataset.get(index, 0)
         assert sample["image_flags"].tolist() == [] and sample["pixel_values"].shape == (0, 3, 28, 28)
-        assert "<image>?" in text_of(dataset, index)
+        assert "<image>?" in decode_sample(dataset, index)
 
 
-def test_images_of_a_record_share_the_budget_of_tiles(make):
+def test_images_of_a_record_share_the_maximum_of_tiles(make_dataset):
     images = ["a.png"] * 3
-    dataset = make({"image": images, "conversations": turns("Which?", "A.")}, max_dynamic_patch=7)
+    dataset = make_dataset({"image": images, "conversations": make_turns("Which?", "A.")}, max_dynamic_patch=7)
     assert len(dataset.get(0, 0)["image_flags"]) == 3 * (2 + 1), "7 // 3 = 2 tiles each, and a thumbnail each"
-    dataset = make({"image": images, "conversations": turns("Which?", "A.")}, meta={"max_dynamic_patch": 2})
-    assert len(dataset.get(0, 0)["image_flags"]) == 3, "the meta entry's max_dynamic_patch counts, not the flag's 12"
+    dataset = make_dataset(
+        {"image": images, "conversations": make_turns("Which?", "A.")}, meta={"max_dynamic_patch": 2}
+    )
+    assert len(dataset.get(0, 0)["image_flags"]) == 3, "max_dynamic_patch of the meta entry overrides the flag, 12"
 
 
 @pytest.mark.parametrize("question", ["<video>\nWhat?", "<video>What?", "What?"])
-def test_videos_become_frames(make, question):
-    record = {"video": "film", "conversations": [{"from": "system", "value": "S"}, *turns(question, "A.")]}
-    dataset = make(record, min_num_frame=3, max_num_frame=3)
+def test_videos_become_frames(make_dataset, question):
+    record = {"video": "frames", "conversations": [{"from": "system", "value": "S"}, *make_turns(question, "A.")]}
+    dataset = make_dataset(record, min_num_frame=3, max_num_frame=3)
     sample = dataset.get(0, 0)
     assert sample["image_flags"].tolist() == [1, 1, 1]
-    assert "user\nFrame-1: [4]\nFrame-2: [4]\nFrame-3: [4]\nWhat?" in text_of(dataset)
+    assert "user\nFrame-1: [4]\nFrame-2: [4]\nFrame-3: [4]\nWhat?" in decode_sample(dataset)
 
 
-def test_index_epoch_and_seed_decide_a_sample(make):
-    video = {"video": "film", "conversations": turns("What?", "A.")}
-    picture = {"image": "a.png", "conversations": turns("What?", "A.")}
+def test_index_epoch_and_seed_determine_a_sample(make_dataset):
+    video = {"video": "frames", "conversations": make_turns("What?", "A.")}
+    image = {"image": "a.png", "conversations": make_turns("What?", "A.")}
 
-    def fresh(seed=0):
-        return make(video, picture, picture, seed=seed, meta={"data_augment": True}, min_num_frame=2, max_num_frame=9)
+    def make_fresh(seed=0):
+        return make_dataset(
+            video, image, image, seed=seed, meta={"data_augment": True}, min_num_frame=2, max_num_frame=9
+        )
 
-    dataset, copy = fresh(), pickle.loads(pickle.dumps(fresh()))
+    dataset, copy = make_fresh(), pickle.loads(pickle.dumps(make_fresh()))
     backwards = {(i, e): copy.get(i, e) for e in (2, 1, 0) for i in (2, 1, 0)}
     for (i, e), sample in backwards.items():
-        assert samples_equal(sample, dataset.get(i, e)), "in another order, in another process: the same"
-    assert not samples_equal(backwards[1, 0], backwards[1, 1]), "JPEG quality changes with the epoch"
-    assert not samples_equal(backwards[1, 0], backwards[2, 0]), "and with the index"
-    assert not samples_equal(backwards[1, 0], fresh(seed=1).get(1, 0)), "and with the seed"
-    assert len(backwards[0, 0]["image_flags"]) == len(backwards[0, 1]["image_flags"]), "the length does not"
+        assert are_samples_equal(sample, dataset.get(i, e)), "the same in another order and another process"
+    assert not are_samples_equal(backwards[1, 0], backwards[1, 1]), "JPEG quality changes with the epoch"
+    assert not are_samples_equal(backwards[1, 0], backwards[2, 0]), "and with the index"
+    assert not are_samples_equal(backwards[1, 0], make_fresh(seed=1).get(1, 0)), "and with the seed"
+    assert len(backwards[0, 0]["image_flags"]) == len(backwards[0, 1]["image_flags"]), "the length does not change"
 
 
-def test_same_samples_whatever_the_number_of_workers(make):
-    picture = {"image": "b.jpg", "conversations": turns("What?", "A.")}
-    dataset = make(*[picture] * 12, meta={"data_augment": True})
-    alone = list(torch.utils.data.DataLoader(dataset, batch_size=None, shuffle=False))
-    shared = list(torch.utils.data.DataLoader(dataset, batch_size=None, shuffle=False, num_workers=2))
-    assert len(alone) == len(shared) == 12 and all(map(samples_equal, alone, shared))
+def test_samples_do_not_depend_on_the_number_of_workers(make_dataset):
+    image = {"image": "b.jpg", "conversations": make_turns("What?", "A.")}
+    dataset = make_dataset(*[image] * 12, meta={"data_augment": True})
+    without_workers = list(torch.utils.data.DataLoader(dataset, batch_size=None, shuffle=False))
+    with_workers = list(torch.utils.data.DataLoader(dataset, batch_size=None, shuffle=False, num_workers=2))
+    assert len(without_workers) == len(with_workers) == 12
+    assert all(map(are_samples_equal, without_workers, with_workers))
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_records_that_cannot_be_used_say_why(make, case):
-    record, reason = BAD[case]
-    dataset = make(record, {"image": "a.png", "conversations": [QUESTION, ANSWER]})
+@pytest.mark.parametrize("case", UNUSABLE_RECORDS)
+def test_unusable_records_are_reported_with_the_reason(make_dataset, case):
+    record, reason = UNUSABLE_RECORDS[case]
+    dataset = make_dataset(record, {"image": "a.png", "conversations": [QUESTION, ANSWER]})
     with pytest.raises(UnusableSample, match=reason):
         dataset.get(0, 0)
-    assert dataset.get(1, 0)["image_flags"].any(), "the record after it is not touched"
+    assert dataset.get(1, 0)["image_flags"].any(), "the next record is used"
     assert dataset.describe(0).startswith("mine line 1 (") and dataset.describe(1).startswith("mine line 2 (")
 
 
-def test_empty_answer(make):
-    """As upstream: internvl2_5 trains the end marker of an empty answer; older templates leave the slot open."""
+def test_loss_of_an_empty_answer(make_dataset):
+    """As upstream: the end marker with internvl2_5, none with older templates."""
     record = {"conversations": [{"from": "human", "value": "Say nothing."}, {"from": "gpt", "value": ""}]}
-    labels = make(record).get(0, 0)["labels"]
+    labels = make_dataset(record).get(0, 0)["labels"]
     assert (labels != -100).sum() == 1
-    with pytest.raises(UnusableSample, match="no answer to train on"):
-        make(record, conv_style="Hermes-2").get(0, 0)
+    with pytest.raises(UnusableSample, match="no loss tokens"):
+        make_dataset(record, conv_style="Hermes-2").get(0, 0)
 
 
-def test_truncation(make):
+def test_truncated_samples_keep_their_images_and_an_answer(make_dataset):
     record = {"image": "a.png", "conversations": [QUESTION, ANSWER]}
-    whole = make(record, max_dynamic_patch=1).get(0, 0)
-    ids, labels = whole["input_ids"], whole["labels"]
-    context = make(record).tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    last_image_token = int((ids == context).nonzero().max())
-    first_trained = int((labels != -100).nonzero().min())
+    full = make_dataset(record, max_dynamic_patch=1).get(0, 0)
+    ids, labels = full["input_ids"], full["labels"]
+    context_id = make_dataset(record).tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    last_image_token = int((ids == context_id).nonzero().max())
+    first_loss_token = int((labels != -100).nonzero().min())
     for limit in range(1, len(ids) + 1):
-        dataset = make(record, max_length=limit, max_dynamic_patch=1)
+        dataset = make_dataset(record, max_length=limit, max_dynamic_patch=1)
         if limit <= last_image_token:
-            held = int((ids[:limit] == context).sum())
+            num_left = int((ids[:limit] == context_id).sum())
             with pytest.raises(
-                UnusableSample, match=rf"{len(ids)} tokens.*{limit}.*{held} of 4 image.*--max_dynamic_patch"
+                UnusableSample, match=rf"{len(ids)} tokens.*{limit}.*{num_left} of 4 image.*--max_dynamic_patch"
             ):
                 dataset.get(0, 0)
-        elif limit <= first_trained:
+        elif limit <= first_loss_token:
             with pytest.raises(UnusableSample, match=f"first {limit} of its {len(ids)} tokens"):
                 dataset.get(0, 0)
         else:

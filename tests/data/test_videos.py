@@ -1,4 +1,4 @@
-"""Which frames, and that the frames read are those: from films, GIFs and folders."""
+"""Sampling frames and reading them from video files, GIFs and folders."""
 
 import json
 import random
@@ -8,17 +8,26 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from helpers.video_files import TOTAL, film, folder, gif, number
+from helpers.video_files import (
+    NUM_FRAMES,
+    read_frame_number,
+    read_frame_numbers,
+    write_frame_folder,
+    write_gif,
+    write_video,
+)
 
 from internvl.constants import UnusableSample
 from internvl.data.videos import count_frames, get_frame_indices, read_frames, sort_frames
 from internvl.train.dataset import TCSLoader, read_frames_decord, read_frames_folder, read_frames_gif
 
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
 
 def test_recorded_frame_indices(goldens):
     for line in (goldens / "video_sampling.jsonl").read_text().splitlines():
         row = json.loads(line)
-        # Upstream draws from the shared generator; ours from the one it is given, in the same way.
+        # Upstream draws from the global generator, ours in the same way from the one it is given.
         args = row["args"] | {"generator": random.Random(row["seed"])}
         if "error" in row:
             with pytest.raises((ValueError, ZeroDivisionError)):
@@ -27,39 +36,41 @@ def test_recorded_frame_indices(goldens):
             assert get_frame_indices(**args) == row["frame_indices"], row
 
 
-def test_random_frames_are_spread_and_decided_by_the_generator():
+def test_random_frames_are_spread_and_determined_by_the_generator():
     for seed in range(50):
-        draw = random.Random(seed)
-        n, total = draw.randint(1, 20), draw.randint(1, 100)
-        chosen = get_frame_indices(n, total, "rand", generator=random.Random(seed))
-        assert chosen == get_frame_indices(n, total, "rand", generator=random.Random(seed))
-        assert len(chosen) == n and chosen == sorted(chosen) and chosen[0] >= 0 and chosen[-1] < total
-        assert len(set(chosen)) == min(n, total)
-        if total >= 2 * n:
-            assert all(k * total / n - 1 <= index < (k + 1) * total / n for k, index in enumerate(chosen))
+        generator = random.Random(seed)
+        num_frames, total = generator.randint(1, 20), generator.randint(1, 100)
+        indices = get_frame_indices(num_frames, total, "rand", generator=random.Random(seed))
+        assert indices == get_frame_indices(num_frames, total, "rand", generator=random.Random(seed))
+        assert len(indices) == num_frames and indices == sorted(indices) and indices[0] >= 0 and indices[-1] < total
+        assert len(set(indices)) == min(num_frames, total)
+        if total >= 2 * num_frames:
+            width = total / num_frames
+            assert all(k * width - 1 <= index < (k + 1) * width for k, index in enumerate(indices))
 
 
-# -- readers ---------------------------------------------------------------------------------------------------------
+# -- readers -----------------------------------------------------------------------------------------------------------
+
+WRITERS = {"video.mp4": write_video, "video.gif": write_gif, "frames": write_frame_folder}
 
 
-MAKERS = {"film.mp4": film, "film.gif": gif, "film": folder}
-
-
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("sample", ["rand", "middle"])
-@pytest.mark.parametrize("n", [1, 7, 16, TOTAL])
-def test_frames_read_are_the_frames_chosen(tmp_path, name, sample, n):
-    path = MAKERS[name](tmp_path / name)
-    frames = read_frames(path, n, sample, generator=random.Random(3))
-    assert [number(frame) for frame in frames] == get_frame_indices(n, TOTAL, sample, generator=random.Random(3))
-    assert count_frames(path, n) == len(frames)
+@pytest.mark.parametrize("num_frames", [1, 7, 16, NUM_FRAMES])
+def test_frames_read_are_those_sampled(tmp_path, name, sample, num_frames):
+    path = WRITERS[name](tmp_path / name)
+    frames = read_frames(path, num_frames, sample, generator=random.Random(3))
+    expected = get_frame_indices(num_frames, NUM_FRAMES, sample, generator=random.Random(3))
+    assert read_frame_numbers(frames) == expected
+    assert count_frames(path, num_frames) == len(frames)
 
 
 @pytest.mark.parametrize("key_every, b_frames", [(1, 0), (12, 2), (1000, 0), (1000, 2)])
-def test_any_spacing_of_key_frames(tmp_path, key_every, b_frames):
-    path = film(tmp_path / "a.mp4", key_every=key_every, b_frames=b_frames)
-    for n in (3, TOTAL):
-        assert [number(frame) for frame in read_frames(path, n, "middle")] == get_frame_indices(n, TOTAL, "middle")
+def test_any_distance_of_key_frames(tmp_path, key_every, b_frames):
+    path = write_video(tmp_path / "a.mp4", key_every=key_every, b_frames=b_frames)
+    for num_frames in (3, NUM_FRAMES):
+        frames = read_frames(path, num_frames, "middle")
+        assert read_frame_numbers(frames) == get_frame_indices(num_frames, NUM_FRAMES, "middle")
 
 
 @pytest.mark.parametrize(
@@ -68,108 +79,105 @@ def test_any_spacing_of_key_frames(tmp_path, key_every, b_frames):
         "h264.mp4": {"codec": "libx264", "b_frames": 2},
         "vp9.webm": {"codec": "libvpx-vp9"},
         "xvid.avi": {"b_frames": 2},
-        "seeks land behind.ts": {"codec": "mpeg2video", "b_frames": 2},
+        "seeks land after.ts": {"codec": "mpeg2video", "b_frames": 2},
         "seeks land anywhere.mpg": {"codec": "mpeg2video", "b_frames": 2},
         "no times.h264": {"codec": "libx264", "b_frames": 2},
-        "sound.mp4": {"sound": True},
-        "odd.mp4": {"size": (47, 31)},
-        "rates.mkv": {"hundredths": [k * k for k in range(TOTAL)]},
-        "rates.mp4": {"codec": "libx264", "hundredths": [k + 50 * (k > 20) for k in range(TOTAL)]},
+        "sound.mp4": {"has_sound": True},
+        "odd size.mp4": {"size": (47, 31)},
+        "variable rate.mkv": {"hundredths": [k * k for k in range(NUM_FRAMES)]},
+        "variable rate.mp4": {"codec": "libx264", "hundredths": [k + 50 * (k > 20) for k in range(NUM_FRAMES)]},
     }.items(),
 )
-def test_any_film(tmp_path, name, options):
-    path = film(tmp_path / name, **options)
-    for n, sample in ((3, "middle"), (9, "rand"), (TOTAL, "middle")):
-        frames = read_frames(path, n, sample, generator=random.Random(1))
-        assert [number(frame) for frame in frames] == get_frame_indices(n, TOTAL, sample, generator=random.Random(1))
+def test_containers_and_codecs(tmp_path, name, options):
+    path = write_video(tmp_path / name, **options)
+    for num_frames, sample in ((3, "middle"), (9, "rand"), (NUM_FRAMES, "middle")):
+        frames = read_frames(path, num_frames, sample, generator=random.Random(1))
+        expected = get_frame_indices(num_frames, NUM_FRAMES, sample, generator=random.Random(1))
+        assert read_frame_numbers(frames) == expected
         assert frames[0].size == options.get("size", (48, 32))
 
 
-def test_frames_per_second_are_those_of_the_film(tmp_path):
-    path = film(tmp_path / "a.mp4")  # 10 frames per second, 4 seconds
-    assert [number(frame) for frame in read_frames(path, 99, "fps1")] == [5, 15, 25, 35]
-    assert [number(frame) for frame in read_frames(path, 99, "fps2", clip=(1, 3))] == [12, 18, 22, 28]
-    with pytest.raises(UnusableSample, match="fps0.01 chooses no frame of video .*a.mp4"):
+def test_frames_per_second_are_those_of_the_file(tmp_path):
+    path = write_video(tmp_path / "a.mp4")  # 10 frames per second, 4 seconds
+    assert read_frame_numbers(read_frames(path, 99, "fps1")) == [5, 15, 25, 35]
+    assert read_frame_numbers(read_frames(path, 99, "fps2", clip=(1, 3))) == [12, 18, 22, 28]
+    with pytest.raises(UnusableSample, match="fps0.01 selects no frame of video .*a.mp4"):
         read_frames(path, 99, "fps0.01")
 
 
-@pytest.mark.parametrize("turned", [90, 180, -90])
-def test_films_of_a_turned_camera_stand_upright(tmp_path, turned):
-    """The film says by how much its frames are to be turned against the clock."""
+@pytest.mark.parametrize("rotation", [90, 180, -90])
+def test_rotated_videos_are_turned_upright(tmp_path, rotation):
+    """The file stores the degrees of counterclockwise rotation."""
     if not hasattr(av.VideoStream, "set_display_rotation"):
-        pytest.skip("this PyAV cannot write such films")
-    dark_above = np.broadcast_to(np.arange(0, 240, 5, np.uint8)[:, None, None], (48, 32, 3)).copy()
-    tall = {"frames": 1, "size": (32, 48), "draw": lambda k, *size: dark_above}
-    lying = read_frames(film(tmp_path / "lying.mp4", **tall), 1)[0]
-    upright = read_frames(film(tmp_path / "upright.mp4", turned=turned, **tall), 1)[0]
-    assert upright.tobytes() == lying.rotate(turned, expand=True).tobytes() != lying.tobytes()
+        pytest.skip("this version of PyAV cannot write rotated videos")
+    gradient = np.broadcast_to(np.arange(0, 240, 5, np.uint8)[:, None, None], (48, 32, 3)).copy()
+    options = {"frames": 1, "size": (32, 48), "draw_fn": lambda index, *size: gradient}
+    stored = read_frames(write_video(tmp_path / "stored.mp4", **options), 1)[0]
+    upright = read_frames(write_video(tmp_path / "upright.mp4", rotation=rotation, **options), 1)[0]
+    assert upright.tobytes() == stored.rotate(rotation, expand=True).tobytes() != stored.tobytes()
 
 
-def test_clip_is_a_stretch_of_seconds(tmp_path):
-    path = film(tmp_path / "a.mp4")  # 10 frames per second
-    numbers = [number(frame) for frame in read_frames(path, 5, "middle", clip=(1.5, 2.5))]
+def test_clip_is_in_seconds(tmp_path):
+    path = write_video(tmp_path / "a.mp4")  # 10 frames per second
+    numbers = read_frame_numbers(read_frames(path, 5, "middle", clip=(1.5, 2.5)))
     assert numbers == [15 + index for index in get_frame_indices(5, 10, "middle")]
-    assert number(read_frames(path, 1, "middle", clip=(3.8, 99))[0]) == 38, "a clip that is too long ends with the film"
-    with pytest.raises(
-        UnusableSample, match=r"clip \(7, 8\) of video .*a.mp4 \(40 frames, 10 per second\) holds no frame"
-    ):
+    numbers = read_frame_numbers(read_frames(path, 1, "middle", clip=(3.8, 99)))
+    assert numbers == [38], "a clip that is too long ends with the video"
+    reason = r"clip \(7, 8\) of video .*a.mp4 \(40 frames, 10 per second\) contains no frame"
+    with pytest.raises(UnusableSample, match=reason):
         read_frames(path, 5, "middle", clip=(7, 8))
 
 
 @pytest.mark.parametrize("clip", [3, [1], [1, 2, 3], ["1", "2"], [2, 1], [-1, 1], [1, 1], [True, 2], {}])
-def test_clips_that_are_none(tmp_path, clip):
-    path = film(tmp_path / "a.mp4", 3)
-    for use in (count_frames, read_frames):
+def test_invalid_clips_are_reported(tmp_path, clip):
+    path = write_video(tmp_path / "a.mp4", 3)
+    for function in (count_frames, read_frames):
         with pytest.raises(UnusableSample, match=r"is not \[start, end\] in seconds"):
-            use(path, 2, clip=clip)
+            function(path, 2, clip=clip)
 
 
-@pytest.mark.parametrize("name", ["film.gif", "film"])
-def test_a_clip_of_what_has_no_seconds_is_refused(tmp_path, name):
-    path = MAKERS[name](tmp_path / name, 3)
-    for use in (count_frames, read_frames):
-        with pytest.raises(UnusableSample, match=rf"clip \[0, 1\] is in seconds, which the (gif|folder) {path}"):
-            use(path, 2, clip=[0, 1])
+@pytest.mark.parametrize("name", ["video.gif", "frames"])
+def test_clip_requires_a_video_file(tmp_path, name):
+    path = WRITERS[name](tmp_path / name, 3)
+    for function in (count_frames, read_frames):
+        with pytest.raises(UnusableSample, match=rf"clip \[0, 1\] is not supported for the (GIF|folder) {path}"):
+            function(path, 2, clip=[0, 1])
 
 
 @pytest.mark.parametrize(
-    "name, expected", [("film.mp4", [0, 1, 2, 2, 2, 2]), ("film.gif", [0, 1, 2]), ("film", [0, 1, 2])]
+    "name, expected", [("video.mp4", [0, 1, 2, 2, 2, 2]), ("video.gif", [0, 1, 2]), ("frames", [0, 1, 2])]
 )
 def test_short_videos(tmp_path, name, expected):
-    path = MAKERS[name](tmp_path / name, 3)
-    assert [number(frame) for frame in read_frames(path, 6, generator=random.Random(0))] == expected
+    path = WRITERS[name](tmp_path / name, 3)
+    assert read_frame_numbers(read_frames(path, 6, generator=random.Random(0))) == expected
     assert count_frames(path, 6) == len(expected)
 
 
-def test_folders_are_read_in_the_order_of_their_numbers():
-    assert sort_frames(["a_10.jpg", "a_2.jpg", "cover.jpg", "b_1.png"]) == [
-        "cover.jpg",
-        "b_1.png",
-        "a_2.jpg",
-        "a_10.jpg",
-    ]
+def test_frames_of_a_folder_are_sorted_by_number():
+    names = ["a_10.jpg", "a_2.jpg", "cover.jpg", "b_1.png"]
+    assert sort_frames(names) == ["cover.jpg", "b_1.png", "a_2.jpg", "a_10.jpg"]
 
 
-def test_videos_that_cannot_be_read(tmp_path):
-    (tmp_path / "text.mp4").write_text("not a film")
-    (tmp_path / "text.gif").write_text("not a film")
+def test_unreadable_videos_are_reported(tmp_path):
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "text.gif").write_text("not a video")
     (tmp_path / "empty").mkdir()
-    whole = Path(film(tmp_path / "whole.mp4")).read_bytes()
-    (tmp_path / "half.mp4").write_bytes(whole[: len(whole) // 2])
-    # This one has its index in front, so that it can be opened.
-    whole = Path(film(tmp_path / "stream.mp4", movflags="faststart")).read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 3 // 4])
-    film(tmp_path / "none.mkv", 0)
-    film(tmp_path / "none.mp4", 0, sound=True)
+    content = Path(write_video(tmp_path / "full.mp4")).read_bytes()
+    (tmp_path / "half.mp4").write_bytes(content[: len(content) // 2])
+    # With its index in front, a truncated file can still be opened.
+    content = Path(write_video(tmp_path / "stream.mp4", movflags="faststart")).read_bytes()
+    (tmp_path / "truncated.mp4").write_bytes(content[: len(content) * 3 // 4])
+    write_video(tmp_path / "no frame.mkv", 0)
+    write_video(tmp_path / "no frame.mp4", 0, has_sound=True)
     for name, reason in [
         ("absent.mp4", "does not exist"),
         ("absent.gif", "does not exist"),
         ("text.mp4", "cannot be read"),
         ("text.gif", "not an image"),
         ("half.mp4", "cannot be read"),
-        ("cut.mp4", r"is cut short: it holds \d+ of its 40 frames"),
-        ("none.mkv", "cannot be read: .*End of file"),
-        ("none.mp4", "has no (frame|pictures)"),
+        ("truncated.mp4", r"is truncated: it has \d+ of its 40 frames"),
+        ("no frame.mkv", "cannot be read: .*End of file"),
+        ("no frame.mp4", "has no (frame|video stream)"),
         ("empty", "empty folder"),
     ]:
         with pytest.raises(UnusableSample, match=reason) as caught:
@@ -177,44 +185,44 @@ def test_videos_that_cannot_be_read(tmp_path):
         assert name in str(caught.value)
 
 
-def test_a_film_of_sound_alone(tmp_path):
+def test_sound_without_video_is_reported(tmp_path):
     with wave.open(str(tmp_path / "a.wav"), "wb") as file:
         file.setparams((1, 2, 8000, 0, "NONE", ""))
         file.writeframes(bytes(1600))
-    with pytest.raises(UnusableSample, match="has no pictures, only .*audio"):
+    with pytest.raises(UnusableSample, match="has no video stream, only audio"):
         read_frames(str(tmp_path / "a.wav"), 4)
 
 
-def test_fix_start_behind_the_end(tmp_path):
-    path = film(tmp_path / "a.mp4", 8)
-    assert [number(frame) for frame in read_frames(path, 2, "middle", fix_start=1)] == [1, 5]
-    with pytest.raises(ValueError, match="fix_start 4 leads to frame 8 of the 8"):
+def test_fix_start_after_the_last_frame_is_reported(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 8)
+    assert read_frame_numbers(read_frames(path, 2, "middle", fix_start=1)) == [1, 5]
+    with pytest.raises(ValueError, match="fix_start 4 selects frame 8 of the 8"):
         read_frames(path, 2, "middle", fix_start=4)
 
 
-# -- upstream's names --------------------------------------------------------------------------------------------------
+# -- upstream's functions ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_upstream_readers_draw_how_many_frames(tmp_path, name):
-    path = MAKERS[name](tmp_path / name)
-    reader = {"film.mp4": read_frames_decord, "film.gif": read_frames_gif, "film": read_frames_folder}[name]
-    assert {len(reader(path, 6)) for _ in range(40)} == {4, 5, 6}, "min_num_frames is 4 by default"
-    frames = reader(path, 5, "middle", min_num_frames=5)
-    assert [number(frame) for frame in frames] == get_frame_indices(5, TOTAL, "middle")
+@pytest.mark.parametrize("name", WRITERS)
+def test_upstream_readers_draw_the_number_of_frames(tmp_path, name):
+    path = WRITERS[name](tmp_path / name)
+    read_fn = {"video.mp4": read_frames_decord, "video.gif": read_frames_gif, "frames": read_frames_folder}[name]
+    assert {len(read_fn(path, 6)) for _ in range(40)} == {4, 5, 6}, "min_num_frames is 4 by default"
+    frames = read_fn(path, 5, "middle", min_num_frames=5)
+    assert read_frame_numbers(frames) == get_frame_indices(5, NUM_FRAMES, "middle")
     with pytest.raises(ValueError, match="min_num_frames 4 is not between 1 and num_frames 3"):
-        reader(path, 3)
-    with pytest.raises(ValueError, match="client 'petrel' is not asked for .*film"):
-        reader(path, 6, client="petrel")
+        read_fn(path, 3)
+    with pytest.raises(ValueError, match=f"client 'petrel' is not supported .reading .*{name}"):
+        read_fn(path, 6, client="petrel")
 
 
-def test_loader_of_upstream(tmp_path, caplog):
-    load = TCSLoader("~/petreloss.conf")
-    assert "does not read ~/petreloss.conf" in caplog.text
-    path = film(tmp_path / "a.mp4")
-    frames = load(path, image_type="video", max_num_frames=3, min_num_frames=3, sample="middle", clip=(1, 2))
-    assert [number(frame) for frame in frames] == [10 + index for index in get_frame_indices(3, 10, "middle")]
+def test_tcs_loader(tmp_path, caplog):
+    load_fn = TCSLoader("~/petreloss.conf")
+    assert "~/petreloss.conf is ignored" in caplog.text
+    path = write_video(tmp_path / "a.mp4")
+    frames = load_fn(path, image_type="video", max_num_frames=3, min_num_frames=3, sample="middle", clip=(1, 2))
+    assert read_frame_numbers(frames) == [10 + index for index in get_frame_indices(3, 10, "middle")]
     frames[1].save(tmp_path / "a.png")
-    assert number(load(str(tmp_path / "a.png"))) == number(frames[1])
-    with pytest.raises(ValueError, match="image_type 'sound' is not image or video"):
-        load(path, image_type="sound")
+    assert read_frame_number(load_fn(str(tmp_path / "a.png"))) == read_frame_number(frames[1])
+    with pytest.raises(ValueError, match="image_type 'sound' is not supported: expected image or video"):
+        load_fn(path, image_type="sound")

@@ -1,7 +1,8 @@
-"""Environments beside the main one, with other versions of some packages; made once, kept in `.venv-NAME`.
+"""Make environments with other versions of some packages, beside the main one.
 
-Each is a layer over the environment that runs this: what is installed in it comes first, everything else (torch above
-all) is found below through a path file. So it costs seconds, and what the two have in common is the same file.
+Each is a layer over the environment that runs this code. What is installed in the layer comes first; everything else,
+above all torch, is found in the main environment through a path file. So a layer takes seconds to make. It is kept in
+`.venv-NAME`.
 """
 
 import fcntl
@@ -11,20 +12,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from helpers.paths import REPO_ROOT
 
 
-def layer(name: str, requirements: list[str]) -> Path:
-    """The Python of `.venv-NAME`, in which pip has installed `requirements`; made or made anew if they changed.
+def make_environment_layer(name: str, requirements: list[str]) -> Path:
+    """Install packages into `.venv-NAME` and return its Python.
+
+    It is made again when the requirements or the main environment have changed.
 
     Raises:
-        OSError: pip could not install them; its last words are the message.
+        OSError: pip failed; the message is the end of its output.
     """
-    folder = ROOT / f".venv-{name}"
-    below = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    wanted = "\n".join([sys.version, str(folder), *below, *requirements])
+    folder = REPO_ROOT / f".venv-{name}"
+    site_dirs = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    wanted = "\n".join([sys.version, str(folder), *site_dirs, *requirements])
     stamp, python = folder / "installed", folder / "bin/python"
-    with open(ROOT / "requirements.txt") as lock:  # one installation at a time
+    with open(REPO_ROOT / "requirements.txt") as lock:  # one installation at a time
         fcntl.flock(lock, fcntl.LOCK_EX)
         if stamp.exists() and stamp.read_text() == wanted:
             return python
@@ -32,7 +35,8 @@ def layer(name: str, requirements: list[str]) -> Path:
         folder.mkdir()
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
         (packages,) = folder.glob("lib/python*/site-packages")
-        (packages / "below.pth").write_text("import site; " + "; ".join(f"site.addsitedir({p!r})" for p in below))
+        # A path file is read after the layer's own packages, so those of the main environment come later.
+        (packages / "below.pth").write_text("import site; " + "; ".join(f"site.addsitedir({p!r})" for p in site_dirs))
         pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--upgrade", *requirements]
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
@@ -41,12 +45,13 @@ def layer(name: str, requirements: list[str]) -> Path:
     return python
 
 
-def environ(python: Path, **more) -> dict[str, str]:
-    """Variables for a program in that environment: its commands come first, then those of the main one.
+def layer_environment(python: Path, **variables: str) -> dict[str, str]:
+    """Return the environment variables for a program in a layer.
 
-    What is compiled there stays there: another torch could not load it, or would wait for a lock of another kind.
+    Commands of the layer come first, then those of the main environment. Compiled extensions are kept in the layer:
+    another torch could not load them, or would wait for a lock of another kind.
     """
-    folders = [str(python.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    own = {"PATH": os.pathsep.join(folders), "TORCH_EXTENSIONS_DIR": str(python.parents[1] / "torch_extensions")}
-    return clean | own | more
+    command_dirs = [str(python.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    extensions_dir = str(python.parents[1] / "torch_extensions")
+    return inherited | {"PATH": os.pathsep.join(command_dirs), "TORCH_EXTENSIONS_DIR": extensions_dir} | variables

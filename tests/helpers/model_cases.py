@@ -1,4 +1,4 @@
-"""A reference case of the model package, and how its numbers are compared."""
+"""Reference cases of the model package, and comparisons of their numbers."""
 
 import json
 from functools import cached_property
@@ -10,14 +10,11 @@ from safetensors.torch import load_file
 
 from internvl.model.internvl_chat import InternVLChatModel
 
-ARCHIVE = Path(__file__).parents[1] / "goldens.tar.xz"
-torch.set_num_threads(1)  # models this small only lose by more
-
-REAL_CONFIGS = sorted((ARCHIVE.parent / "real_configs").glob("internvl*.json"))
+torch.set_num_threads(1)  # more threads slow down models this small
 
 
-class Case:
-    """One folder of goldens/models: a checkpoint, its inputs and the numbers upstream computed with it."""
+class ModelCase:
+    """A folder of goldens/models: a checkpoint, its inputs and upstream's results."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -34,7 +31,7 @@ class Case:
 
     @cached_property
     def batch(self) -> dict:
-        """The padded batch, as the goldens were computed: with a mask, without positions."""
+        """The padded batch of the goldens: with a mask, without positions."""
         return {k: self.inputs[k] for k in ("pixel_values", "input_ids", "attention_mask", "labels", "image_flags")}
 
     @cached_property
@@ -48,23 +45,23 @@ class Case:
 
     @property
     def packed_batch(self) -> dict:
-        """The samples end to end in one row: positions restart, there is no mask."""
+        """The same samples in one packed row, without a mask."""
         row = self.read("packed_inputs.safetensors")
         row = {k: row[k] for k in ("input_ids", "labels", "position_ids")}
         return {**row, "pixel_values": self.inputs["pixel_values"], "image_flags": self.inputs["image_flags"]}
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, atol: float = 5e-5, rtol: float = 1e-4):
-    """At the tolerances of the goldens' description."""
-    torch.testing.assert_close(found.float(), expected.float(), atol=atol, rtol=rtol)
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 5e-5, rtol: float = 1e-4):
+    """Compare tensors with the tolerances that the goldens were recorded for."""
+    torch.testing.assert_close(actual.float(), expected.float(), atol=atol, rtol=rtol)
 
 
-def gradient_norms(model) -> dict[str, float | None]:
+def get_gradient_norms(model) -> dict[str, float | None]:
     return {n: None if p.grad is None else p.grad.norm().item() for n, p in model.named_parameters()}
 
 
-def check_norms(found: dict, expected: dict, rtol: float = 1e-4, atol: float = 1e-7):
-    assert found.keys() == expected.keys()
-    assert {n for n, v in found.items() if v is None} == {n for n, v in expected.items() if v is None}
+def assert_norms_close(actual: dict, expected: dict, rtol: float = 1e-4, atol: float = 1e-7):
+    assert actual.keys() == expected.keys()
+    assert {n for n, v in actual.items() if v is None} == {n for n, v in expected.items() if v is None}
     for name, norm in expected.items():
-        assert norm is None or found[name] == pytest.approx(norm, rel=rtol, abs=atol), name
+        assert norm is None or actual[name] == pytest.approx(norm, rel=rtol, abs=atol), name

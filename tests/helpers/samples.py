@@ -1,4 +1,4 @@
-"""Data that several tests of the data path share: the recorded data sets, and records that cannot be used."""
+"""Samples of the data tests: upstream's recorded datasets, and unusable records."""
 
 import json
 from functools import cache
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from internvl.arguments.training import DataTrainingArguments
+from internvl.arguments.data import DataTrainingArguments
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.model.tokenizers.loading import load_tokenizer
 
-# Fields of a recorded configuration that are fields of ours.
-SHARED = (
+# Settings of a recorded configuration that are fields of DataTrainingArguments.
+RECORDED_FLAGS = (
     "pad2square",
     "dynamic_image_size",
     "use_thumbnail",
@@ -22,19 +22,30 @@ SHARED = (
 
 
 @cache
-def tokenizer_of(folder: Path, model_max_length: int):
+def load_cached_tokenizer(folder: Path, model_max_length: int):
+    """Load a tokenizer once per folder and maximum length."""
     tokenizer = load_tokenizer(folder)
     tokenizer.model_max_length = model_max_length
     return tokenizer
 
 
-def recorded_dataset(goldens: Path, config: dict, **meta) -> LazySupervisedDataset:
+def read_recorded_configs(goldens: Path) -> dict[str, dict]:
+    """Read the configurations that upstream's samples were recorded with, by name."""
+    return json.loads((goldens / "dataset" / "configs.json").read_text())["configs"]
+
+
+def read_recorded_samples(goldens: Path, name: str) -> list[dict]:
+    """Read upstream's samples of a configuration."""
+    return [json.loads(line) for line in (goldens / "dataset" / "expected" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def build_recorded_dataset(goldens: Path, config: dict, **meta) -> LazySupervisedDataset:
+    """Build our dataset of a recorded configuration; `meta` overrides its meta entry."""
     args = config["args"]
-    data_args = DataTrainingArguments(
-        conv_style=config["template"], force_image_size=args["image_size"], **{name: args[name] for name in SHARED}
-    )
+    flags = {name: args[name] for name in RECORDED_FLAGS}
+    data_args = DataTrainingArguments(conv_style=config["template"], force_image_size=args["image_size"], **flags)
     folder = goldens / "dataset"
-    # A recorded video is all pictures of a folder; ours takes them all, too, as long as it asks for more.
+    # A recorded video is all images of a folder. Ours reads all of them, too, as long as it asks for more.
     root = "videos/" if "video" in config["annotation"] else config["root"]
     meta = {
         "root": str(folder / root),
@@ -42,23 +53,17 @@ def recorded_dataset(goldens: Path, config: dict, **meta) -> LazySupervisedDatas
         "repeat_time": args["repeat_time"],
         "data_augment": args["is_train"],
     } | meta
-    tokenizer = tokenizer_of(goldens / config["tokenizer"], config["model_max_length"])
+    tokenizer = load_cached_tokenizer(goldens / config["tokenizer"], config["model_max_length"])
     return LazySupervisedDataset(config["ds_name"], meta, tokenizer, args["num_image_token"], data_args)
 
 
-def recorded_configs(goldens: Path) -> dict[str, dict]:
-    return json.loads((goldens / "dataset" / "configs.json").read_text())["configs"]
-
-
-def recorded_items(goldens: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (goldens / "dataset" / "expected" / f"{name}.jsonl").read_text().splitlines()]
-
-
-def samples_equal(one: dict, other: dict) -> bool:
+def are_samples_equal(one: dict, other: dict) -> bool:
+    """Return whether all tensors of `one` equal those of `other`."""
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
-def turns(*values: str) -> list[dict]:
+def make_turns(*values: str) -> list[dict]:
+    """Make a conversation of these values, from human and gpt alternately."""
     return [{"from": role, "value": value} for role, value in zip(("human", "gpt") * 4, values, strict=False)]
 
 
@@ -66,17 +71,17 @@ QUESTION = {"from": "human", "value": "<image>\nWhat is it?"}
 ANSWER = {"from": "gpt", "value": "A house by the river."}
 
 
-# Case: record, and a pattern of the reason.
-BAD = {
+# Case -> record (or line), pattern of the reason. The image files are those of the fixture `make`.
+UNUSABLE_RECORDS = {
     "missing image": ({"image": "absent.png", "conversations": [QUESTION, ANSWER]}, "absent.png does not exist"),
     "truncated PNG": ({"image": "half_a.png", "conversations": [QUESTION, ANSWER]}, "half_a.png.*cannot be read"),
     "truncated JPEG": ({"image": "half_b.jpg", "conversations": [QUESTION, ANSWER]}, "half_b.jpg.*cannot be read"),
     "text as image": ({"image": "text.png", "conversations": [QUESTION, ANSWER]}, "text.png.*not an image"),
-    "image is a number": ({"image": 3, "conversations": [QUESTION, ANSWER]}, "image is 3, not a path"),
-    "images are numbers": ({"image": ["a.png", 3], "conversations": [QUESTION, ANSWER]}, "not a path or a list"),
+    "image is a number": ({"image": 3, "conversations": [QUESTION, ANSWER]}, "image must be a path.*got 3"),
+    "images are numbers": ({"image": ["a.png", 3], "conversations": [QUESTION, ANSWER]}, "a path or a list of paths"),
     "missing video": ({"video": "absent.mp4", "conversations": [QUESTION, ANSWER]}, "absent.mp4"),
     "no JSON": ('{"conversations": [', "line 1 is not JSON"),
-    "no object": ("[1, 2]", "line 1 is a JSON list"),
+    "no object": ("[1, 2]", "line 1: expected a JSON object, got list"),
     "no conversations": ({"image": "a.png"}, "conversations must be a list.*None"),
     "zero turns": ({"conversations": []}, r"conversations must be a list.*\[\]"),
     "conversations are text": ({"conversations": "hello"}, "conversations must be a list.*'hello'"),
@@ -89,9 +94,9 @@ BAD = {
         {"image": ["a.png", "b.jpg"], "conversations": [QUESTION, ANSWER]},
         "1 <image>.* 2 images",
     ),
-    "no answer": ({"conversations": [{"from": "human", "value": "Hm?"}]}, "no answer to train on"),
+    "no answer": ({"conversations": [{"from": "human", "value": "Hm?"}]}, "no loss tokens: .* has no answer"),
     "image token as text": (
         {"conversations": [{"from": "human", "value": "<IMG_CONTEXT>"}, ANSWER]},
-        "writes <IMG_CONTEXT>",
+        "contains <IMG_CONTEXT>",
     ),
 }

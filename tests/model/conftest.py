@@ -1,14 +1,17 @@
-"""Reference cases of the model package: one parametrized run per folder of the goldens, whatever folders there are."""
+"""Fixtures of reference cases, parametrized over the folders of the goldens."""
 
+import functools
 import tarfile
 from pathlib import Path
 
 import pytest
-from helpers.model_cases import ARCHIVE, REAL_CONFIGS, Case
+from helpers.model_cases import ModelCase
+from helpers.paths import GOLDENS_ARCHIVE, REAL_CONFIGS
 
 from internvl.model.internvl_chat import InternVLChatConfig
 
-FOLDERS = {
+# Fixture -> (name or suffix of a file in the goldens, whether its path is a case).
+FIXTURES = {
     "model_case": (
         "config.json",
         lambda parts: parts[0] == "models" and not parts[1].endswith("_lora") and len(parts) == 3,
@@ -20,25 +23,28 @@ FOLDERS = {
 }
 
 
+@functools.cache  # reading the names decompresses the archive: 0.4 s
+def list_golden_paths() -> list[Path]:
+    with tarfile.open(GOLDENS_ARCHIVE) as archive:
+        return [Path(name) for name in archive.getnames()]
+
+
 def pytest_generate_tests(metafunc):
-    for fixture in FOLDERS.keys() & set(metafunc.fixturenames):
-        ending, wanted = FOLDERS[fixture]
-        with tarfile.open(ARCHIVE) as archive:
-            paths = [
-                Path(name) for name in archive.getnames() if name.endswith("/" + ending) or ending == Path(name).suffix
-            ]
-        names = sorted(path.parts[1].removesuffix(".json") for path in paths if wanted(path.parts))
-        assert names, f"the goldens have no {fixture}"
+    for fixture in FIXTURES.keys() & set(metafunc.fixturenames):
+        file_suffix, is_wanted_fn = FIXTURES[fixture]
+        paths = [path for path in list_golden_paths() if file_suffix in (path.name, path.suffix)]
+        names = sorted(path.parts[1].removesuffix(".json") for path in paths if is_wanted_fn(path.parts))
+        assert names, f"no {fixture} in the goldens"
         metafunc.parametrize(fixture, names, indirect=True)
 
 
-def _case(request, goldens) -> Case:
-    return Case(goldens / "models" / request.param)
+def _make_case(request, goldens) -> ModelCase:
+    return ModelCase(goldens / "models" / request.param)
 
 
-model_case = pytest.fixture(_case, name="model_case")
-lora_case = pytest.fixture(_case, name="lora_case")
-packed_case = pytest.fixture(_case, name="packed_case")
+model_case = pytest.fixture(_make_case, name="model_case")
+lora_case = pytest.fixture(_make_case, name="lora_case")
+packed_case = pytest.fixture(_make_case, name="packed_case")
 
 
 @pytest.fixture

@@ -1,15 +1,21 @@
-"""`--use_liger` changes no number."""
+"""`--use_liger` does not change losses and gradients."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+pytestmark = pytest.mark.multiprocess
 
-def test_liger_computes_the_same():
-    """A process of its own: Triton's interpreter stands in for a GPU, and Liger replaces functions of transformers."""
+
+def test_liger_kernels_change_no_result():
+    """Run the comparison in its own process.
+
+    Without a GPU it needs Triton's interpreter, and Liger replaces functions of transformers.
+    """
     program = Path(__file__).parents[1] / "programs/liger_kernels.py"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", program]
     env = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})

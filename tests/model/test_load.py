@@ -1,4 +1,4 @@
-"""A checkpoint folder as users have them, code files included: it loads without their code, and speaks as recorded."""
+"""Published checkpoint folders load without running their code files."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ from internvl.model import load_model_and_tokenizer
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
 
-FILES = ["configuration_internvl_chat", "modeling_internvl_chat", "configuration_llm", "modeling_llm"]
-FILES += ["tokenization_internlm2"]
+CODE_FILES = ["configuration_internvl_chat", "modeling_internvl_chat", "configuration_llm", "modeling_llm"]
+CODE_FILES += ["tokenization_internlm2"]
 AUTO_MAP = {
     "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
     "AutoModel": "modeling_internvl_chat.InternVLChatModel",
@@ -24,13 +24,13 @@ LLM_AUTO_MAP = {"AutoConfig": "configuration_llm.Config", "AutoModelForCausalLM"
 
 @pytest.fixture
 def checkpoint(e2e_case, goldens, tmp_path):
-    """The folder of a recorded model and its tokenizer; each Python file in it leaves a trace when it is run."""
+    """Create a checkpoint whose code files write a file `trace` when run."""
     folder = tmp_path / "checkpoint"
     golden = json.loads((e2e_case / "expected.json").read_text())
     shutil.copytree(goldens / golden["tokenizer"], folder)
     shutil.copytree(e2e_case, folder, dirs_exist_ok=True)
     shutil.copy(goldens / "e2e" / "chat_pixels.safetensors", folder)
-    for file in FILES:
+    for file in CODE_FILES:
         (folder / f"{file}.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\nraise ImportError('run')\n")
     config = json.loads((folder / "config.json").read_text())
     config |= {"auto_map": AUTO_MAP, "llm_config": config["llm_config"] | {"auto_map": LLM_AUTO_MAP}}
@@ -39,30 +39,30 @@ def checkpoint(e2e_case, goldens, tmp_path):
     config["auto_map"] = {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     yield folder
-    assert not (tmp_path / "trace").exists(), "code of the checkpoint was run"
+    assert not (tmp_path / "trace").exists(), "code in the checkpoint was run"
 
 
-def load(checkpoint):
+def load_for_evaluation(checkpoint):
     return load_model_and_tokenizer(
         SimpleNamespace(checkpoint=checkpoint, auto=False, load_in_8bit=False, load_in_4bit=False)
     )
 
 
-def test_no_code_of_the_checkpoint_runs(checkpoint, tmp_path):
-    """Nor after saving, which carries the names of the files along."""
+def test_loading_runs_no_code_in_the_checkpoint(checkpoint, tmp_path):
+    """Check it after saving, too, which keeps the file names in `auto_map`."""
     InternVLChatConfig.from_pretrained(checkpoint)
     model, tokenizer = InternVLChatModel.from_pretrained(checkpoint), load_tokenizer(checkpoint)
-    for file in FILES:
+    for file in CODE_FILES:
         shutil.copy(checkpoint / f"{file}.py", tmp_path)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again, same = load(tmp_path)
-    assert type(again) is type(model) and type(same) is type(tokenizer)
+    new_model, new_tokenizer = load_for_evaluation(tmp_path)
+    assert type(new_model) is type(model) and type(new_tokenizer) is type(tokenizer)
 
 
-def test_a_saved_folder_speaks_as_recorded(checkpoint):
-    model, tokenizer = load(checkpoint)
-    # It loads as bfloat16, while the answers were recorded in float32.
+def test_answers_equal_the_recorded_ones(checkpoint):
+    model, tokenizer = load_for_evaluation(checkpoint)
+    # `load_model_and_tokenizer` loads bfloat16; the answers were recorded in float32.
     model.float().load_state_dict(load_file(checkpoint / "model.safetensors"))
     golden = json.loads((checkpoint / "expected.json").read_text())
     pixels = next(iter(load_file(checkpoint / "chat_pixels.safetensors").values()))
@@ -80,12 +80,12 @@ def test_a_saved_folder_speaks_as_recorded(checkpoint):
     assert rows
 
 
-def test_a_tokenizer_that_only_code_defines_is_refused(goldens, tmp_path):
-    """InternVL3-9B's, for one; the library's guess from its files would be another tokenizer."""
+def test_tokenizer_that_only_code_defines_is_an_error(goldens, tmp_path):
+    """InternVL3-9B has one. transformers would load another tokenizer from its files."""
     shutil.copytree(goldens / "tokenizer_internlm2", tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["tokenizer_class"] = "InternLM3Tokenizer"
     config["auto_map"] = {"AutoTokenizer": ["tokenization_internlm3.InternLM3Tokenizer", None]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="InternLM3Tokenizer, which only Python code.*is not run.*tokenizer.json"):
+    with pytest.raises(ValueError, match="InternLM3Tokenizer in .*: only Python code.*is not run.*tokenizer.json"):
         load_tokenizer(tmp_path)

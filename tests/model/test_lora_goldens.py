@@ -1,24 +1,22 @@
-"""Adapters as upstream wraps, names, saves, merges and trains them."""
+"""Reference cases with LoRA: names, results, merging and training equal upstream's."""
 
 import json
 
 import pytest
 import torch
-from helpers.model_cases import Case, check_norms, close, gradient_norms
+from helpers.model_cases import ModelCase, assert_close, assert_norms_close, get_gradient_norms
 from safetensors.torch import load_file
 
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
 
-PARTS = {"use_backbone_lora": "vision_model", "use_llm_lora": "language_model"}
 
-
-def trainable(model) -> list[str]:
+def list_trainable(model) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def wrapped(case, freeze: tuple[str, ...]) -> InternVLChatModel:
-    model = Case(case.base).model()
+def build_adapted_model(case, freeze: tuple[str, ...]) -> InternVLChatModel:
+    model = ModelCase(case.base).model()
     for part in freeze:
         getattr(model, part).requires_grad_(False)
     rank = case.meta["r"]
@@ -33,7 +31,7 @@ def test_names_shapes_and_trainable_sets(lora_case):
     meta, model = lora_case.meta, lora_case.model()
     names = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     assert list(names) == list(meta["state_dict"]) and names == {n: list(s) for n, s in meta["state_dict"].items()}
-    assert trainable(model) == meta["trainable_after_from_pretrained"]
+    assert list_trainable(model) == meta["trainable_after_from_pretrained"]
     dropouts = [m for n, m in model.named_modules() if n.endswith("lora_dropout.default")]
     assert len(dropouts) == meta["num_dropout_modules_after_from_pretrained"]
     assert all(m.p == 0.05 for m in dropouts)
@@ -43,22 +41,22 @@ def test_names_shapes_and_trainable_sets(lora_case):
         "nothing_frozen": (),
     }
     for setting, freeze in settings.items():
-        assert trainable(wrapped(lora_case, freeze)) == meta["trainable"][setting], setting
+        assert list_trainable(build_adapted_model(lora_case, freeze)) == meta["trainable"][setting], setting
 
 
 @torch.no_grad()
 def test_forward(lora_case):
     model, expected, real = lora_case.model(), lora_case.expected, lora_case.inputs["attention_mask"].bool()
-    close(model.extract_feature(lora_case.inputs["pixel_values"]), expected["extract_feature"])
+    assert_close(model.extract_feature(lora_case.inputs["pixel_values"]), expected["extract_feature"])
     output = model(**lora_case.batch)
-    close(output.logits[real], expected["logits"][real])
-    close(output.loss, expected["loss"][0], atol=1e-5)
+    assert_close(output.logits[real], expected["logits"][real])
+    assert_close(output.loss, expected["loss"][0], atol=1e-5)
     for kind in ("token", "sample", "square"):
         weight = lora_case.inputs[f"loss_weight_{kind}"]
-        close(model(**lora_case.batch, loss_weight=weight).loss, expected[f"loss_{kind}"][0], atol=1e-5)
+        assert_close(model(**lora_case.batch, loss_weight=weight).loss, expected[f"loss_{kind}"][0], atol=1e-5)
 
 
-def without_dropout(model):
+def disable_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -66,25 +64,25 @@ def without_dropout(model):
 
 
 def test_gradients(lora_case):
-    model, golden = without_dropout(lora_case.model()).train(), lora_case.read("grads.json")
+    model, golden = disable_dropout(lora_case.model()).train(), lora_case.read("grads.json")
     loss = model(**lora_case.batch).loss
     assert loss.item() == pytest.approx(golden["loss"], abs=1e-5)
     loss.backward()
-    found = gradient_norms(model)
-    check_norms({name: found[name] for name in golden["grad_norms"]}, golden["grad_norms"])
-    assert {name for name, norm in found.items() if norm is not None} <= set(golden["grad_norms"])
+    norms = get_gradient_norms(model)
+    assert_norms_close({name: norms[name] for name in golden["grad_norms"]}, golden["grad_norms"])
+    assert {name for name, norm in norms.items() if norm is not None} <= set(golden["grad_norms"])
 
 
 @torch.no_grad()
 def check_logits(model, case, expected):
     output = model(**case.batch)
-    close(output.loss, expected["loss"][0], atol=1e-5)
+    assert_close(output.loss, expected["loss"][0], atol=1e-5)
     lengths = case.inputs["attention_mask"].sum(1)
     if "logits" in expected:
         real = case.inputs["attention_mask"].bool()
-        close(output.logits[real], expected["logits"][real])
+        assert_close(output.logits[real], expected["logits"][real])
     if "logits_last" in expected:
-        close(output.logits[torch.arange(len(lengths)), lengths - 1], expected["logits_last"])
+        assert_close(output.logits[torch.arange(len(lengths)), lengths - 1], expected["logits_last"])
 
 
 def test_merge(lora_case, tmp_path):
@@ -114,18 +112,18 @@ def test_merge_in_bfloat16(lora_case):
     expected = lora_case.read("merged_bf16/expected.safetensors")
     check_logits(lora_case.model("merged_bf16", dtype=torch.float32), lora_case, expected)
 
-    ours = merge_adapters(lora_case.model(dtype=torch.bfloat16))
-    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    merged = merge_adapters(lora_case.model(dtype=torch.bfloat16))
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     with torch.no_grad():
-        logits = ours.float()(**lora_case.batch).logits
+        logits = merged.float()(**lora_case.batch).logits
     last = lora_case.inputs["attention_mask"].sum(1) - 1
-    close(logits[torch.arange(len(last)), last], expected["logits_last"], atol=0.1)
+    assert_close(logits[torch.arange(len(last)), last], expected["logits_last"], atol=0.1)
 
 
 def test_trajectory(trajectory):
     """Eight AdamW steps on adapters: the same losses, gradients and final weights."""
     golden = json.loads(trajectory.read_text())
-    case = Case((trajectory.parent / golden["base"]).resolve())
+    case = ModelCase((trajectory.parent / golden["base"]).resolve())
     model = case.model()
     model.vision_model.requires_grad_(False)
     model.language_model.requires_grad_(False)
@@ -135,28 +133,28 @@ def test_trajectory(trajectory):
     if golden["use_llm_lora"]:
         model.wrap_llm_lora(r=golden["use_llm_lora"], **settings)
     model.mlp1.requires_grad_(not golden["freeze_mlp"])
-    missing = model.load_state_dict(load_file(trajectory.parent / golden["lora_init"]), strict=False)
-    assert not missing.unexpected_keys
+    incompatible = model.load_state_dict(load_file(trajectory.parent / golden["lora_init"]), strict=False)
+    assert not incompatible.unexpected_keys
 
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    drawn = {name: norm for name, norm in golden["init_norms"].items() if norm is not None}
-    check_norms({name: named[name].norm().item() for name in drawn}, drawn)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    initial_norms = {name: norm for name, norm in golden["init_norms"].items() if norm is not None}
+    assert_norms_close({name: trainable[name].norm().item() for name in initial_norms}, initial_norms)
     inputs = [load_file(trajectory.parent / name) for name in golden["batches"]]
     batches = [{name: batch[name] for name in case.batch} for batch in inputs]
-    optimizer = torch.optim.AdamW(named.values(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     model.train()
     for step, index in enumerate(golden["batch_order"]):
         loss = model(**batches[index]).loss
         loss.backward()
         assert loss.item() == pytest.approx(golden["losses"][step], abs=5e-5), step
-        norms = {name: None if p.grad is None else p.grad.norm().item() for name, p in named.items()}
+        norms = {name: None if p.grad is None else p.grad.norm().item() for name, p in trainable.items()}
         total = sum(n**2 for n in norms.values() if n is not None) ** 0.5
         assert total == pytest.approx(golden["grad_norms_total"][step], rel=1e-4), step
         if step == 0:
-            check_norms(norms, golden["first_step_grad_norms"])
+            assert_norms_close(norms, golden["first_step_grad_norms"])
         optimizer.step()
         optimizer.zero_grad()
-    check_norms({name: p.norm().item() for name, p in named.items()}, golden["final_norms"])
+    assert_norms_close({name: p.norm().item() for name, p in trainable.items()}, golden["final_norms"])
     model.eval()
     with torch.no_grad():
         for batch, loss in zip(batches, golden["eval_loss_after"], strict=True):

@@ -1,4 +1,4 @@
-"""Loading says what is wrong with a checkpoint; tokens and tile sizes are changed in all the places that know them."""
+"""Loading checkpoints: errors, dtype, tokens, image size, device map."""
 
 import subprocess
 import sys
@@ -7,55 +7,55 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.model_cases import Case
+from helpers.model_cases import ModelCase
+from helpers.paths import PACKAGE_DIR
 from safetensors.torch import load_file, save_file
 
 from internvl.model import load_model_and_tokenizer, split_model
-from internvl.model.compose import add_special_tokens, resize_image
+from internvl.model.compose import add_special_tokens
 from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.internvl_chat.resize import set_image_size
 from internvl.model.tokenizers.loading import load_tokenizer
-
-PACKAGE = Path(__file__).parents[2] / "internvl_chat"
 
 
 @pytest.fixture
-def broken(goldens, tmp_path):
-    """A copy of a checkpoint with its weights changed by a function."""
+def make_checkpoint(goldens, tmp_path):
+    """Return a function that copies a checkpoint with changed weights."""
 
-    def make(change) -> Path:
+    def make(change_fn) -> Path:
         source = goldens / "models" / "internlm2"
         (tmp_path / "config.json").write_text((source / "config.json").read_text())
         weights = load_file(source / "model.safetensors")
-        change(weights)
+        change_fn(weights)
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
         return tmp_path
 
     return make
 
 
-def test_wrong_keys_are_listed(broken):
+def test_wrong_keys_are_listed(make_checkpoint):
     def change(weights):
         weights["language_model.model.norm.wait"] = weights.pop("language_model.model.norm.weight")
         del weights["mlp1.0.bias"]
         weights["mlp1.3.bias"] = torch.zeros(3)
 
     with pytest.raises(ValueError) as error:
-        InternVLChatModel.from_pretrained(broken(change))
+        InternVLChatModel.from_pretrained(make_checkpoint(change))
     lines = str(error.value).splitlines()[1:]
     assert lines[0] == "missing: language_model.model.norm.weight, mlp1.0.bias"
     assert lines[1] == "unexpected: language_model.model.norm.wait"
     assert lines[2] == "mismatched: mlp1.3.bias (3,) for (32,)"
 
 
-def test_old_rotary_tables_are_passed_over(broken):
+def test_rotary_buffers_of_old_checkpoints_are_ignored(make_checkpoint):
     def change(weights):
         weights["language_model.model.layers.0.attention.rotary_emb.inv_freq"] = torch.zeros(4)
 
-    InternVLChatModel.from_pretrained(broken(change))
+    InternVLChatModel.from_pretrained(make_checkpoint(change))
 
 
-def test_only_safetensors_are_read(broken):
-    folder = broken(lambda weights: None)
+def test_only_safetensors_are_read(make_checkpoint):
+    folder = make_checkpoint(lambda weights: None)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"are pickled \(pytorch_model.bin\).*--allow_pickle True"):
@@ -73,15 +73,15 @@ def test_dtype(model_case, argument):
 
 
 @pytest.fixture
-def pair(goldens):
-    """A model whose vocabulary is that of a tokenizer."""
+def model_and_tokenizer(goldens):
+    """Load a model and the tokenizer of its vocabulary."""
     return InternVLChatModel.from_pretrained(goldens / "e2e" / "qwen2"), load_tokenizer(goldens / "tokenizer")
 
 
-def test_added_tokens_start_at_the_mean(pair):
-    model, tokenizer = pair
+def test_rows_of_new_tokens_are_the_mean_of_the_old_ones(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
     old = [e.weight.detach().clone() for e in (model.get_input_embeddings(), model.get_output_embeddings())]
-    assert add_special_tokens(model, tokenizer, ["<img>", "</img>"]) == 0  # known already: nothing moves
+    assert add_special_tokens(model, tokenizer, ["<img>", "</img>"]) == 0  # known already: nothing changes
     assert torch.equal(model.get_input_embeddings().weight, old[0])
 
     assert add_special_tokens(model, tokenizer, ["<img>", "<one>", "<two>"]) == 2
@@ -94,9 +94,9 @@ def test_added_tokens_start_at_the_mean(pair):
     assert tokenizer.convert_tokens_to_ids("<two>") == len(tokenizer) - 1
 
 
-def test_tokens_without_a_row_get_one(pair):
-    """A tokenizer may know the image tokens already while the language model has no rows for them."""
-    model, tokenizer = pair
+def test_known_tokens_without_a_row_get_one(model_and_tokenizer):
+    """A tokenizer may have image tokens for which embeddings lack rows."""
+    model, tokenizer = model_and_tokenizer
     rows = len(tokenizer) - 3
     model.language_model.resize_token_embeddings(rows)
     assert add_special_tokens(model, tokenizer, ["<img>"]) == 0
@@ -105,29 +105,29 @@ def test_tokens_without_a_row_get_one(pair):
         torch.testing.assert_close(layer.weight[rows:], layer.weight[:rows].mean(0).expand(3, -1))
 
 
-def test_resize_image(goldens):
-    case = Case(goldens / "models" / "qwen2")
+def test_set_image_size(goldens):
+    case = ModelCase(goldens / "models" / "qwen2")
     model, size = case.model(), 2 * case.model().config.vision_config.image_size
-    resize_image(model, size)
+    set_image_size(model, size)
     assert model.config.force_image_size == model.config.vision_config.image_size == size
     assert model.num_image_token == 4 * case.meta["num_image_token"]
     assert model.extract_feature(torch.zeros(1, 3, size, size)).shape[1] == model.num_image_token
     with pytest.raises(ValueError, match=f"{size + 14} pixels"):
-        resize_image(model, size + 14)
+        set_image_size(model, size + 14)
 
 
-def test_resized_and_grown_model_survives_saving(pair, tmp_path):
-    model, tokenizer = pair
+def test_models_with_new_tokens_and_image_size_reload(model_and_tokenizer, tmp_path):
+    model, tokenizer = model_and_tokenizer
     add_special_tokens(model, tokenizer, ["<one>"])
-    resize_image(model, 2 * model.config.vision_config.image_size)
+    set_image_size(model, 2 * model.config.vision_config.image_size)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     args = Namespace(checkpoint=str(tmp_path), auto=False, load_in_8bit=False, load_in_4bit=False)
-    again, its_tokenizer = load_model_and_tokenizer(args)
-    assert again.num_image_token == model.num_image_token and len(its_tokenizer) == len(tokenizer)
-    assert not again.training and again.dtype == torch.bfloat16
+    reloaded, reloaded_tokenizer = load_model_and_tokenizer(args)
+    assert reloaded.num_image_token == model.num_image_token and len(reloaded_tokenizer) == len(tokenizer)
+    assert not reloaded.training and reloaded.dtype == torch.bfloat16
     for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name].cpu(), tensor.to(torch.bfloat16)), name
+        assert torch.equal(reloaded.state_dict()[name].cpu(), tensor.to(torch.bfloat16)), name
 
 
 def test_split_model(monkeypatch):
@@ -138,27 +138,9 @@ def test_split_model(monkeypatch):
     assert {devices[name] for name in ("vision_model", "mlp1", "language_model.lm_head")} == {0}
 
 
-def run(*command, **kwargs):
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=PACKAGE, **kwargs)
-
-
+@pytest.mark.multiprocess
 def test_importing_prints_nothing():
-    result = run("-W", "error::UserWarning", "-c", "from internvl.model.internvl_chat import InternVLChatModel")
+    program = "from internvl.model.internvl_chat import InternVLChatModel"
+    command = [sys.executable, "-W", "error::UserWarning", "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE_DIR)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-
-def test_merge_tool(goldens, tmp_path):
-    source, merged = tmp_path / "in", tmp_path / "out"
-    model = InternVLChatModel.from_pretrained(goldens / "e2e" / "qwen2")
-    model.wrap_backbone_lora(r=2, lora_alpha=4)
-    model.config.use_backbone_lora = 2
-    model.save_pretrained(source)
-    load_tokenizer(goldens / "tokenizer").save_pretrained(source)
-    tool = ["tools/merge_lora.py", str(source), str(merged)]
-    result = run(*tool, env={"PYTHONPATH": str(PACKAGE), "PATH": "", "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    plain = InternVLChatModel.from_pretrained(merged)
-    assert plain.config.use_backbone_lora == 0 and plain.dtype == torch.bfloat16
-    assert len(load_tokenizer(merged)) == len(load_tokenizer(source))
-    again = run(tool[0], str(merged), str(source), env={"PYTHONPATH": str(PACKAGE), "PATH": ""})
-    assert again.returncode == 1 and "has no adapters" in again.stderr

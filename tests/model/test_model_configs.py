@@ -1,20 +1,20 @@
-"""Configurations: published ones build with the right number of parameters, and ours are read by upstream's pin."""
+"""Configurations: published ones, the saved form, InternLM2's rotary scaling, errors."""
 
 import json
 
 import pytest
 import torch
-from helpers.model_cases import REAL_CONFIGS
+from helpers.paths import REAL_CONFIGS
 from safetensors import safe_open
 
 from internvl.model.internlm2.configuration_internlm2 import InternLM2Config
 from internvl.model.internvl_chat import InternVisionConfig, InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.modeling_intern_vit import DropPath, InternVisionModel
 
-BILLIONS = {"internvl2_8b": 8.08, "internvl2_26b": 25.5, "internvl3_1b": 0.94}
+BILLION_PARAMETERS = {"internvl2_8b": 8.08, "internvl2_26b": 25.5, "internvl3_1b": 0.94}
 
 
-def vision_parameters(c) -> int:
+def count_vision_parameters(c) -> int:
     hidden, inner, bias = c["hidden_size"], c["intermediate_size"], c["qkv_bias"]
     embeddings = hidden * (3 * c["patch_size"] ** 2 + 1) + hidden * ((c["image_size"] // c["patch_size"]) ** 2 + 1 + 1)
     norms = 2 * hidden * (2 if c["norm_type"] == "layer_norm" else 1) + (2 * hidden if c["qk_normalization"] else 0)
@@ -23,7 +23,7 @@ def vision_parameters(c) -> int:
     return embeddings + c["num_hidden_layers"] * (norms + attention + mlp + 2 * hidden)
 
 
-def llm_parameters(c) -> int:
+def count_llm_parameters(c) -> int:
     hidden, inner = c["hidden_size"], c["intermediate_size"]
     head_dim = hidden // c["num_attention_heads"]
     rows = head_dim * (c["num_attention_heads"] + 2 * c["num_key_value_heads"])
@@ -33,44 +33,44 @@ def llm_parameters(c) -> int:
 
 
 @pytest.mark.parametrize("path", REAL_CONFIGS, ids=lambda path: path.stem)
-def test_published_configurations_build(path):
+def test_published_configurations_build_models_of_the_published_size(path):
     fields, config = json.loads(path.read_text()), InternVLChatConfig.from_pretrained(path)
     with torch.device("meta"):
         model = InternVLChatModel(config)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    wide, narrow = 4 * fields["vision_config"]["hidden_size"], fields["llm_config"]["hidden_size"]
+    vision_size, llm_size = 4 * fields["vision_config"]["hidden_size"], fields["llm_config"]["hidden_size"]
     assert counts == {
-        "vision_model": vision_parameters(fields["vision_config"]),
-        "language_model": llm_parameters(fields["llm_config"]),
-        "mlp1": 2 * wide + (wide + 1) * narrow + (narrow + 1) * narrow,
+        "vision_model": count_vision_parameters(fields["vision_config"]),
+        "language_model": count_llm_parameters(fields["llm_config"]),
+        "mlp1": 2 * vision_size + (vision_size + 1) * llm_size + (llm_size + 1) * llm_size,
     }
-    assert sum(counts.values()) == pytest.approx(BILLIONS[path.stem] * 1e9, rel=0.01)
+    assert sum(counts.values()) == pytest.approx(BILLION_PARAMETERS[path.stem] * 1e9, rel=0.01)
     if fields["vision_config"]["hidden_size"] == 1024:
         assert counts["vision_model"] == pytest.approx(304e6, rel=0.005)
     assert model.num_image_token == 256
-    assert model.system_message  # `system_message: null` means the template's own
+    assert model.system_message  # `system_message: null` means that of the template
 
 
-def test_published_rope_scaling_is_understood(real_config):
+def test_published_rope_scaling_is_saved_under_the_keys_of_transformers_4(real_config):
     assert real_config.llm_config.rope_theta if hasattr(real_config.llm_config, "rope_theta") else True
     saved = real_config.to_dict()["llm_config"]
     assert saved["rope_theta"] == 1000000 and set(saved["rope_scaling"]) == {"type", "factor"}
     assert saved["rope_scaling"]["type"] == "dynamic" and saved["rope_scaling"]["factor"] in (2.0, 3.0)
 
 
-def test_code_named_by_a_configuration_is_kept_and_never_run(real_config):
+def test_auto_map_is_kept_and_never_run(real_config):
     assert real_config.to_dict()["auto_map"]["AutoModel"] == "modeling_internvl_chat.InternVLChatModel"
     assert type(real_config) is InternVLChatConfig
 
 
 def test_saved_form(model_case, tmp_path):
-    """Every key that upstream's file has, under its spelling and sorted; reading it gives the same again."""
+    """It has all keys of upstream's file, sorted, and can be loaded."""
     model = model_case.model()
     model.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
     ours, theirs = json.loads(text), model_case.read("config.json")
     assert list(ours) == sorted(ours)
-    # `_commit_hash` (always null) leaked into upstream's file; the version is null there.
+    # Upstream's file has a `_commit_hash`, always null.
     assert ours.keys() >= theirs.keys() - {"_commit_hash"}
     differing = {key for key in theirs if key in ours and ours[key] != theirs[key]}
     assert differing <= {"transformers_version", "vision_config", "llm_config"}
@@ -88,9 +88,9 @@ def test_saved_form(model_case, tmp_path):
             shape |= {"vocab_size", "rope_theta", "attn_implementation", "tie_word_embeddings", "num_key_value_heads"}
             shape |= {"rope_scaling"} & theirs[part].keys()
         assert {key: same[key] for key in shape} == {key: theirs[part][key] for key in shape}
-    again = InternVLChatConfig.from_pretrained(tmp_path)
-    del ours["llm_config"]["attn_implementation"]  # the model's constructor decides anew
-    assert json.loads(again.to_json_string()) == ours
+    reloaded = InternVLChatConfig.from_pretrained(tmp_path)
+    del ours["llm_config"]["attn_implementation"]  # set by the constructor of the model
+    assert json.loads(reloaded.to_json_string()) == ours
     files = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors"} == files
     with safe_open(tmp_path / "model.safetensors", framework="pt") as saved:
@@ -98,7 +98,7 @@ def test_saved_form(model_case, tmp_path):
 
 
 def test_configuration_without_arguments():
-    """Upstream's raises: its default language model is one without a name."""
+    """Upstream's raises: its default LLM has no architecture."""
     config = InternVLChatConfig()
     assert config.llm_config.architectures == ["Qwen2ForCausalLM"]
     assert config.vision_config.hidden_size == 3200
@@ -107,9 +107,9 @@ def test_configuration_without_arguments():
     assert InternVLChatConfig.from_dict(json.loads(config.to_json_string())).to_dict() == config.to_dict()
 
 
-def test_unknown_language_model():
+def test_unsupported_llm_is_refused_with_similar_names():
     with pytest.raises(
-        ValueError, match="Unsupported architecture: 'Qwen2LM' is no .* nearest names are Qwen2ForCausalLM"
+        ValueError, match="Unsupported architecture: 'Qwen2LM' is not .* similar names are Qwen2ForCausalLM"
     ):
         InternVLChatConfig(llm_config={"architectures": ["Qwen2LM"]})
 
@@ -117,7 +117,7 @@ def test_unknown_language_model():
 @pytest.mark.parametrize(
     "architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"]
 )
-def test_language_models_of_transformers(architecture):
+def test_llms_of_transformers(architecture):
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     llm = {**small, "num_key_value_heads": 1, "vocab_size": 64, "architectures": [architecture], "pad_token_id": 0}
     config = InternVLChatConfig({**small, "image_size": 28, "patch_size": 14}, llm, template="internvl2_5")
@@ -135,21 +135,24 @@ def test_language_models_of_transformers(architecture):
         "dynamic",
     ],
 )
-def test_internlm2_refuses_other_rope_scaling(rope_scaling):
+def test_internlm2_refuses_unsupported_rope_scaling(rope_scaling):
     with pytest.raises(ValueError, match="rope_scaling"):
         InternLM2Config(rope_scaling=rope_scaling)
 
 
 def test_internlm2_linear_rope():
-    """Positions divided by the factor: twice the position at factor 2 is the position at none."""
+    """Positions are divided by the factor.
+
+    Twice the position at factor 2 equals the position without scaling.
+    """
     from internvl.model.internlm2.modeling_internlm2 import InternLM2RotaryEmbedding
 
     sizes = {"hidden_size": 32, "num_attention_heads": 4}
     plain = InternLM2RotaryEmbedding(InternLM2Config(**sizes))
     linear = InternLM2RotaryEmbedding(InternLM2Config(**sizes, rope_scaling={"type": "linear", "factor": 2.0}))
     x, positions = torch.zeros(1, 9, 32), torch.arange(9)[None]
-    for found, expected in zip(linear(x, 2 * positions), plain(x, positions), strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(linear(x, 2 * positions), plain(x, positions), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_vision_configuration_of_a_chat_checkpoint():
@@ -168,7 +171,7 @@ def test_drop_path_rates_grow_linearly():
     assert rates == pytest.approx([0.05, 0.1, 0.15, 0.2])
 
 
-def test_vision_model_refuses_wrong_input():
+def test_vision_model_refuses_invalid_input():
     config = InternVisionConfig(hidden_size=8, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1)
     model = InternVisionModel(config)
     with pytest.raises(ValueError, match="pixel_values or pixel_embeds"):

@@ -1,4 +1,4 @@
-"""The tokenizers give the recorded ids and texts, agree with sentencepiece itself, and survive saving."""
+"""The InternLM2 tokenizer equals the recorded results and sentencepiece, also after saving."""
 
 import json
 import pickle
@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import sentencepiece
+from helpers.tokenizer_cases import assert_equals_recorded, load_encodings
 from transformers import AutoTokenizer
 
 from internvl.model.internlm2.tokenization_internlm2 import InternLM2Tokenizer
@@ -17,43 +18,31 @@ INTERNLM2 = ["tokenizer_internlm2", "tokenizer_internlm2_prefix"]
 FOLDERS = ["tokenizer", "tokenizer_phi3", "tokenizer_phi3_fast", *INTERNLM2]
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "encodings.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def assert_recorded(tokenizer, folder):
-    for row in rows(folder):
-        assert tokenizer(row["text"]).input_ids == row["ids"], row["text"]
-        assert tokenizer(row["text"], add_special_tokens=False).input_ids == row["ids_no_special"], row["text"]
-        assert tokenizer.decode(row["ids"]) == row["decoded"], row["text"]
-        assert tokenizer.decode(row["ids"], skip_special_tokens=True) == row["decoded_skip_special"], row["text"]
-
-
 @pytest.mark.parametrize("name", FOLDERS)
-def test_recorded_ids_and_texts(goldens, name):
-    assert_recorded(load_tokenizer(goldens / name), goldens / name)
+def test_ids_and_texts_equal_the_recorded_ones(goldens, name):
+    assert_equals_recorded(load_tokenizer(goldens / name), goldens / name)
 
 
 @pytest.mark.parametrize("name", INTERNLM2)
 @pytest.mark.parametrize("load", [load_tokenizer, AutoTokenizer.from_pretrained, InternLM2Tokenizer.from_pretrained])
-def test_config_that_names_code_loads_our_class(goldens, tmp_path, name, load):
-    """`auto_map` points at a file that is not there: running it would fail."""
+def test_auto_map_is_ignored(goldens, tmp_path, name, load):
+    """`auto_map` names a file that does not exist: running it would fail."""
     shutil.copytree(goldens / name, tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer_config.saved_by_upstream.json").replace(tmp_path / "tokenizer_config.json")
     tokenizer = load(tmp_path)
     assert type(tokenizer) is InternLM2Tokenizer
-    assert_recorded(tokenizer, goldens / name)
+    assert_equals_recorded(tokenizer, goldens / name)
 
 
 @pytest.mark.parametrize("name", INTERNLM2)
-def test_agrees_with_sentencepiece(goldens, name):
-    """Every piece of the model as a text of its own, and random texts over the model's characters and unknown ones."""
+def test_equals_sentencepiece(goldens, name):
+    """Compare texts of one piece, and random texts."""
     original = sentencepiece.SentencePieceProcessor(model_file=str(goldens / name / "tokenizer.model"))
     tokenizer = load_tokenizer(goldens / name)
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces = [original.id_to_piece(index).replace("▁", " ") for index in range(len(original)) if index not in special]
-    draw = random.Random(0)
-    texts = pieces + ["".join(draw.choices([*pieces, " ", "  ", "\n", "é", "猫", "🙂"], k=30)) for _ in range(500)]
+    generator = random.Random(0)
+    texts = pieces + ["".join(generator.choices([*pieces, " ", "  ", "\n", "é", "猫", "🙂"], k=30)) for _ in range(500)]
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert ids == original.encode(text), text
@@ -61,15 +50,15 @@ def test_agrees_with_sentencepiece(goldens, name):
 
 
 @pytest.mark.parametrize("name", INTERNLM2)
-def test_added_tokens_file_is_enough(goldens, tmp_path, name):
+def test_added_tokens_file_is_sufficient(goldens, tmp_path, name):
     """Older checkpoints list their tokens in added_tokens.json and special_tokens_map.json only."""
     shutil.copytree(goldens / name, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    overlaid = {t["content"]: int(i) for i, t in config.pop("added_tokens_decoder").items() if int(i) < 1000}
+    renamed_pieces = {t["content"]: int(i) for i, t in config.pop("added_tokens_decoder").items() if int(i) < 1000}
     added = json.loads((tmp_path / "added_tokens.json").read_text(encoding="utf-8"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "added_tokens.json").write_text(json.dumps(overlaid | added))
-    assert_recorded(load_tokenizer(tmp_path), goldens / name)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(renamed_pieces | added))
+    assert_equals_recorded(load_tokenizer(tmp_path), goldens / name)
 
 
 @pytest.mark.parametrize("name", INTERNLM2)
@@ -81,14 +70,14 @@ def test_save_and_reload(goldens, tmp_path, name):
         assert reloaded.get_vocab() == tokenizer.get_vocab()
         assert reloaded.all_special_tokens == tokenizer.all_special_tokens
         assert reloaded.model_max_length == tokenizer.model_max_length
-        for row in rows(goldens / name):
+        for row in load_encodings(goldens / name):
             text = row["text"] + "<extra>"
             assert reloaded(text).input_ids == tokenizer(text).input_ids == [*row["ids_no_special"], len(tokenizer) - 1]
             assert reloaded.decode(row["ids"]) == row["decoded"]
 
 
-def test_what_upstream_reads_is_saved(goldens, tmp_path):
-    """The same added tokens, and the name of the code file that upstream looks for."""
+def test_fields_for_upstream_are_saved(goldens, tmp_path):
+    """Added tokens, and the code file that upstream loads."""
     folder = goldens / "tokenizer_internlm2"
     load_tokenizer(folder).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -97,7 +86,7 @@ def test_what_upstream_reads_is_saved(goldens, tmp_path):
     assert (tmp_path / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
 
 
-def test_other_files_of_a_folder_decide_nothing_but_its_chat_template(goldens, tmp_path):
+def test_other_tokenizer_files_are_ignored_but_the_chat_template_is_used(goldens, tmp_path):
     folder = goldens / "tokenizer_internlm2"
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     shutil.copy(goldens / "tokenizer" / "tokenizer.json", tmp_path)
@@ -108,14 +97,14 @@ def test_other_files_of_a_folder_decide_nothing_but_its_chat_template(goldens, t
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     load_tokenizer(tmp_path).save_pretrained(tmp_path / "saved")
     for tokenizer in (load_tokenizer(tmp_path), load_tokenizer(tmp_path / "saved")):
-        assert_recorded(tokenizer, folder)
+        assert_equals_recorded(tokenizer, folder)
         messages = [{"role": "user", "content": "Hello"}]
         ids = tokenizer.apply_chat_template(messages)["input_ids"]
         assert ids == tokenizer("<|im_start|>user\nHello").input_ids
 
 
-def test_options_of_sentencepiece_are_refused(goldens):
-    with pytest.raises(ValueError, match="enable_sampling.*cannot be set"):
+def test_sentencepiece_options_are_not_supported(goldens):
+    with pytest.raises(ValueError, match="enable_sampling.*is not supported"):
         load_tokenizer(goldens / "tokenizer_internlm2", sp_model_kwargs={"enable_sampling": True})
 
 
@@ -135,9 +124,9 @@ def test_upstreams_fast_class_pads_on_the_left(goldens):
     padding = [slow.pad_token_id] * (len(long) - len(short))
     assert slow(["Hello there", "x"], padding=True).input_ids == [long, short + padding]
     assert fast(["Hello there", "x"], padding=True).input_ids == [long, padding + short]
-    assert_recorded(fast, folder)
+    assert_equals_recorded(fast, folder)
 
 
-def test_missing_tokenizer_is_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="there is no checkpoint folder .*nowhere"):
+def test_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint folder .*nowhere. does not exist"):
         load_tokenizer(tmp_path / "nowhere")

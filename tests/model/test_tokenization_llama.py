@@ -1,4 +1,4 @@
-"""Llama's sentencepiece tokenizer (`legacy: false`) gives what the slow class gave its models in training."""
+"""Llama's sentencepiece tokenizer (`legacy: false`) equals the slow class of transformers 4."""
 
 import json
 import pickle
@@ -6,7 +6,7 @@ import random
 
 import pytest
 import sentencepiece
-from model.test_tokenization_internlm2 import assert_recorded, rows
+from helpers.tokenizer_cases import assert_equals_recorded, load_encodings
 
 from internvl.model.tokenizers.llama import LlamaTokenizer
 from internvl.model.tokenizers.loading import load_tokenizer
@@ -21,21 +21,21 @@ def tokenizer(goldens):
     return tokenizer
 
 
-def test_agrees_with_sentencepiece(goldens, tokenizer):
-    """Random texts over the model's characters and unknown ones, with spaces anywhere."""
+def test_equals_sentencepiece(goldens, tokenizer):
+    """Compare random texts with known and unknown characters and spaces anywhere."""
     original = sentencepiece.SentencePieceProcessor(model_file=str(goldens / NAME / "tokenizer.model"))
     pieces = [original.id_to_piece(i).replace("▁", " ") for i in range(3, len(original)) if not original.is_byte(i)]
-    draw = random.Random(0)
+    generator = random.Random(0)
     for _ in range(500):
-        text = "".join(draw.choices([*pieces, " ", "  ", "\n", "é", "🙂"], k=draw.randint(1, 20)))
+        text = "".join(generator.choices([*pieces, " ", "  ", "\n", "é", "🙂"], k=generator.randint(1, 20)))
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert ids == original.encode(text), text
         assert tokenizer.decode(ids) == text
 
 
 def test_offsets_refer_to_the_text(goldens, tokenizer):
-    """Alone and in a batch: a piece stands where its offsets say; the "▁" that was put in front is empty."""
-    texts = [row["text"] for row in rows(goldens / NAME)]
+    """Offsets delimit each piece in the text; the added "▁" is empty."""
+    texts = [row["text"] for row in load_encodings(goldens / NAME)]
     options = {"add_special_tokens": False, "return_offsets_mapping": True}
     batch = tokenizer(texts, **options)
     for text, ids, offsets in zip(texts, batch.input_ids, batch.offset_mapping, strict=True):
@@ -47,7 +47,7 @@ def test_offsets_refer_to_the_text(goldens, tokenizer):
 
 
 def test_save_and_reload(goldens, tokenizer, tmp_path):
-    """Published folders also hold a `tokenizer.json` that cuts otherwise; it decides nothing."""
+    """A published `tokenizer.json` that splits texts differently is ignored."""
     saved = load_tokenizer(goldens / NAME)
     saved.add_tokens(["<extra>"], special_tokens=True)
     saved.save_pretrained(tmp_path)
@@ -60,10 +60,10 @@ def test_save_and_reload(goldens, tokenizer, tmp_path):
         assert type(reloaded) is LlamaTokenizer
         assert reloaded.get_vocab() == saved.get_vocab() != tokenizer.get_vocab()
         assert reloaded("a<extra>").input_ids == [*tokenizer("a").input_ids, len(tokenizer)]
-        assert_recorded(reloaded, goldens / NAME)
+        assert_equals_recorded(reloaded, goldens / NAME)
 
 
-def test_what_transformers_4_reads_is_saved(goldens, tokenizer, tmp_path):
+def test_fields_for_transformers_4_are_saved(goldens, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     saved, original = (json.loads((f / "tokenizer_config.json").read_text()) for f in (tmp_path, goldens / NAME))
     assert (tmp_path / "tokenizer.model").read_bytes() == (goldens / NAME / "tokenizer.model").read_bytes()
@@ -72,7 +72,7 @@ def test_what_transformers_4_reads_is_saved(goldens, tokenizer, tmp_path):
     assert {name: saved[name] for name in names} == {name: original[name] for name in names}
 
 
-def test_pairs_and_words_are_refused(tokenizer):
+def test_pairs_and_words_are_not_supported(tokenizer):
     with pytest.raises(ValueError, match="neither words nor pairs"):
         tokenizer("a", "b")
     with pytest.raises(ValueError, match="neither words nor pairs"):

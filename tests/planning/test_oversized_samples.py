@@ -1,15 +1,15 @@
-"""Samples larger than a row: split so that images stay whole and parts fit, as recorded from upstream, or told of."""
+"""Samples larger than a row: split as upstream splits, or skipped."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from helpers.samples import recorded_configs, recorded_dataset
+from helpers.samples import build_recorded_dataset, read_recorded_configs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl.arguments.training import DataTrainingArguments
+from internvl.arguments.data import DataTrainingArguments
 from internvl.constants import UnusableSample
 from internvl.planning.oversized_samples import MIN_LOSS_SHARE, ImageSpan, find_image_spans, split_sample
 from internvl.planning.packed_dataset import PackedDataset
@@ -17,112 +17,113 @@ from internvl.planning.sample_lengths import SINGLE_RANK, measure_dataset
 from internvl.train.build_data import TrainingData, split_oversized_samples
 
 MARKS = {"begin": 7, "context": 8, "end": 9}  # ids of <img>, <IMG_CONTEXT>, </img>
-TOKENS_OF_A_TILE = 3
+TOKENS_PER_TILE = 3
 
 
 @st.composite
 def samples(draw) -> tuple[list[int], list[int], list[int]]:
-    """input_ids, labels and the numbers of tiles of the images, in between stretches of text."""
+    """Draw input_ids, labels and the tiles of each image."""
     tiles = draw(st.lists(st.integers(1, 5), max_size=5))
     ids, labels = [], []
     for count in [*tiles, 0]:
-        text, trained = draw(st.integers(0, 20)), draw(st.booleans())
+        text, has_loss = draw(st.integers(0, 20)), draw(st.booleans())
         ids += [1] * text
-        labels += [1 if trained else -100] * text
+        labels += [1 if has_loss else -100] * text
         if count:
-            ids += [MARKS["begin"], *[MARKS["context"]] * (TOKENS_OF_A_TILE * count), MARKS["end"]]
-            labels += [-100] * (TOKENS_OF_A_TILE * count + 2)
+            ids += [MARKS["begin"], *[MARKS["context"]] * (TOKENS_PER_TILE * count), MARKS["end"]]
+            labels += [-100] * (TOKENS_PER_TILE * count + 2)
     return ids, labels, tiles
 
 
 @given(samples(), st.integers(1, 40), st.integers(1, 8))
-def test_parts_fit_keep_images_whole_and_follow_each_other(sample, max_tokens, max_tiles):
+def test_pieces_fit_into_a_row_and_keep_images_together(sample, max_tokens, max_tiles):
     ids, labels, tiles = sample
-    images = find_image_spans(ids, MARKS["context"], TOKENS_OF_A_TILE)
+    images = find_image_spans(ids, MARKS["context"], TOKENS_PER_TILE)
     assert [image.tiles for image in images] == tiles
-    largest = max((TOKENS_OF_A_TILE * count + 2 for count in tiles), default=0)
+    largest = max((TOKENS_PER_TILE * count + 2 for count in tiles), default=0)
     try:
-        parts = split_sample(labels, images, max_tokens, max_tiles)
-    except UnusableSample as reason:
+        pieces = split_sample(labels, images, max_tokens, max_tiles)
+    except UnusableSample as error:
         too_large = largest > max_tokens or max(tiles, default=0) > max_tiles
-        assert ("does not fit into a row" in str(reason)) == too_large
-        assert too_large or "worth training" in str(reason)
+        assert ("does not fit into a row" in str(error)) == too_large
+        assert too_large or "has enough loss tokens" in str(error)
         return
-    for part in parts:
-        tokens, trained, shown = part.size
-        assert 0 < tokens <= max_tokens and shown <= max_tiles
-        assert trained == sum(label != -100 for label in labels[part.start : part.stop]) > MIN_LOSS_SHARE * tokens
-        inside = ids[part.start : part.stop]
+    for piece in pieces:
+        num_tokens, num_loss_tokens, num_tiles = piece.lengths
+        assert 0 < num_tokens <= max_tokens and num_tiles <= max_tiles
+        assert num_loss_tokens == sum(label != -100 for label in labels[piece.start : piece.stop])
+        assert num_loss_tokens > MIN_LOSS_SHARE * num_tokens
+        inside = ids[piece.start : piece.stop]
         assert inside.count(MARKS["begin"]) == inside.count(MARKS["end"])
-        assert inside.count(MARKS["context"]) == TOKENS_OF_A_TILE * shown
-        assert part.first == ids[: part.start].count(MARKS["context"]) / TOKENS_OF_A_TILE
-        assert shown or not images
-    assert all(one.stop <= other.start for one, other in zip(parts, parts[1:], strict=False))
+        assert inside.count(MARKS["context"]) == TOKENS_PER_TILE * num_tiles
+        assert piece.first_tile == ids[: piece.start].count(MARKS["context"]) / TOKENS_PER_TILE
+        assert num_tiles or not images
+    assert all(one.stop <= other.start for one, other in zip(pieces, pieces[1:], strict=False))
     if not images:
-        trained = [label != -100 for label in labels]
-        assert sum(part.trained for part in parts) == sum(trained), "text is cut without a loss"
+        num_loss_tokens = sum(label != -100 for label in labels)
+        assert sum(piece.loss_tokens for piece in pieces) == num_loss_tokens, "text is cut without a loss"
 
 
-def test_a_sample_that_fits_is_one_part():
+def test_sample_that_fits_is_one_piece():
     images = [ImageSpan(2, 10, 2)]
-    (part,) = split_sample([-100] * 12 + [5, 5], images, 14, 2)
-    assert part.size == (14, 2, 2) and part.start == part.first == 0
+    (piece,) = split_sample([-100] * 12 + [5, 5], images, 14, 2)
+    assert piece.lengths == (14, 2, 2) and piece.start == piece.first_tile == 0
 
 
 @pytest.fixture
 def data(goldens, tmp_path):
-    """The recorded data sets by name, measured."""
+    """Measures the recorded datasets, by name."""
 
     def make(config: str, **meta) -> TrainingData:
-        dataset = recorded_dataset(goldens, recorded_configs(goldens)[config], **meta)
-        found = measure_dataset(dataset, cache_dir=str(tmp_path), progress=False)
-        return TrainingData(PackedDataset([dataset]), found.lengths, found.digests, [], None)
+        dataset = build_recorded_dataset(goldens, read_recorded_configs(goldens)[config], **meta)
+        measurements = measure_dataset(dataset, cache_dir=str(tmp_path), show_progress=False)
+        return TrainingData(PackedDataset([dataset]), measurements.lengths, measurements.digests, [], None)
 
     return make
 
 
-def test_parts_are_those_recorded(goldens, data):
-    """`cut_static_tiles`: rows of 64 tokens, an image a tile; its items are parts of single samples."""
+def test_pieces_equal_those_recorded_from_upstream(goldens, data):
+    """`cut_static_tiles` has rows of 64 tokens and one tile per image."""
     recorded = json.loads((goldens / "dataset/packed/cut_static_tiles.json").read_text())
-    whole = data("static_group_clip", annotation=str(goldens / "dataset/ds_main_img.jsonl"))
+    unsplit = data("static_group_clip", annotation=str(goldens / "dataset/ds_main_img.jsonl"))
     room = recorded["max_packed_tokens"], recorded["num_images_expected"]
     args = DataTrainingArguments(
         use_packed_ds=True, allow_overflow=True, max_packed_tokens=room[0], num_images_expected=room[1]
     )
-    split_data = split_oversized_samples(whole, args, SINGLE_RANK)
-    usable = np.flatnonzero(split_data.usable).tolist()
-    assert max(usable) >= split_data.rows.ends[-1], "nothing was split"
-    ours = {tuple(split_data.rows[0, sample]["input_ids"].tolist()) for sample in usable}
+    split_data = split_oversized_samples(unsplit, args, SINGLE_RANK)
+    usable = np.flatnonzero(split_data.is_usable).tolist()
+    assert max(usable) >= split_data.dataset.num_unsplit, "nothing was split"
+    ours = {tuple(split_data.dataset[0, sample]["input_ids"].tolist()) for sample in usable}
     items = {tuple(item["input_ids"]) for item in recorded["items"]}
-    decode = whole.rows.datasets[0].tokenizer.decode
-    # Upstream put a second `<image>` into the system turn of one of them (see test_dataset.py).
+    decode = unsplit.dataset.datasets[0].tokenizer.decode
+    # Upstream put a second `<image>` into the system turn of one of them (see test_supervised_dataset.py).
     assert ["system\n<image>" in decode(item) for item in items - ours] == [True]
     assert len(items & ours) == 3
 
 
-def test_parts_are_samples_of_an_epoch(data):
+def test_pieces_are_samples_of_an_epoch(data):
     before = data("dyn_thumb_group")
-    tokens = before.lengths.tokens.copy()
+    tokens = before.lengths["tokens"].copy()
     args = DataTrainingArguments(use_packed_ds=True, allow_overflow=True, max_packed_tokens=110, num_images_expected=14)
     after = split_oversized_samples(before, args, SINGLE_RANK)
     large = np.flatnonzero(tokens > 110)
-    assert len(large) and not after.lengths.tokens[large].any()
-    assert len(set(after.digests[after.usable].tolist())) == after.usable.sum()
-    for sample in np.flatnonzero(after.usable).tolist():
-        row = after.rows[0, sample]
+    assert len(large) and not after.lengths["tokens"][large].any()
+    assert len(set(after.digests[after.is_usable].tolist())) == after.is_usable.sum()
+    for sample in np.flatnonzero(after.is_usable).tolist():
+        row = after.dataset[0, sample]
         sizes = len(row["input_ids"]), int((row["labels"] != -100).sum()), len(row["pixel_values"])
-        assert sizes == tuple(values[sample] for values in after.lengths)
+        assert sizes == after.lengths[sample].item()
         assert torch.equal(row["position_ids"], torch.arange(sizes[0]))
-    named = {bad.line for bad in after.bad_samples}
-    split_up = {sample for sample, _ in after.rows.parts}
-    assert {after.rows.locate(sample)[1] + 1 for sample in set(large.tolist()) - split_up} == named
+    skipped = {sample.line for sample in after.skipped_samples}
+    split = {sample for sample, _ in after.dataset.pieces}
+    assert {after.dataset.locate(sample)[1] + 1 for sample in set(large.tolist()) - split} == skipped
 
 
-def test_without_the_flag_they_are_named(data):
+def test_without_the_flag_they_are_skipped(data):
     before = data("dyn_thumb_group")
     args = DataTrainingArguments(use_packed_ds=True, max_packed_tokens=110, num_images_expected=14)
-    large = int((before.lengths.tokens > 110).sum())
+    large = int((before.lengths["tokens"] > 110).sum())
     after = split_oversized_samples(before, args, SINGLE_RANK)
-    assert len(after.bad_samples) == large > 0 and not after.rows.parts
-    assert "do not fit into a row of --max_packed_tokens 110" in after.bad_samples[0].reason
-    assert "--allow_overflow True splits such samples" in after.bad_samples[0].reason
+    assert len(after.skipped_samples) == large > 0 and not after.dataset.pieces
+    assert "do not fit into a row of --max_packed_tokens 110" in after.skipped_samples[0].reason
+    assert "--allow_overflow True splits such samples" in after.skipped_samples[0].reason

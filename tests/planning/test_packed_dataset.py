@@ -1,15 +1,15 @@
-"""Rows: samples laid end to end; unusable ones left out, told of, and never replaced."""
+"""Packed rows: samples concatenated; unusable ones skipped with their reason, never replaced."""
 
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from helpers.samples import recorded_configs, recorded_dataset, samples_equal, turns
+from helpers.samples import are_samples_equal, build_recorded_dataset, make_turns, read_recorded_configs
 from torch.utils.data import DataLoader
 
-from internvl.data.collators import row_collator
-from internvl.planning.epoch_plan import PlanLayout, SampleLengths, plan_epoch
+from internvl.data.collators import collate_rows
+from internvl.planning.epoch_plan import PlanLayout, plan_epoch
 from internvl.planning.packed_dataset import PackedDataset
 from internvl.planning.sample_lengths import measure_dataset
 
@@ -18,13 +18,13 @@ TENSORS = ("input_ids", "labels", "position_ids", "pixel_values", "image_flags")
 
 @pytest.fixture
 def rows(goldens) -> PackedDataset:
-    configs = recorded_configs(goldens)
+    configs = read_recorded_configs(goldens)
     return PackedDataset(
-        [recorded_dataset(goldens, configs[name]) for name in ("dyn_thumb_group", "text_group", "bad")]
+        [build_recorded_dataset(goldens, configs[name]) for name in ("dyn_thumb_group", "text_group", "bad")]
     )
 
 
-def test_samples_are_numbered_over_all_data_sets(rows):
+def test_samples_are_numbered_through_all_datasets(rows):
     sizes = [len(dataset) for dataset in rows.datasets]
     expected = [(dataset, index) for dataset, size in zip(rows.datasets, sizes, strict=True) for index in range(size)]
     assert [rows.locate(sample) for sample in range(len(rows))] == expected
@@ -32,15 +32,15 @@ def test_samples_are_numbered_over_all_data_sets(rows):
         rows.locate(25)
 
 
-def test_a_row_of_one_is_the_sample(rows):
+def test_row_of_one_sample_is_the_sample(rows):
     for sample in range(len(rows) - 4):
         dataset, index = rows.locate(sample)
         row = rows[3, sample]
         assert row.pop("bad_samples") == [] and row.pop("documents") == [len(row["input_ids"])]
-        assert samples_equal(row, dataset.get(index, 3))
+        assert are_samples_equal(row, dataset.get(index, 3))
 
 
-def test_a_row_is_its_samples_end_to_end(rows):
+def test_row_is_its_samples_concatenated(rows):
     ids = (5, 16, -1, 0, 12)
     row = rows[(1, *ids)]
     samples = [rows[1, i] for i in ids if i >= 0]
@@ -52,18 +52,18 @@ def test_a_row_is_its_samples_end_to_end(rows):
     assert row["documents"] == lengths
 
 
-def test_bad_samples_leave_a_sentence_and_no_token(rows):
-    first_bad = 14 + 7  # its image is missing
-    row = rows[0, 2, first_bad, 3]
-    (sentence,) = row.pop("bad_samples")
-    assert sentence.startswith("ds_bad line 1 (") and sentence.endswith("does_not_exist.png does not exist")
+def test_skipped_samples_leave_a_reason_and_no_tokens(rows):
+    first_unusable = 14 + 7  # its image is missing
+    row = rows[0, 2, first_unusable, 3]
+    (reason,) = row.pop("bad_samples")
+    assert reason.startswith("ds_bad line 1 (") and reason.endswith("does_not_exist.png does not exist")
     without = rows[0, 2, 3]
     assert without.pop("bad_samples") == [] and row.pop("documents") == without.pop("documents")
-    assert samples_equal(row, without)
+    assert are_samples_equal(row, without)
 
 
 @pytest.mark.parametrize("key", [(0, -1), (0,), (0, 21), (0, 21, -1, 23)])
-def test_nothing_left_is_a_row_that_trains_nothing(rows, key):
+def test_row_without_samples_has_no_loss_tokens(rows, key):
     row = rows[key]
     assert len(row.pop("bad_samples")) == sum(sample in (21, 23) for sample in key[1:])
     assert row.pop("documents") == []
@@ -74,37 +74,37 @@ def test_nothing_left_is_a_row_that_trains_nothing(rows, key):
     assert {name: value.dtype for name, value in row.items()} == {name: rows[0, 0][name].dtype for name in row}
 
 
-def test_only_bad_samples_are_caught(make):
-    record = {"image": "nowhere://bucket/a.png", "conversations": turns("What?", "A.")}
-    dataset = make(record, meta={"root": ""}, allow_outside_root=True)
+def test_only_unusable_samples_are_skipped(make_dataset):
+    record = {"image": "nowhere://bucket/a.png", "conversations": make_turns("What?", "A.")}
+    dataset = make_dataset(record, meta={"root": ""}, allow_outside_root=True)
     with pytest.raises(ValueError, match="cannot be opened by fsspec: Protocol not known: nowhere"):
         PackedDataset([dataset])[0, 0]
 
 
-def test_pickles_whole(rows):
+def test_dataset_can_be_pickled(rows):
     copy = pickle.loads(pickle.dumps(rows))
-    assert samples_equal({key: copy[0, 5][key] for key in TENSORS}, {key: rows[0, 5][key] for key in TENSORS})
+    assert are_samples_equal({key: copy[0, 5][key] for key in TENSORS}, {key: rows[0, 5][key] for key in TENSORS})
 
 
 LAYOUTS = [{}, {"group_by_length": True}, {"packed": True, "max_tokens": 420, "max_tiles": 14}]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_epoch_from_lengths_to_batches(rows, tmp_path, layout):
-    """Every usable sample is in the batches once, the same ones for any number of workers."""
-    measured = [measure_dataset(dataset, cache_dir=str(tmp_path), progress=False).lengths for dataset in rows.datasets]
-    lengths = SampleLengths(*(np.concatenate(parts) for parts in zip(*measured, strict=True)))
-    plan = plan_epoch(lengths, PlanLayout(0, world_size=2, micro_batch=2, accumulation=2, **layout), 1)
-    keys = [[(1, *plan.row(row)) for row in batch] for batch in plan.steps.reshape(-1, 2).tolist()]
+def test_batches_of_an_epoch(rows, tmp_path, layout):
+    """They hold every usable sample once, with any number of workers."""
+    measured = [measure_dataset(dataset, cache_dir=str(tmp_path), show_progress=False) for dataset in rows.datasets]
+    lengths = np.concatenate([measurements.lengths for measurements in measured])
+    plan = plan_epoch(lengths, PlanLayout(0, world_size=2, micro_batch_size=2, gradient_accumulation=2, **layout), 1)
+    keys = [[(1, *plan.get_row_samples(row)) for row in batch] for batch in plan.steps.reshape(-1, 2).tolist()]
 
     def batches(workers: int) -> list[dict]:
-        return list(DataLoader(rows, batch_sampler=keys, collate_fn=row_collator, num_workers=workers))
+        return list(DataLoader(rows, batch_sampler=keys, collate_fn=collate_rows, num_workers=workers))
 
     alone, shared = batches(0), batches(2)
     assert len(alone) == len(plan) * 4
     for one, other in zip(alone, shared, strict=True):
         assert one.pop("bad_samples") == other.pop("bad_samples") == []
         assert one.pop("documents") == other.pop("documents")
-        assert one.pop("cu_seqlens") == other.pop("cu_seqlens") and samples_equal(one, other)
-    assert sum(int((batch["labels"] != -100).sum()) for batch in alone) == lengths.trained.sum() > 0
-    assert sum(len(batch["pixel_values"]) for batch in alone) == lengths.tiles.sum()
+        assert one.pop("cu_seqlens") == other.pop("cu_seqlens") and are_samples_equal(one, other)
+    assert sum(int((batch["labels"] != -100).sum()) for batch in alone) == lengths["loss_tokens"].sum() > 0
+    assert sum(len(batch["pixel_values"]) for batch in alone) == lengths["tiles"].sum()

@@ -1,9 +1,11 @@
-"""Worlds of ranks of which one fails: a program that imports torch once and forks all ranks of all cases.
+"""Run groups of ranks, one rank of which fails.
 
-    python faulty_ranks.py '{"name": ["killed", 1, 3], ...}'   # fault, rank, number of ranks
+Imports torch once and forks all ranks of all cases.
 
-Nobody watches the ranks, as under plain srun. Prints as JSON, by name: exit statuses by rank (-n: signal n), seconds to
-the end of all, and what all ranks wrote to stderr.
+    python faulty_ranks.py '{"name": ["killed", 1, 3], ...}'   # fault, faulty rank, world size
+
+No launcher watches the ranks, as under plain srun. Prints JSON by name: exit statuses by rank (-n for signal n),
+seconds until all ranks have exited, and stderr of all ranks.
 """
 
 import ctypes
@@ -20,132 +22,137 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from internvl.dist_utils import free_port, rank
+from internvl.dist_utils import get_rank
+from internvl.launchers import find_free_port
 from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group, leave_rank_monitor
 
-TIMEOUT = 6  # --ddp_timeout
-AT_ONCE = 7  # cases
-PATIENCE = 40  # seconds until what still runs counts as hanging
+DDP_TIMEOUT = 6  # seconds
+NUM_CASES_AT_ONCE = 7
+HANG_SECONDS = 40  # a rank that still runs after this many seconds hangs
 
 
-def wrong_input() -> None:
-    raise ValueError("the picture is upside down.")
+def raise_invalid_input() -> None:
+    raise ValueError("the image is upside down.")
 
 
-def bug() -> None:
+def raise_bug() -> None:
     {}["no such key"]
 
 
-def bad_disk() -> None:
+def read_missing_file() -> None:
     Path("/nowhere/file").read_text()
 
 
-def out_of_memory() -> None:
+def run_out_of_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (1 << 36, 1 << 36))
     bytearray(1 << 40)
 
 
-def asleep() -> None:
-    """As on a file system that does not answer: the process lives, and its main thread takes part in nothing."""
-    time.sleep(PATIENCE)
+def sleep() -> None:
+    """Block only the main thread, like a file system without response."""
+    time.sleep(HANG_SECONDS)
 
 
 FAULTS: dict[str, Callable[[], None]] = {
-    "wrong input": wrong_input,
-    "bug": bug,
-    "bad disk": bad_disk,
-    "out of memory": out_of_memory,
+    "invalid input": raise_invalid_input,
+    "bug": raise_bug,
+    "missing file": read_missing_file,
+    "out of memory": run_out_of_memory,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "crashed": lambda: ctypes.string_at(0),
     "exit": lambda: sys.exit(3),
-    "exit in words": lambda: sys.exit("no more"),
-    "exit without a word": lambda: os._exit(0),
-    "asleep": asleep,
+    "exit with message": lambda: sys.exit("no more"),
+    "exit without report": lambda: os._exit(0),
+    "asleep": sleep,
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "leaves early": lambda: (leave_rank_monitor(), dist.destroy_process_group(), os._exit(0)),
-    "nothing": lambda: None,
+    "early end": lambda: (leave_rank_monitor(), dist.destroy_process_group(), os._exit(0)),
+    "none": lambda: None,
 }
-MET_BY_ALL = ("wrong input by all", "exit by all")
+ON_ALL_RANKS = " on all ranks"  # suffix of a fault
 
 
-def one_rank(fault: str, faulty: int) -> None:
-    """Three steps; the fault comes before the second, or, the ranks being done, to one that leaves later."""
+def run_rank(fault: str, faulty_rank: int) -> None:
+    """Take three steps, with the fault before the second.
+
+    Without a fault, the faulty rank exits last.
+    """
     with abort_all_ranks_on_error():
-        join_process_group(["--ddp_timeout", str(TIMEOUT)])
+        join_process_group(["--ddp_timeout", str(DDP_TIMEOUT)])
         dist.all_reduce(torch.ones(3))
-        if rank() == faulty or fault in MET_BY_ALL:
-            FAULTS[fault.removesuffix(" by all")]()
+        if get_rank() == faulty_rank or fault.endswith(ON_ALL_RANKS):
+            FAULTS[fault.removesuffix(ON_ALL_RANKS)]()
         for _ in range(2):
             dist.all_reduce(torch.ones(3))
     leave_rank_monitor()
-    time.sleep(0.3 * (rank() == faulty))
+    time.sleep(0.3 * (get_rank() == faulty_rank))
     dist.destroy_process_group()
 
 
-class World:
-    """The ranks of a case, running."""
+class Case:
+    """The running ranks of a case."""
 
-    def __init__(self, fault: str, faulty: int, ranks: int):
-        self.stopped: int | None = None  # process id
+    def __init__(self, fault: str, faulty_rank: int, world_size: int):
+        self.stopped_pid: int | None = None
         self.start, self.seconds = time.monotonic(), 0.0
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        self.statuses: dict[int, int | str] = {}
-        self.left = {}
-        environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        for number in range(ranks):
-            if fault == "absent" and number == faulty:
-                self.statuses[number] = "absent"
-            elif child := os.fork():
-                self.left[child] = number
+        self.statuses: dict[int, int | str] = {}  # by rank
+        self.running: dict[int, int] = {}  # process id -> rank
+        environment = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_port()}
+        for rank in range(world_size):
+            if fault == "absent" and rank == faulty_rank:
+                self.statuses[rank] = "absent"
+            elif pid := os.fork():
+                self.running[pid] = rank
             else:
                 os.dup2(self.stderr.fileno(), 2)
-                os.environ.update(environment, RANK=str(number), LOCAL_RANK=str(number))
-                os._exit(status_of(fault, faulty))
+                os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+                os._exit(run_and_get_status(fault, faulty_rank))
 
-    def ended(self, child: int, status: int | str) -> None:
-        self.statuses[self.left.pop(child)] = status
+    def record_exit(self, pid: int, status: int | str) -> None:
+        self.statuses[self.running.pop(pid)] = status
         self.seconds = time.monotonic() - self.start
 
-    def told(self) -> dict:
+    def outcome(self) -> dict:
         self.stderr.seek(0)
-        statuses = [self.statuses[number] for number in sorted(self.statuses)]
+        statuses = [self.statuses[rank] for rank in sorted(self.statuses)]
         return {"statuses": statuses, "seconds": self.seconds, "stderr": self.stderr.read().decode()}
 
 
-def status_of(fault: str, faulty: int) -> int:
+def run_and_get_status(fault: str, faulty_rank: int) -> int:
+    """Run a rank in a forked child; return its exit status."""
     try:
-        one_rank(fault, faulty)
+        run_rank(fault, faulty_rank)
     except SystemExit as error:
         return error.code
     return 0
 
 
-def wait_for(worlds: list[World]) -> None:
-    """Until all ranks have ended, or PATIENCE has; then `hangs` is their status."""
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until and any(world.left for world in worlds):
-        child, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
-        for world in worlds:
-            if child in world.left:
+def wait_for(cases: list[Case]) -> None:
+    """Wait until all ranks have exited; kill those that hang."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while time.monotonic() < deadline and any(case.running for case in cases):
+        pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+        for case in cases:
+            if pid in case.running:
                 if os.WIFSTOPPED(status):
-                    world.ended(child, "stopped")
-                    world.stopped = child
+                    case.record_exit(pid, "stopped")
+                    case.stopped_pid = pid
                 else:
-                    world.ended(child, os.waitstatus_to_exitcode(status))
-        if not child:
+                    case.record_exit(pid, os.waitstatus_to_exitcode(status))
+        if not pid:
             time.sleep(0.01)
-    for world in worlds:
-        for child in list(world.left):
-            os.kill(child, signal.SIGKILL)
-            world.ended(child, "hangs")
-        if world.stopped:
-            os.kill(world.stopped, signal.SIGKILL)
+    for case in cases:
+        for pid in list(case.running):
+            os.kill(pid, signal.SIGKILL)
+            case.record_exit(pid, "hangs")
+        if case.stopped_pid:
+            os.kill(case.stopped_pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    cases, told = list(json.loads(sys.argv[1]).items()), {}
-    for first in range(0, len(cases), AT_ONCE):
-        worlds = {name: World(*case) for name, case in cases[first : first + AT_ONCE]}
-        wait_for(list(worlds.values()))
-        told |= {name: world.told() for name, world in worlds.items()}
-    print(json.dumps(told))
+    cases, outcomes = list(json.loads(sys.argv[1]).items()), {}
+    for first in range(0, len(cases), NUM_CASES_AT_ONCE):
+        running = {name: Case(*case) for name, case in cases[first : first + NUM_CASES_AT_ONCE]}
+        wait_for(list(running.values()))
+        outcomes |= {name: case.outcome() for name, case in running.items()}
+    print(json.dumps(outcomes))

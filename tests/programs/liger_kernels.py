@@ -1,63 +1,77 @@
-"""Liger's kernels against the computation without them; `test_liger.py` runs it, in Triton's interpreter if need be."""
+"""Tests of Liger's kernels, run by `test_liger.py`.
+
+Without a GPU they run in Triton's interpreter.
+"""
 
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from helpers.tiny_models import LLM, LLMS
+from helpers.tiny_models import TINY_LLM, TINY_LLMS, build_tiny_model
+from helpers.token_loss_cases import (
+    HEADS,
+    INPUT_IDS,
+    LABELS,
+    POSITION_IDS,
+    assert_same_loss_and_gradients,
+    get_gradients,
+)
 from liger_kernel.ops import rms_norm
-from model.test_token_loss import HEADS, IDS, LABELS, POSITIONS, assert_equal, gradients, random_model
 from triton.runtime import interpreter
 
 from internvl.model import token_loss
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.documents import REDUCTIONS
+from internvl.model.internvl_chat.documents import LOSS_REDUCTIONS
 from internvl.model.liger_kernels import use_liger_kernels
 from internvl.model.lora import unwrap_peft
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = [*((kind, "trained", ["square"]) for kind in LLMS), ("qwen2", "adapters", ["square"])]
-CASES += [("internlm2", way, list(REDUCTIONS)) for way in HEADS]
-WAYS = {name: prepare for name, (prepare, _) in HEADS.items()}
-WAYS["adapters"] = lambda model: model.wrap_llm_lora(r=4, lora_alpha=8, lora_dropout=0.0)
+CHANGES = {name: change_head for name, (change_head, _) in HEADS.items()}
+CHANGES["adapters"] = lambda model: model.wrap_llm_lora(r=4, lora_alpha=8, lora_dropout=0.0)
+# LLM, change, loss reductions
+CASES = [*((kind, "trained", ["square"]) for kind in TINY_LLMS), ("qwen2", "adapters", ["square"])]
+CASES += [("internlm2", change, list(LOSS_REDUCTIONS)) for change in HEADS]
 
 
 @pytest.fixture(autouse=True)
-def interpreter_without_gaps(monkeypatch):
-    """Triton's leaves out that a float is a tensor to a kernel, and the functions of CUDA's libdevice."""
+def complete_interpreter(monkeypatch):
+    """Add what Triton's interpreter lacks.
+
+    That is float arguments as tensors, and `rsqrt` of CUDA's libdevice.
+    """
     if DEVICE == "cuda":
         return
 
-    def converted(value, before=interpreter._implicit_cvt):
+    def convert(value, original_fn=interpreter._implicit_cvt):
         if isinstance(value, float):
             return tl.tensor(interpreter.TensorHandle(np.array([value], np.float32), tl.float32), tl.float32)
-        return before(value)
+        return original_fn(value)
 
-    monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
+    monkeypatch.setattr(interpreter, "_implicit_cvt", convert)
     monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.rsqrt(x))
 
 
-@pytest.mark.parametrize(("kind", "way", "reductions"), CASES, ids=str)
-def test_losses_and_gradients_are_those_without_liger(kind, way, reductions, monkeypatch):
-    monkeypatch.setattr(token_loss, "CHUNK_BYTES", 3 * 4 * LLM["vocab_size"])
-    expected = outcomes(random_model(kind, WAYS[way]), reductions)
-    model = random_model(kind, use_liger_kernels, WAYS[way])
-    assert hasattr(model.get_output_embeddings(), "sweep") == (way != "adapted")
+@pytest.mark.parametrize(("kind", "change", "reductions"), CASES, ids=str)
+def test_losses_and_gradients_equal_those_without_liger(kind, change, reductions, monkeypatch):
+    monkeypatch.setattr(token_loss, "CHUNK_BYTES", 3 * 4 * TINY_LLM["vocab_size"])  # 3 tokens a chunk
+    expected = compute_losses(build_tiny_model(kind, CHANGES[change]), reductions)
+    model = build_tiny_model(kind, use_liger_kernels, CHANGES[change])
+    assert hasattr(model.get_output_embeddings(), "fused_loss_fn") == (change != "adapted")
     assert ("Liger" in str(unwrap_peft(model.language_model))) == (not kind.startswith("internlm2"))
-    for found, wanted in zip(outcomes(model, reductions), expected, strict=True):
-        assert_equal(found, wanted, 1e-5)
+    for result, expected_result in zip(compute_losses(model, reductions), expected, strict=True):
+        assert_same_loss_and_gradients(result, expected_result, 1e-5)
 
 
-def outcomes(model: InternVLChatModel, reductions: list[str]) -> list[tuple]:
-    """The loss and its gradients for each way to weigh documents, and the loss without gradients."""
-    batch = {"input_ids": IDS, "position_ids": POSITIONS, "labels": LABELS}
+def compute_losses(model: InternVLChatModel, reductions: list[str]) -> list[tuple]:
+    """Compute loss and gradients with each reduction, and the loss without gradients."""
+    batch = {"input_ids": INPUT_IDS, "position_ids": POSITION_IDS, "labels": LABELS}
     batch = {name: value.to(DEVICE) for name, value in batch.items()}
     model.train().to(DEVICE)
-    found = []
+    results = []
     for model.loss_reduction in reductions:
         model.zero_grad()
         loss = model(**batch).loss
         loss.backward()
-        found.append((loss, gradients(model.language_model)))
+        results.append((loss, get_gradients(model.language_model)))
     with torch.no_grad():
-        return [*found, (model(**batch).loss, {})]
+        return [*results, (model(**batch).loss, {})]

@@ -1,9 +1,9 @@
-"""One rank of a program that trains many small runs, one after the other, on data that falls unevenly on the ranks.
+"""Train small runs on data that falls unevenly on the ranks.
 
-    torchrun --nproc_per_node=2 uneven_ranks.py FOLDER '{"name": ["one picture", "--use_llm_lora", "4", ...], ...}'
+    torchrun --nproc_per_node=2 uneven_ranks.py FOLDER '{"name": ["one image", "--use_llm_lora", "4", ...], ...}'
 
-FOLDER holds `model` and the pictures of `records`. Each run goes through all its data twice. Rank 0 writes
-`FOLDER/told.json`: by run, what each rank saw and has at the end.
+FOLDER holds `model` and the images of `RECORDS`. Each run trains two epochs. Rank 0 writes `FOLDER/results.json`: the
+results of each rank, by run.
 """
 
 import gc
@@ -13,81 +13,91 @@ import os
 import sys
 from pathlib import Path
 
-from helpers.training_runs import flags_of, prepare
+from helpers.training_runs import build_run_flags, prepare_trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from internvl.dist_utils import gather_objects, rank
+from internvl.checkpoint.manager import barrier
+from internvl.dist_utils import gather_objects, get_rank
 from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
 from internvl.train.run_training import exit_process_group
-from internvl.train.trainer_checkpoint import barrier
 
-TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
-SHOWN = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A thing."}]
+TEXT_RECORD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
 
 
-def picture(name: str) -> dict:
-    return {"image": name, "conversations": SHOWN}
+def make_image_record(image: str) -> dict:
+    question = {"from": "human", "value": "<image>\nWhat is it?"}
+    return {"image": image, "conversations": [question, {"from": "gpt", "value": "A thing."}]}
 
 
-TEXT = {"conversations": TURNS}
-# What a data set holds. Steps are of 4 samples: in 5 or 9 the last step of an epoch leaves ranks without a row.
+# A step has 4 samples: with 5 or 9 samples, the last step of an epoch leaves ranks without a row. `deleted.png` exists
+# when sample lengths are measured, not when it is loaded.
 RECORDS = {
-    "uneven tiles": [picture("wide.png"), TEXT, picture("small.png"), TEXT, TEXT],
-    "one picture": [picture("wide.png"), *[TEXT] * 8],
-    "no picture": [TEXT] * 5,
-    "turns bad": [picture("goes.png"), picture("small.png"), *[TEXT] * 3],
-    "all turn bad": [picture("goes.png")] * 5,
+    "uneven tiles": [make_image_record("wide.png"), TEXT_RECORD, make_image_record("small.png"), *[TEXT_RECORD] * 2],
+    "one image": [make_image_record("wide.png"), *[TEXT_RECORD] * 8],
+    "no image": [TEXT_RECORD] * 5,
+    "one image deleted": [make_image_record("deleted.png"), make_image_record("small.png"), *[TEXT_RECORD] * 3],
+    "all images deleted": [make_image_record("deleted.png")] * 5,
 }
 
 
 def train(folder: Path, name: str, records: str, flags: list[str]) -> dict:
-    """What this rank saw in a run: tiles by micro-batch, bad samples; its losses, and a digest of what it trained."""
+    """Train a run and return the results of this rank.
+
+    These are the number of tiles of each micro-batch, the unusable samples, losses, steps and a digest of the trainable
+    parameters.
+    """
     here = folder / name
-    if rank() == 0:
+    if get_rank() == 0:
         here.mkdir()
         (here / "model").symlink_to(folder / "model")
         entry = {"root": str(folder), "annotation": str(here / "train.jsonl"), "repeat_time": 1, "data_augment": False}
         (here / "meta.json").write_text(json.dumps({name: entry}))
         (here / "train.jsonl").write_text("\n".join(map(json.dumps, RECORDS[records])))
-        (folder / "goes.png").write_bytes((folder / "small.png").read_bytes())
+        (folder / "deleted.png").write_bytes((folder / "small.png").read_bytes())
     barrier()
     world = int(os.environ["WORLD_SIZE"])
     epochs = "--max_steps -1 --num_train_epochs 2 --max_bad_samples 99 --save_strategy no --no_smoke_save".split()
-    trainer = prepare([*flags_of(here, here / "out", world), *epochs, *flags])
+    trainer = prepare_trainer([*build_run_flags(here, here / "out", world), *epochs, *flags])
     barrier()
-    (folder / "goes.png").unlink(missing_ok=True)  # it was there when it was measured
-    seen, collate = [], trainer.data_collator
+    (folder / "deleted.png").unlink(missing_ok=True)
+    num_tiles, collate = [], trainer.data_collator
 
-    def noting(rows: list[dict]) -> dict:
-        seen.append(sum(len(row["pixel_values"]) for row in rows))
+    def count_and_collate(rows: list[dict]) -> dict:
+        num_tiles.append(sum(len(row["pixel_values"]) for row in rows))
         return collate(rows)
 
-    trainer.data_collator = noting
+    trainer.data_collator = count_and_collate
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     steps = trainer.state.global_step, trainer.state.max_steps
-    return {"tiles": seen, "bad": trainer.bad_samples, "losses": losses, "steps": steps, "digest": digest(trainer)}
+    return {
+        "tiles": num_tiles,
+        "bad": trainer.skipped_samples.skipped,
+        "losses": losses,
+        "steps": steps,
+        "digest": hash_trainable_parameters(trainer),
+    }
 
 
-def digest(trainer) -> str:
-    """Of all that trains, as this rank has it."""
+def hash_trainable_parameters(trainer) -> str:
+    """Return a digest of the trainable parameters of this rank."""
     import deepspeed
 
-    sha = hashlib.sha256()
-    for parameter in trainer.trained_parameters().values():
+    digest = hashlib.sha256()
+    for parameter in trainer.get_trainable_parameters().values():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            sha.update(parameter.detach().float().numpy().tobytes())
-    return sha.hexdigest()
+            digest.update(parameter.detach().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def main(folder: Path, runs: dict[str, list[str]]) -> None:
-    told = {}
+    results = {}
     for name, (records, *flags) in runs.items():
-        told[name] = gather_objects(train(folder, name, records, flags))
+        results[name] = gather_objects(train(folder, name, records, flags))
         unset_hf_deepspeed_config()
         gc.collect()
-        if rank() == 0:
-            (folder / "told.json").write_text(json.dumps(told))
+        if get_rank() == 0:
+            (folder / "results.json").write_text(json.dumps(results))
             print(name, flush=True)
 
 

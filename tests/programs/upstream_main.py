@@ -1,4 +1,7 @@
-"""What upstream's entry does with a model, step by step, in the environment of its pins; run by `test_small_patch`."""
+"""Tests of the small patch with upstream's pins, run by `test_small_patch`.
+
+They train as upstream's entry does, and chat.
+"""
 
 import json
 
@@ -7,7 +10,7 @@ import pytest
 import timm
 import torch
 import transformers
-from helpers.model_cases import Case, close
+from helpers.model_cases import ModelCase, assert_close
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
@@ -15,15 +18,18 @@ from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
 
 
-def test_the_pins_are_what_runs():
+def test_pinned_versions_are_installed():
     versions = transformers.__version__, peft.__version__, timm.__version__
     assert versions == ("4.37.2", "0.10.0", "0.9.12")
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama"])
 def test_train_save_reload_merge(goldens, tmp_path, name):
-    """Frozen towers, both LoRAs, both kinds of checkpointing as upstream asks for them, HF Trainer, bfloat16."""
-    case = Case(goldens / "models" / name)
+    """Train as upstream's entry does.
+
+    Frozen parts, LoRA in both, gradient checkpointing, HF Trainer, bfloat16.
+    """
+    case = ModelCase(goldens / "models" / name)
     config = InternVLChatConfig.from_pretrained(case.folder)
     config.llm_config.attn_implementation = "eager"
     config.vision_config.drop_path_rate, config.select_layer = 0.1, -1
@@ -56,24 +62,24 @@ def test_train_save_reload_merge(goldens, tmp_path, name):
         adapted = reloaded.float()(**case.batch).logits
         merged = merge_adapters(reloaded)(**case.batch).logits
     real = case.batch["attention_mask"].bool()
-    close(merged[real], adapted[real])
+    assert_close(merged[real], adapted[real])
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_adapters_of_the_language_model_alone_get_gradients(goldens, late):
-    """Nothing below them trains, and checkpoints are reentrant: something must make their input ask for gradients."""
-    case = Case(goldens / "models" / "qwen2")
+@pytest.mark.parametrize("is_late", [False, True])
+def test_adapters_of_the_llm_alone_get_gradients(goldens, is_late):
+    """Checkpoints are reentrant: the input of the LLM must require grad."""
+    case = ModelCase(goldens / "models" / "qwen2")
     model = case.model().train().requires_grad_(False)
-    if not late:
+    if not is_late:
         model.language_model._set_gradient_checkpointing()
     model.wrap_llm_lora(r=4, lora_alpha=8)
-    if late:
+    if is_late:
         model.language_model.get_base_model()._set_gradient_checkpointing()
     model(**case.batch).loss.backward()
     assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
 
 
-def test_chat_answers_as_recorded(goldens):
+def test_chat_answers_equal_upstreams(goldens):
     golden = json.loads((goldens / "e2e/qwen2/expected.json").read_text())
     model = InternVLChatModel.from_pretrained(goldens / "e2e/qwen2")
     tokenizer = AutoTokenizer.from_pretrained(goldens / golden["tokenizer"])
@@ -90,8 +96,8 @@ def test_chat_answers_as_recorded(goldens):
             assert answer == row["response"], row
 
 
-def test_documents_without_a_mask_are_refused(goldens):
-    """This transformers would take the row for one document, and let every token see all before it."""
-    case = Case(goldens / "models" / "qwen2")
+def test_rows_of_documents_without_a_mask_are_refused(goldens):
+    """This version of transformers would treat the row as one document."""
+    case = ModelCase(goldens / "models" / "qwen2")
     with pytest.raises(ValueError, match="attention_mask"):
         case.model()(**case.packed_batch)

@@ -1,7 +1,9 @@
-"""Faults in real runs: a rank or one of its processes is killed, or waits for ever; the run ends and says why."""
+"""Killed ranks, killed workers and stalled files in real training runs.
+
+All processes end, and one message names the fault.
+"""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,148 +13,153 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.training_runs import ENTRY, LORA, started, write_meta
+from helpers.live_runs import HANG_SECONDS, count_logged_steps, link_dataset, stall_image, wait_until
+from helpers.paths import FINETUNE_PROGRAM
+from helpers.training_runs import TRAIN_ADAPTERS, build_launch_command, write_meta_file
 
-from internvl.dist_utils import free_port
+from internvl.launchers import find_free_port
 
-PATIENCE = 90  # seconds until what still runs counts as hanging
-TIMEOUT = 10  # --ddp_timeout
+pytestmark = pytest.mark.multiprocess
+DDP_TIMEOUT = 10  # seconds
 
 
 class Run:
-    """A training of two ranks on pictures of its own, all of whose output goes into one file."""
+    """An endless training run of two ranks, with one log file.
 
-    def __init__(self, tiny: Path, goldens: Path, folder: Path, flags: list[str], agent: bool):
-        self.images, data, self.output = folder / "images", folder / "tiny", folder / "printed"
-        self.images.mkdir()
-        data.mkdir()
-        for file in (goldens / "dataset/images").iterdir():
-            os.link(file, self.images / file.name)
-        for name in ("model", "train.jsonl"):
-            (data / name).symlink_to(tiny / name)
-        write_meta(data, self.images)
-        forever = ["--max_steps", "100000", "--save_strategy", "no", "--no_smoke_save", "--ddp_timeout", str(TIMEOUT)]
-        command, env = started(data, folder / "out", *LORA, *forever, *flags, ranks=2)
-        self.started: list[subprocess.Popen] = []
-        bare = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-        with self.output.open("wb") as printed:
-            for rank in [None] if agent else ["0", "1"]:
-                if not agent:
-                    env |= {**bare, "RANK": rank, "LOCAL_RANK": rank}
-                    command = [command[0], *command[command.index(str(ENTRY)) :]]
-                self.started.append(psutil.Popen(command, env=env, stdout=printed, stderr=printed))
-        self.wait_for("'epoch'")
-        self.family = [*self.started, *(child for one in self.started for child in one.children(recursive=True))]
+    Args:
+        torchrun: start the ranks by torchrun, else without a launcher that watches them.
+    """
+
+    def __init__(self, tiny_inputs: Path, goldens: Path, folder: Path, flags: list[str], torchrun: bool):
+        data, self.images = link_dataset(tiny_inputs, goldens, folder)
+        self.log = folder / "log"
+        endless = "--max_steps 100000 --save_strategy no --no_smoke_save --ddp_timeout".split() + [str(DDP_TIMEOUT)]
+        command, env = build_launch_command(data, folder / "out", *TRAIN_ADAPTERS, *endless, *flags, ranks=2)
+        self.started: list[psutil.Popen] = []
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_port(), "WORLD_SIZE": "2"}
+        with self.log.open("wb") as log:
+            for rank in [None] if torchrun else ["0", "1"]:
+                if not torchrun:
+                    env |= {**rendezvous, "RANK": rank, "LOCAL_RANK": rank}
+                    command = [command[0], *command[command.index(str(FINETUNE_PROGRAM)) :]]
+                self.started.append(psutil.Popen(command, env=env, stdout=log, stderr=log))
+        wait_until(lambda: count_logged_steps(self.printed()), lambda: self.printed()[-3000:], processes=self.started)
+        self.processes = [*self.started, *(child for one in self.started for child in one.children(recursive=True))]
 
     def printed(self) -> str:
-        return self.output.read_text(errors="replace").replace("\r", "\n")
+        return self.log.read_text(errors="replace").replace("\r", "\n")
 
-    def wait_for(self, text: str) -> None:
-        until = time.monotonic() + PATIENCE
-        while text not in self.printed():
-            assert all(one.poll() is None for one in self.started) and time.monotonic() < until, self.printed()[-3000:]
-            time.sleep(0.05)
+    def find_rank(self, rank: int) -> psutil.Process:
+        """Find the process of a rank: its workers have the same environment."""
+        same_rank = [process for process in self.processes if process.environ().get("RANK") == str(rank)]
+        return next(process for process in same_rank if process.ppid() not in {other.pid for other in same_rank})
 
-    def rank(self, number: int) -> psutil.Process:
-        of_rank = [one for one in self.family if one.environ().get("RANK") == str(number)]
-        return next(one for one in of_rank if one.ppid() not in {other.pid for other in of_rank})
+    def wait(self) -> tuple[list[int], float, list[str]]:
+        """Wait for the end of all processes.
 
-    def end(self) -> tuple[list[int], float, list[str]]:
-        """Exit statuses, seconds until all processes are gone, the lines that tell of an error."""
+        Returns:
+            Exit statuses of the started processes, seconds until all are gone, lines about an error.
+        """
         start = time.monotonic()
-        _, alive = psutil.wait_procs(self.family, PATIENCE)
+        _, alive = psutil.wait_procs(self.processes, HANG_SECONDS)
         seconds = time.monotonic() - start
         for process in alive:
             process.kill()
         assert not alive, f"{alive} hang: {self.printed()[-3000:]}"
-        told = [line for line in self.printed().splitlines() if re.match("error|Traceback|.*Error", line)]
-        return [one.wait() for one in self.started], seconds, told
+        error_lines = [line for line in self.printed().splitlines() if re.match("error|Traceback|.*Error", line)]
+        return [process.wait() for process in self.started], seconds, error_lines
 
 
-def kill(rank: int) -> Callable[[Run], None]:
-    return lambda run: run.rank(rank).kill()
+def kill_rank(rank: int) -> Callable[[Run], None]:
+    return lambda run: run.find_rank(rank).kill()
 
 
-def kill_reader(run: Run) -> None:
-    run.rank(1).children()[0].kill()
+def kill_worker(run: Run) -> None:
+    run.find_rank(1).children()[0].kill()
 
 
-def withhold(run: Run) -> None:
-    """A picture becomes a pipe into which nobody writes."""
-    os.mkfifo(run.images / "pipe")
-    os.replace(run.images / "pipe", run.images / "im0.png")
+def stall_file(run: Run) -> None:
+    stall_image(run.images)
 
 
 ZERO_2, ZERO_3 = (["--deepspeed", f"zero_stage{stage}_config.json"] for stage in (2, 3))
-KILLED = [-signal.SIGKILL, 1]
-ENDED = "a process that reads data has ended; if memory ran out, .*"
-READER_KILLED = rf"RuntimeError: DataLoader worker \(pid \d+\) is killed by signal: Killed; {ENDED}"
-# One that has not begun to read is not watched by torch, which then does not know the signal.
-UNWATCHED_KILLED = rf"RuntimeError: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly; {ENDED}"
-# name -> flags, under torchrun?, fault, exit statuses, the message, seconds to the end
+WORKER_DIED = "a DataLoader worker died; if memory ran out: .*"
+WORKER_KILLED = rf"RuntimeError: DataLoader worker \(pid \d+\) is killed by signal: Killed; {WORKER_DIED}"
+# torch does not watch a worker that has not begun to read, and does not know its signal.
+UNWATCHED_WORKER_KILLED = rf"RuntimeError: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly; {WORKER_DIED}"
+# name -> flags, torchrun?, fault, exit statuses, message, seconds until the end
 FAULTS = {
-    "rank killed, torchrun": (ZERO_3, True, kill(1), [137], "error: rank 1 was ended by SIGKILL", 10),
-    "rank killed, no agent": ([], False, kill(0), KILLED, "error: rank 0 ended without a word: killed, .*", 10),
-    "reader killed, torchrun": (
+    "rank killed, torchrun": (ZERO_3, True, kill_rank(1), [137], "error: rank 1 was killed by SIGKILL", 10),
+    "rank killed, no launcher": (
+        [],
+        False,
+        kill_rank(0),
+        [-signal.SIGKILL, 1],
+        "error: rank 0 exited without an error report; probably killed .*",
+        10,
+    ),
+    "worker killed, torchrun": (
         ["--dataloader_num_workers", "1"],
         True,
-        kill_reader,
+        kill_worker,
         [1],
-        rf"error on rank 1: {READER_KILLED}",
+        rf"error: rank 1 failed: {WORKER_KILLED}",
         15,
     ),
-    "a file that does not answer, no agent": (
+    "stalled file, no launcher": (
         ZERO_2,
         False,
-        withhold,
+        stall_file,
         [1, 1],
-        r"error: rank \d did not take part in what rank \d waited for: RuntimeError: Timed out waiting 10000ms .*",
-        TIMEOUT + 10,
+        r"error: rank \d did not join a collective that rank \d waited for: RuntimeError: Timed out waiting 10000ms .*",
+        DDP_TIMEOUT + 10,
     ),
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_ends_all_processes_with_one_message(tiny, goldens, tmp_path, name):
-    flags, agent, fault, statuses, message, seconds = FAULTS[name]
-    run = Run(tiny, goldens, tmp_path, flags, agent)
-    fault(run)
-    found, took, told = run.end()
-    assert len(told) == 1 and re.fullmatch(message, told[0]), "\n".join(told) + run.printed()[-3000:]
-    assert found == statuses and took < seconds
+def test_a_fault_ends_all_processes_with_one_message(tiny_inputs, goldens, tmp_path, name):
+    flags, torchrun, fault_fn, statuses, message, max_seconds = FAULTS[name]
+    run = Run(tiny_inputs, goldens, tmp_path, flags, torchrun)
+    fault_fn(run)
+    actual_statuses, seconds, error_lines = run.wait()
+    assert len(error_lines) == 1 and re.fullmatch(message, error_lines[0]), (
+        "\n".join(error_lines) + run.printed()[-3000:]
+    )
+    assert actual_statuses == statuses and seconds < max_seconds
 
 
-def command_line(process: psutil.Process) -> str:
-    """Empty for one that has just ended."""
+def read_command_line(process: psutil.Process) -> str:
+    """Read a process's command line; empty if it has just exited."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", ["the run", "one that measures"])
-def test_processes_that_measure_end_with_the_run_and_the_run_with_them(tiny, tmp_path, killed):
+@pytest.mark.parametrize("victim", ["run", "measuring worker"])
+def test_a_run_and_its_measuring_workers_end_together(tiny_inputs, tmp_path, victim):
     data = tmp_path / "tiny"
     data.mkdir()
-    (data / "model").symlink_to(tiny / "model")
-    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello" * 50}]
-    lines = [json.dumps({"id": number, "conversations": turns}) for number in range(60_000)]
+    (data / "model").symlink_to(tiny_inputs / "model")
+    conversation = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello" * 50}]
+    lines = [json.dumps({"id": number, "conversations": conversation}) for number in range(60_000)]
     (data / "train.jsonl").write_text("\n".join(lines))
-    write_meta(data, tmp_path)
-    command, env = started(data, tmp_path / "out", *LORA, ranks=1)
+    write_meta_file(data, tmp_path)
+    command, env = build_launch_command(data, tmp_path / "out", *TRAIN_ADAPTERS, ranks=1)
     with psutil.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
-        until = time.monotonic() + PATIENCE
-        while len(measuring := [one for one in run.children() if "spawn_main" in command_line(one)]) < 2:
-            assert run.poll() is None and time.monotonic() < until
-            time.sleep(0.05)
-        (run if killed == "the run" else measuring[0]).kill()
-        _, alive = psutil.wait_procs([*measuring, run], PATIENCE)
+
+        def find_workers() -> list[psutil.Process]:
+            return [child for child in run.children() if "spawn_main" in read_command_line(child)]
+
+        wait_until(lambda: len(find_workers()) >= 2, lambda: "no workers", processes=[run])
+        workers = find_workers()
+        (run if victim == "run" else workers[0]).kill()
+        _, alive = psutil.wait_procs([*workers, run], HANG_SECONDS)
         for process in alive:
             process.kill()
-        told = [line for line in run.stderr.read().splitlines() if line.startswith("error")]
-    assert not alive, f"{alive} are left"
-    if killed != "the run":
-        assert run.returncode == 1 and len(told) == 1
-        assert re.fullmatch(f"error: ({READER_KILLED}|{UNWATCHED_KILLED})", told[0])
+        error_lines = [line for line in run.stderr.read().splitlines() if line.startswith("error")]
+    assert not alive, f"{alive} hang"
+    if victim != "run":
+        assert run.returncode == 1 and len(error_lines) == 1
+        assert re.fullmatch(f"error: ({WORKER_KILLED}|{UNWATCHED_WORKER_KILLED})", error_lines[0])

@@ -1,4 +1,4 @@
-"""launch.sh: wrong inputs end in one sentence, SLURM's places, status and log of a training."""
+"""launch.sh: invalid inputs, SLURM, exit status and log."""
 
 import os
 import signal
@@ -8,9 +8,9 @@ import time
 
 import psutil
 import pytest
-from helpers.training_runs import ROOT
+from helpers.paths import REPO_ROOT, VISION_LORA_RECIPE
+from helpers.recipe_runs import replace_training
 
-RECIPE = ROOT / "shell/internvl2.5/8b_vit_lora.sh"
 NVIDIA_SMI = '#!/bin/sh\n[ "$1" = -L ] && printf "GPU 0: A (UUID: x)\\nGPU 1: A (UUID: y)\\n"\n'
 JOB = {"SLURM_JOB_ID": 12345, "SLURM_JOB_NUM_NODES": 2, "SLURM_GPUS_ON_NODE": 4, "SLURM_CPUS_ON_NODE": 32}
 TASK = JOB | {"SLURM_STEP_ID": 0, "SLURM_PROCID": 3, "SLURM_STEP_NUM_TASKS": 8, "SLURM_STEP_NUM_NODES": 2}
@@ -20,8 +20,8 @@ TASK = JOB | {"SLURM_STEP_ID": 0, "SLURM_PROCID": 3, "SLURM_STEP_NUM_TASKS": 8, 
     ("variables", "words"),
     [
         ({"GPUS": 3}, ["BATCH_SIZE=128", "GPUS=3", "= 12", "120 and 132"]),
-        ({"GPUS": 8, "BATCH_SIZE": 4}, ["BATCH_SIZE=4", "= 32", "are: 32."]),
-        ({"GPUS": "two"}, ["GPUS=two is not a positive whole number"]),
+        ({"GPUS": 8, "BATCH_SIZE": 4}, ["BATCH_SIZE=4", "= 32", "nearest valid: 32."]),
+        ({"GPUS": "two"}, ["GPUS=two is invalid: expected an integer >= 1"]),
         ({"PER_DEVICE_BATCH_SIZE": 0}, ["PER_DEVICE_BATCH_SIZE=0"]),
         ({"BATCH_SIZE": "08"}, ["BATCH_SIZE=08"]),
         ({"GPUS": 5, "NODES": 2}, ["GPUS=5", "NODES=2"]),
@@ -35,9 +35,9 @@ TASK = JOB | {"SLURM_STEP_ID": 0, "SLURM_PROCID": 3, "SLURM_STEP_NUM_TASKS": 8, 
         (TASK | {"GPUS": 4}, ["GPUS=4", "8 tasks"]),
     ],
 )
-def test_wrong_input_is_one_sentence(bash, tmp_path, variables, words):
+def test_invalid_input_is_one_sentence(bash, tmp_path, variables, words):
     (tmp_path / "folder").mkdir()
-    done = bash(RECIPE, **{"CUDA_VISIBLE_DEVICES": ""} | variables)
+    done = bash(VISION_LORA_RECIPE, **{"CUDA_VISIBLE_DEVICES": ""} | variables)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr
@@ -45,51 +45,55 @@ def test_wrong_input_is_one_sentence(bash, tmp_path, variables, words):
     assert all(word in done.stderr for word in words), done.stderr
 
 
-def test_more_gpus_than_there_are(bash, dry_run, tmp_path):
+def test_more_gpus_than_this_machine_has(bash, dry_run, tmp_path):
     smi = tmp_path / "nvidia-smi"
     smi.write_text(NVIDIA_SMI)
     smi.chmod(0o755)
     variables = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    done = bash(RECIPE, GPUS=4, **variables)
+    done = bash(VISION_LORA_RECIPE, GPUS=4, **variables)
     assert done.returncode == 1
-    assert done.stderr == "launch.sh: GPUS=4 asks for 4 on this machine, which has 2.\n"
-    assert "--nproc_per_node=2" in dry_run(RECIPE, **variables)[0], "all GPUs are the default"
-    assert "--nproc_per_node=1" in dry_run(RECIPE, CUDA_VISIBLE_DEVICES=1, **variables)[0]
-    assert "--nproc_per_node=4" in dry_run(RECIPE, GPUS=4, CUDA_VISIBLE_DEVICES=-1, **variables)[0], (
-        "processes on a CPU"
+    assert done.stderr == "launch.sh: GPUS=4 needs 4 on this machine, which has 2.\n"
+    assert "--nproc_per_node=2" in dry_run(VISION_LORA_RECIPE, **variables)[0], "all GPUs are the default"
+    assert "--nproc_per_node=1" in dry_run(VISION_LORA_RECIPE, CUDA_VISIBLE_DEVICES=1, **variables)[0]
+    assert "--nproc_per_node=4" in dry_run(VISION_LORA_RECIPE, GPUS=4, CUDA_VISIBLE_DEVICES=-1, **variables)[0], (
+        "ranks on the CPU"
     )
 
 
-def test_dry_run_only_warns_of_what_a_machine_lacks(bash):
-    done = bash(RECIPE, DRY_RUN=1, GPUS=8, LAUNCHER="slurm", MODEL_PATH="./nowhere", META_PATH="nowhere.json")
+def test_a_dry_run_only_warns_about_what_the_machine_lacks(bash):
+    done = bash(
+        VISION_LORA_RECIPE, DRY_RUN=1, GPUS=8, LAUNCHER="slurm", MODEL_PATH="./nowhere", META_PATH="nowhere.json"
+    )
     assert done.returncode == 0
     assert done.stderr.count("warning") == done.stderr.count("\n") == 3
-    assert bash(RECIPE, DRY_RUN=1, GPUS=3).returncode == 1
+    assert bash(VISION_LORA_RECIPE, DRY_RUN=1, GPUS=3).returncode == 1
 
 
-def test_checks_follow_the_users_flags(bash):
-    done = bash(RECIPE, "--meta_path=nowhere.json", META_PATH=__file__)
+def test_the_users_flags_are_checked(bash):
+    done = bash(VISION_LORA_RECIPE, "--meta_path=nowhere.json", META_PATH=__file__)
     assert (done.returncode, "META_PATH=nowhere.json" in done.stderr) == (1, True)
 
 
 def test_several_nodes_without_slurm(dry_run):
-    start, args = dry_run(RECIPE, NODES=2, GPUS=16, NODE_RANK=1, MASTER_ADDR="10.0.0.1", CUDA_VISIBLE_DEVICES="")
+    start, args = dry_run(
+        VISION_LORA_RECIPE, NODES=2, GPUS=16, NODE_RANK=1, MASTER_ADDR="10.0.0.1", CUDA_VISIBLE_DEVICES=""
+    )
     for word in ("--nnodes=2", "--node_rank=1", "--nproc_per_node=8", "--master_addr=10.0.0.1", "--master_port=34229"):
         assert word in start
     assert args[args.index("--gradient_accumulation_steps") + 1] == "2"
 
 
-def test_a_micro_batch_is_at_most_what_a_process_gets(bash, dry_run):
-    done = bash(RECIPE, GPUS=8, BATCH_SIZE=16, DRY_RUN=1)
-    assert done.stderr == "launch.sh: micro-batches of 2: BATCH_SIZE=16 gives no more to GPUS=8.\n"
-    _, args = dry_run(RECIPE, GPUS=8, BATCH_SIZE=16)
+def test_the_micro_batch_size_is_at_most_the_samples_of_a_rank(bash, dry_run):
+    done = bash(VISION_LORA_RECIPE, GPUS=8, BATCH_SIZE=16, DRY_RUN=1)
+    assert done.stderr == "launch.sh: micro-batch size reduced to 2: BATCH_SIZE=16 / GPUS=8.\n"
+    _, args = dry_run(VISION_LORA_RECIPE, GPUS=8, BATCH_SIZE=16)
     assert args[args.index("--per_device_train_batch_size") + 1] == "2"
     assert args[args.index("--gradient_accumulation_steps") + 1] == "1"
 
 
-def test_slurm_from_outside(dry_run):
+def test_slurm_outside_an_allocation(dry_run):
     start, args = dry_run(
-        RECIPE, LAUNCHER="slurm", GPUS=16, PARTITION="big", SRUN_ARGS="--quotatype=reserved --time 60"
+        VISION_LORA_RECIPE, LAUNCHER="slurm", GPUS=16, PARTITION="big", SRUN_ARGS="--quotatype=reserved --time 60"
     )
     step = start[start.index("srun") :]
     assert step[1:-1] == [
@@ -99,34 +103,34 @@ def test_slurm_from_outside(dry_run):
     ]
     assert "LAUNCHER=slurm" in start
     assert args[args.index("--gradient_accumulation_steps") + 1] == "2"
-    assert not any("gres" in word for word in dry_run(RECIPE, LAUNCHER="slurm", GPUS=2, GRES="none")[0])
+    assert not any("gres" in word for word in dry_run(VISION_LORA_RECIPE, LAUNCHER="slurm", GPUS=2, GRES="none")[0])
 
 
-CLUSTER_RECIPE = ROOT / "shell/internvl2.5/2nd_finetune/internvl2_5_38b_dynamic_res_2nd_finetune_full.sh"
+CLUSTER_RECIPE = REPO_ROOT / "shell/internvl2.5/2nd_finetune/internvl2_5_38b_dynamic_res_2nd_finetune_full.sh"
 
 
-def test_when_a_recipe_goes_to_the_cluster(dry_run, tmp_path):
-    def launcher(recipe, **variables):
+def test_when_a_recipe_starts_srun(dry_run, tmp_path):
+    def find_launcher(recipe, **variables):
         start, _ = dry_run(recipe, **variables)
         ntasks = [word for word in start if word.startswith(("--ntasks=", "--nproc_per_node="))]
         return "slurm" if "srun" in start else "pytorch", ntasks[0].split("=")[1]
 
-    assert launcher(RECIPE, PARTITION="p") == ("slurm", "8")
-    assert launcher(CLUSTER_RECIPE, PARTITION="p") == ("slurm", "16"), "the recipe's own"
-    assert launcher(CLUSTER_RECIPE, PARTITION="p", GPUS=32) == ("slurm", "32")
-    assert launcher(CLUSTER_RECIPE, PARTITION="p", NODES=4) == ("slurm", "32")
-    assert launcher(CLUSTER_RECIPE) == ("pytorch", "1"), "a machine without SLURM"
+    assert find_launcher(VISION_LORA_RECIPE, PARTITION="p") == ("slurm", "8")
+    assert find_launcher(CLUSTER_RECIPE, PARTITION="p") == ("slurm", "16"), "CLUSTER_GPUS of the recipe"
+    assert find_launcher(CLUSTER_RECIPE, PARTITION="p", GPUS=32) == ("slurm", "32")
+    assert find_launcher(CLUSTER_RECIPE, PARTITION="p", NODES=4) == ("slurm", "32")
+    assert find_launcher(CLUSTER_RECIPE) == ("pytorch", "1"), "a machine without SLURM"
     (tmp_path / "srun").symlink_to("/bin/true")
     path = f"{tmp_path}:/usr/bin:/bin"
-    assert launcher(CLUSTER_RECIPE, PATH=path) == ("slurm", "16")
-    assert launcher(CLUSTER_RECIPE, PATH=path, GPUS=8) == ("slurm", "8")
-    assert launcher(CLUSTER_RECIPE, PATH=path, GPUS=8, LAUNCHER="pytorch") == ("pytorch", "8")
-    assert launcher(RECIPE, PATH=path) == ("pytorch", "1")
+    assert find_launcher(CLUSTER_RECIPE, PATH=path) == ("slurm", "16")
+    assert find_launcher(CLUSTER_RECIPE, PATH=path, GPUS=8) == ("slurm", "8")
+    assert find_launcher(CLUSTER_RECIPE, PATH=path, GPUS=8, LAUNCHER="pytorch") == ("pytorch", "8")
+    assert find_launcher(VISION_LORA_RECIPE, PATH=path) == ("pytorch", "1")
 
 
 @pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 99}])
-def test_the_variables_of_3_5_count_nodes(dry_run, variables):
-    recipe = ROOT / "shell/internvl3_5_qwen3/internvl3_5_8b_sft.sh"
+def test_world_size_counts_nodes_in_the_recipes_of_3_5(dry_run, variables):
+    recipe = REPO_ROOT / "shell/internvl3_5_qwen3/internvl3_5_8b_sft.sh"
     start, args = dry_run(recipe, NPROC_PER_NODE=8, **variables)
     nodes = variables.get("WORLD_SIZE", 1)
     words = [f"--nnodes={nodes}", f"--node_rank={variables.get('RANK', 0)}", "--nproc_per_node=8"]
@@ -138,31 +142,31 @@ def test_the_variables_of_3_5_count_nodes(dry_run, variables):
 
 @pytest.mark.parametrize("shell", [{}, {"SLURM_PROCID": 0}, {"SLURM_PROCID": 0, "SLURM_STEP_ID": 4294967290}])
 def test_slurm_in_an_allocation(dry_run, shell):
-    """From sbatch, and from the shells that salloc opens on the login node or on the first node."""
-    start, _ = dry_run(RECIPE, **JOB, **shell)
+    """Test sbatch, and salloc's shell on login node and first node."""
+    start, _ = dry_run(VISION_LORA_RECIPE, **JOB, **shell)
     for word in ("srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=8", "LAUNCHER=slurm"):
         assert word in start
     assert not any("gres" in word for word in start), "a step inherits the GPUs of its allocation"
 
 
 @pytest.mark.parametrize("restarts", [2, 3])
-def test_a_job_goes_on_by_itself_so_many_times(bash, tmp_path, restarts):
-    """`scontrol requeue` ends a job that may go on."""
+def test_an_interrupted_job_is_requeued_max_requeues_times(bash, tmp_path, restarts):
+    """`scontrol` is a stub here; the real one ends the job."""
     (scontrol := tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"\n')
     scontrol.chmod(0o755)
     (recipe := tmp_path / "recipe.sh").write_text("exit 85")
     env = {"RECIPE": recipe, "SLURM_JOB_ID": 7, "SLURM_RESTART_COUNT": restarts, "MAX_REQUEUES": 3}
-    done = bash(ROOT / "shell/slurm/8b_vit_lora.sbatch", **env, PATH=f"{tmp_path}:/usr/bin:/bin")
+    done = bash(REPO_ROOT / "shell/slurm/8b_vit_lora.sbatch", **env, PATH=f"{tmp_path}:/usr/bin:/bin")
     if restarts < 3:
         assert (done.returncode, done.stdout) == (0, "requeue 7\n")
     else:
         assert (done.returncode, done.stdout) == (85, "")
-        assert done.stderr.startswith("this job went on 3 times, as MAX_REQUEUES allows")
+        assert done.stderr.startswith("this job was requeued MAX_REQUEUES=3 times")
 
 
 def test_slurm_inside_a_task(dry_run):
-    commands = [dry_run(RECIPE, **TASK | {"SLURM_PROCID": rank}) for rank in (0, 7)]
-    assert commands[0] == commands[1], "one port for all"
+    commands = [dry_run(VISION_LORA_RECIPE, **TASK | {"SLURM_PROCID": rank}) for rank in (0, 7)]
+    assert commands[0] == commands[1], "all tasks use one port"
     start, args = commands[0]
     assert start[-3:-1] == ["python3", "-u"]
     assert "srun" not in start
@@ -170,76 +174,77 @@ def test_slurm_inside_a_task(dry_run):
     assert args[args.index("--gradient_accumulation_steps") + 1] == "4"
 
 
-def test_a_shell_of_one_task_is_a_machine(dry_run):
-    start, _ = dry_run(RECIPE, **TASK | {"SLURM_STEP_NUM_TASKS": 1, "SLURM_PROCID": 0, "CUDA_VISIBLE_DEVICES": "0,1"})
+def test_a_step_of_one_task_runs_torchrun(dry_run):
+    start, _ = dry_run(
+        VISION_LORA_RECIPE, **TASK | {"SLURM_STEP_NUM_TASKS": 1, "SLURM_PROCID": 0, "CUDA_VISIBLE_DEVICES": "0,1"}
+    )
     assert "LAUNCHER=pytorch" in start
     assert "--nproc_per_node=2" in start
 
 
-def train(folder, code):
-    """A training of a few lines in place of the real one."""
-    entry = folder / "entry.py"
-    entry.write_text(code)
-    return {"ENTRY": entry, "OUTPUT_DIR": folder / "out", "CUDA_VISIBLE_DEVICES": ""}
-
-
+@pytest.mark.multiprocess
 def test_exit_status_and_log(bash, tmp_path):
     code = "import os, sys\nprint(os.environ['LAUNCHER'], sys.argv[-1])\nsys.stderr.write('ends\\n')\nsys.exit(3)\n"
-    variables = train(tmp_path, code)
+    variables = replace_training(tmp_path, code)
     for run in (1, 2):
-        done = bash(RECIPE, "--last", f"word {run}", **variables)
+        done = bash(VISION_LORA_RECIPE, "--last", f"word {run}", **variables)
         assert done.returncode == 3, done.stdout + done.stderr
         assert f"pytorch word {run}\n" in done.stdout
     log = (tmp_path / "out/training_log.txt").read_text()
-    assert log.index("pytorch word 1") < log.index("pytorch word 2"), "appended"
+    assert log.index("pytorch word 1") < log.index("pytorch word 2"), "the log is appended to"
     assert log.count("ends\n") == 2
 
 
-LEAVES_WHEN_TOLD = """
+SAVE_ON_SIGNAL = """
 import os, signal, sys, time
-told = []
+received = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: told.append(number))
-print("waits", flush=True)
-while not told:
+    signal.signal(number, lambda number, frame: received.append(number))
+print("waiting", flush=True)
+while not received:
     time.sleep(0.02)
 time.sleep(0.5)
-print("saves")
+print("saving")
 print("x" * 100_000)
-print("left")
+print("saved")
 sys.exit(85)
 """
 
 
-def to_shell(process: psutil.Process, number: int) -> None:
+def send_to_shell(process: psutil.Process, number: int) -> None:
     process.send_signal(number)
 
 
-def to_everything(process: psutil.Process, number: int) -> None:
-    """As SLURM does, to each process of a step."""
+def send_to_all(process: psutil.Process, number: int) -> None:
+    """Send a signal as SLURM does to each process of a step."""
     for one in (process, *process.children(recursive=True)):
         one.send_signal(number)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-@pytest.mark.parametrize("send", [to_shell, to_everything])
-def test_signals_to_leave_reach_the_training_and_the_log_is_whole(bash, tmp_path, number, send):
-    """Also a second one. The recipe is a task of SLURM: `python3` itself, below its shell."""
+@pytest.mark.parametrize("send_fn", [send_to_shell, send_to_all])
+def test_preemption_signals_reach_the_training_and_its_log_is_complete(bash, tmp_path, number, send_fn):
+    """Send each signal twice.
+
+    The recipe runs as a task of SLURM, where `python3` is a child of its shell.
+    """
     variables = TASK | {"SLURM_PROCID": 0, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "INTERNVL_VENV": "none"}
-    env = {name: str(value) for name, value in (variables | train(tmp_path, LEAVES_WHEN_TOLD)).items()}
+    env = {name: str(value) for name, value in (variables | replace_training(tmp_path, SAVE_ON_SIGNAL)).items()}
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
-    process = psutil.Popen(["bash", RECIPE], env=env | {"HOME": str(tmp_path)}, **streams)
-    assert process.stdout.readline() == "waits\n"
+    process = psutil.Popen(["bash", VISION_LORA_RECIPE], env=env | {"HOME": str(tmp_path)}, **streams)
+    assert process.stdout.readline() == "waiting\n"
     for _ in range(2):
-        send(process, number)
+        send_fn(process, number)
         time.sleep(0.1)
     printed = process.communicate(timeout=20)[0]
     assert process.returncode == 85
-    assert printed == f"saves\n{'x' * 100_000}\nleft\n"
-    assert (tmp_path / "out/training_log.txt").read_text() == f"waits\n{printed}"
+    assert printed == f"saving\n{'x' * 100_000}\nsaved\n"
+    assert (tmp_path / "out/training_log.txt").read_text() == f"waiting\n{printed}"
 
 
-def test_two_processes_meet(bash, tmp_path):
+@pytest.mark.multiprocess
+def test_two_ranks_connect(bash, tmp_path):
     code = """
 import os, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -248,26 +253,28 @@ dist.all_reduce(total)
 print(f"sum {total.item()} threads {os.environ['OMP_NUM_THREADS']}\\n", end="")
 dist.destroy_process_group()
 """
-    done = bash(RECIPE, GPUS=2, OMP_NUM_THREADS=1, **train(tmp_path, code))
+    done = bash(VISION_LORA_RECIPE, GPUS=2, OMP_NUM_THREADS=1, **replace_training(tmp_path, code))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("sum 3 threads 1\n") == 2
 
 
-def test_only_task_0_of_a_step_logs(bash, tmp_path):
-    variables = train(tmp_path, "import os; print('task', os.environ['SLURM_PROCID'])")
+@pytest.mark.multiprocess
+def test_only_task_0_of_a_step_writes_the_log(bash, tmp_path):
+    variables = replace_training(tmp_path, "import os; print('task', os.environ['SLURM_PROCID'])")
     for rank in (1, 0):
-        assert bash(RECIPE, **TASK | variables | {"SLURM_PROCID": rank}).stdout == f"task {rank}\n"
+        assert bash(VISION_LORA_RECIPE, **TASK | variables | {"SLURM_PROCID": rank}).stdout == f"task {rank}\n"
     assert (tmp_path / "out/training_log.txt").read_text() == "task 0\n"
 
 
-def test_dry_run_is_instant_and_leaves_nothing(bash, tmp_path):
+def test_a_dry_run_is_instant_and_writes_nothing(bash, tmp_path):
     start = time.monotonic()
-    bash(RECIPE, DRY_RUN=1, INTERNVL_VENV="")
+    bash(VISION_LORA_RECIPE, DRY_RUN=1, INTERNVL_VENV="")
     assert time.monotonic() - start < 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_dry_run_prints_can_be_run(bash, tmp_path):
-    variables = train(tmp_path, "import sys; print(sys.argv[-1])") | TASK
-    command = bash(RECIPE, "it's me", DRY_RUN=1, **variables).stdout
+@pytest.mark.multiprocess
+def test_the_command_of_a_dry_run_can_be_run(bash, tmp_path):
+    variables = replace_training(tmp_path, "import sys; print(sys.argv[-1])") | TASK
+    command = bash(VISION_LORA_RECIPE, "it's me", DRY_RUN=1, **variables).stdout
     assert subprocess.check_output(["bash", "-c", command], text=True) == "it's me\n"

@@ -1,10 +1,10 @@
-"""Our own recipes and what holds for all: the real parser, from everywhere, with the user's word last."""
+"""Recipes pass the real parser; variables and flags override them."""
 
 import pytest
-from helpers.training_runs import ROOT
+from helpers.paths import REPO_ROOT, VISION_LORA_RECIPE
 
-RECIPES = sorted((ROOT / "shell").glob("*/*_vit_lora.sh"))
-VIT_LORA = {  # ZeRO stage, micro-batch, learning rate
+RECIPES = sorted((REPO_ROOT / "shell").glob("*/*_vit_lora.sh"))
+EXPECTED_BY_SIZE = {  # ZeRO stage, micro-batch size, learning rate
     "1b": (2, 8, 2e-4),
     "2b": (2, 8, 2e-4),
     "4b": (2, 4, 2e-4),
@@ -17,37 +17,34 @@ VIT_LORA = {  # ZeRO stage, micro-batch, learning rate
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
 @pytest.mark.parametrize("gpus", [1, 2, 8])
-def test_recipe_parses_and_its_batch_comes_out_whole(parsed, recipe, gpus):
-    model, data, training = parsed(recipe, GPUS=gpus)
-    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * gpus
-    assert per_step == 128
-    assert data.meta_path.startswith(str(ROOT))
+def test_recipe_parses_and_keeps_the_global_batch_size(parse_recipe, recipe, gpus):
+    model, data, training = parse_recipe(recipe, GPUS=gpus)
+    global_batch_size = training.per_device_train_batch_size * training.gradient_accumulation_steps * gpus
+    assert global_batch_size == 128
+    assert data.meta_path.startswith(str(REPO_ROOT))
     assert training.output_dir == f"work_dirs/{recipe.parent.name}/{recipe.stem}"
     assert len(recipe.read_text().splitlines()) <= 15
     assert model.grad_checkpoint and training.bf16 and data.dynamic_image_size and data.use_thumbnail
 
 
-@pytest.mark.parametrize("size", VIT_LORA)
-def test_vision_lora(parsed, size):
-    stage, micro_batch, rate = VIT_LORA[size]
-    model, data, training = parsed(ROOT / f"shell/internvl2.5/{size}_vit_lora.sh", GPUS=1)
+@pytest.mark.parametrize("size", EXPECTED_BY_SIZE)
+def test_flags_of_the_vision_lora_recipes(parse_recipe, size):
+    stage, micro_batch_size, learning_rate = EXPECTED_BY_SIZE[size]
+    model, data, training = parse_recipe(REPO_ROOT / f"shell/internvl2.5/{size}_vit_lora.sh", GPUS=1)
     assert model.model_name_or_path == f"OpenGVLab/InternVL2_5-{size.upper()}"
     assert model.use_backbone_lora == model.use_llm_lora == 16
     assert model.freeze_backbone and model.freeze_llm and model.freeze_mlp
     assert (data.conv_style, data.max_dynamic_patch, data.max_seq_length) == ("internvl2_5", 6, 8192)
     assert training.deepspeed["zero_optimization"]["stage"] == stage
-    assert training.per_device_train_batch_size == micro_batch
-    assert training.learning_rate == rate
+    assert training.per_device_train_batch_size == micro_batch_size
+    assert training.learning_rate == learning_rate
 
 
-RECIPE = ROOT / "shell/internvl2.5/8b_vit_lora.sh"
-
-
-def test_variables_override(parsed, tmp_path):
+def test_variables_override_the_recipe(parse_recipe, tmp_path):
     meta = tmp_path / "my meta.json"
     meta.write_text("{}")
-    model, data, training = parsed(
-        RECIPE,
+    model, data, training = parse_recipe(
+        VISION_LORA_RECIPE,
         MODEL_PATH=tmp_path,
         META_PATH=meta,
         OUTPUT_DIR="out put",
@@ -62,24 +59,24 @@ def test_variables_override(parsed, tmp_path):
     assert training.deepspeed["zero_optimization"]["stage"] == 1
 
 
-def test_no_deepspeed(dry_run):
-    assert "--deepspeed" not in dry_run(RECIPE, ZERO_CONFIG="none")[1]
+def test_zero_config_none_runs_without_deepspeed(dry_run):
+    assert "--deepspeed" not in dry_run(VISION_LORA_RECIPE, ZERO_CONFIG="none")[1]
 
 
-def test_the_users_word_is_last(parsed):
+def test_the_users_flags_override_the_recipe(parse_recipe):
     flags = ("--learning_rate", "1e-5", "--use_llm_lora=8", "--output_dir", "with space", "--max_steps", "3")
-    model, _, training = parsed(RECIPE, *flags)
+    model, _, training = parse_recipe(VISION_LORA_RECIPE, *flags)
     assert (training.learning_rate, model.use_llm_lora) == (1e-5, 8)
     assert (training.output_dir, training.max_steps) == ("with space", 3)
 
 
-def test_same_command_from_everywhere(dry_run, tmp_path):
-    places = [
-        (RECIPE, tmp_path),
-        ("8b_vit_lora.sh", RECIPE.parent),
-        ("shell/internvl2.5/8b_vit_lora.sh", ROOT),
-        ("shell/internvl2.5/8b_vit_lora.sh", ROOT / "internvl_chat"),
-        (ROOT / "internvl_chat/shell/internvl2.5/8b_vit_lora.sh", tmp_path),
+def test_the_command_does_not_depend_on_the_folder(dry_run, tmp_path):
+    starts = [
+        (VISION_LORA_RECIPE, tmp_path),
+        ("8b_vit_lora.sh", VISION_LORA_RECIPE.parent),
+        ("shell/internvl2.5/8b_vit_lora.sh", REPO_ROOT),
+        ("shell/internvl2.5/8b_vit_lora.sh", REPO_ROOT / "internvl_chat"),
+        (REPO_ROOT / "internvl_chat/shell/internvl2.5/8b_vit_lora.sh", tmp_path),
     ]
-    commands = [dry_run(script, cwd=cwd, MASTER_PORT=29999) for script, cwd in places]
+    commands = [dry_run(script, cwd=cwd, MASTER_PORT=29999) for script, cwd in starts]
     assert all(command == commands[0] for command in commands)

@@ -1,4 +1,4 @@
-"""setup.sh: once, then silent and instant; what is missing is said in one sentence."""
+"""setup.sh installs once, and reports missing requirements in one sentence."""
 
 import os
 import shutil
@@ -8,29 +8,29 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.training_runs import ROOT
+from helpers.paths import REPO_ROOT
 
-TOOLS = ("bash", "dirname", "df", "awk", "tail", "mkdir", "rm", "realpath")
-SHOW = 'source "$0/shell/setup.sh" && echo "$VIRTUAL_ENV $(command -v python3) $PYTHONPATH $-"'
+COMMANDS = ("bash", "dirname", "df", "awk", "tail", "mkdir", "rm", "realpath")
+PRINT_STATE = 'source "$0/shell/setup.sh" && echo "$VIRTUAL_ENV $(command -v python3) $PYTHONPATH $-"'
 
 
 @pytest.fixture
 def repository(tmp_path):
-    """A checkout whose requirements are already met: installing it is real and short."""
+    """Make a checkout without requirements: a real but short installation."""
     folder = tmp_path / "a checkout"
     (folder / "shell").mkdir(parents=True)
     (folder / "internvl_chat").mkdir()
-    shutil.copy(ROOT / "shell/setup.sh", folder / "shell")
-    (folder / "requirements.txt").write_text("# nothing\n")
+    shutil.copy(REPO_ROOT / "shell/setup.sh", folder / "shell")
+    (folder / "requirements.txt").write_text("# no packages\n")
     return folder
 
 
 @pytest.fixture
 def tools(tmp_path):
-    """A PATH that holds only chosen programs."""
+    """Make a PATH folder with only `COMMANDS`, Python and a compiler."""
     folder = tmp_path / "tools"
     folder.mkdir()
-    for name in TOOLS:
+    for name in COMMANDS:
         (folder / name).symlink_to(shutil.which(name))
     python = Path(sys.base_prefix) / "bin/python3"
     (folder / "python3").symlink_to(python)
@@ -38,28 +38,29 @@ def tools(tmp_path):
     return folder
 
 
-def setup(repository, script=SHOW, **variables):
+def setup(repository, script=PRINT_STATE, **variables):
     env = {"PATH": os.environ["PATH"], "HOME": str(repository)} | {k: str(v) for k, v in variables.items()}
     return subprocess.run(
         ["/bin/bash", "-c", script, str(repository)], cwd="/", env=env, capture_output=True, text=True
     )
 
 
-def python(folder, text):
-    """Put a Python of our making on a PATH."""
+def replace_python(folder, text):
+    """Replace the Python on PATH by a script."""
     (folder / "python3").unlink()
     (folder / "python3").write_text(f"#!/bin/bash\n{text}\n")
     (folder / "python3").chmod(0o755)
 
 
-def one_sentence(done, *words):
+def assert_one_sentence(done, *words):
     assert done.returncode == 1
     assert done.stderr.startswith("setup.sh: ")
     assert done.stderr.count("\n") == 1, done.stderr
     assert all(word in done.stderr for word in words), done.stderr
 
 
-def test_once_then_silent_and_instant(repository, tools):
+@pytest.mark.e2e
+def test_the_second_call_is_silent_and_instant(repository, tools):
     first = setup(repository, PATH=tools)
     env = repository / ".venv"
     expected = f"{env} {env}/bin/python3 {repository}/internvl_chat "
@@ -72,9 +73,9 @@ def test_once_then_silent_and_instant(repository, tools):
     second = setup(repository, PATH=tools)
     assert time.monotonic() - start < 0.3
     assert (second.stdout, second.stderr) == (first.stdout, "")
-    assert not set("eu") & set(second.stdout.split()[-1]), "no shell option is set for who sources it"
+    assert not set("eu") & set(second.stdout.split()[-1]), "setup.sh sets no shell option"
 
-    twice = setup(repository, f'source "$0/shell/setup.sh"; {SHOW}', PATH=tools)
+    twice = setup(repository, f'source "$0/shell/setup.sh"; {PRINT_STATE}', PATH=tools)
     assert twice.stdout == first.stdout, "sourcing again changes nothing"
 
     (repository / "requirements.txt").write_text("# something else\n")
@@ -85,15 +86,16 @@ def test_once_then_silent_and_instant(repository, tools):
     assert again.stderr.count("\n") == 1
 
 
-def test_what_is_newly_required_is_installed_from_a_shell_in_which_the_environment_is_active(repository):
+@pytest.mark.e2e
+def test_new_requirements_are_installed_while_the_environment_is_active(repository):
     more = 'echo "# more" >>"$0/requirements.txt"'
-    done = setup(repository, f'source "$0/shell/setup.sh"; {more}; {SHOW}')
+    done = setup(repository, f'source "$0/shell/setup.sh"; {more}; {PRINT_STATE}')
     assert done.returncode == 0 and done.stderr.count("\n") == 2, done.stderr
     assert done.stdout.startswith(f"{repository}/.venv {repository}/.venv/bin/python3 ")
-    assert setup(repository).stderr == "", "it is installed"
+    assert setup(repository).stderr == "", "already installed"
 
 
-def test_two_jobs_install_one_after_the_other(repository):
+def test_a_second_job_waits_for_the_installation(repository):
     with (repository / "requirements.txt").open("r+") as file:
         subprocess.run(["flock", str(file.fileno())], pass_fds=[file.fileno()], check=True)
         job = subprocess.Popen(
@@ -102,59 +104,60 @@ def test_two_jobs_install_one_after_the_other(repository):
         assert b"waiting" in job.stderr.readline()
         (repository / ".venv/bin").mkdir(parents=True)
         (repository / ".venv/bin/activate").touch()
-        (repository / ".venv/.internvl").write_text(f"{repository}/.venv\n# nothing")
-    assert job.wait(timeout=20) == 0, "the other job has installed: nothing is left to do"
+        (repository / ".venv/.internvl").write_text(f"{repository}/.venv\n# no packages")
+    assert job.wait(timeout=20) == 0, "the other job has installed everything"
     assert job.stderr.read() == b""
     job.stderr.close()
 
 
-def test_pip_fails(repository, tools):
+@pytest.mark.e2e
+def test_a_failure_of_pip_is_not_stamped_as_installed(repository, tools):
     (repository / "requirements.txt").write_text("./no-such-folder\n")
     done = setup(repository, PATH=tools)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("setup.sh: pip could not install")
     assert "no-such-folder" in done.stderr
-    assert setup(repository, PATH=tools).returncode == 1, "nor is it taken for done the next time"
+    assert setup(repository, PATH=tools).returncode == 1, "it fails again the next time"
 
 
-def test_no_compiler(repository, tools):
+def test_missing_compiler(repository, tools):
     (tools / "c++").unlink()
-    one_sentence(setup(repository, PATH=tools), "g++", "DeepSpeed")
+    assert_one_sentence(setup(repository, PATH=tools), "g++", "DeepSpeed")
 
 
 @pytest.mark.parametrize("answer", ["exit 127", "exit 1"])
-def test_no_python(repository, tools, answer):
-    python(tools, answer)
-    one_sentence(setup(repository, PATH=tools), "no Python >= 3.10")
+def test_missing_python(repository, tools, answer):
+    replace_python(tools, answer)
+    assert_one_sentence(setup(repository, PATH=tools), "no Python >= 3.10")
 
 
 @pytest.mark.parametrize(("asked", "word"), [("ensurepip", "-venv"), ("Python.h", "-dev")])
 def test_incomplete_python(repository, tools, asked, word):
-    python(tools, f'[[ $* == *{asked}* ]] && exit 1; exec {sys.base_prefix}/bin/python3 "$@"')
-    one_sentence(setup(repository, PATH=tools), word, "apt-get install")
+    replace_python(tools, f'[[ $* == *{asked}* ]] && exit 1; exec {sys.base_prefix}/bin/python3 "$@"')
+    assert_one_sentence(setup(repository, PATH=tools), word, "apt-get install")
 
 
-def test_no_disk(repository, tools):
+def test_too_little_disk_space(repository, tools):
     (tools / "df").unlink()
     (tools / "df").write_text('#!/bin/bash\nprintf "head\\nx 20000000 1 3145728 9%% /\\n"\n')
     (tools / "df").chmod(0o755)
-    one_sentence(setup(repository, PATH=tools), "10 GB", "3 GB are free")
+    assert_one_sentence(setup(repository, PATH=tools), "10 GB", "3 GB are free")
 
 
-def test_failure_reaches_a_script_that_sources_it(repository, tools):
+def test_a_failure_ends_a_script_that_sources_setup(repository, tools):
     (tools / "c++").unlink()
-    script = 'set -euo pipefail; source "$0/shell/setup.sh"; echo went on'
+    script = 'set -euo pipefail; source "$0/shell/setup.sh"; echo continued'
     assert (setup(repository, script, PATH=tools).stdout) == ""
 
 
-def test_active_environment(repository):
-    """INTERNVL_VENV=none: the interpreter on PATH, nothing made, nothing said."""
+def test_internvl_venv_none_uses_the_active_environment():
+    """Nothing is created and nothing is printed."""
     path = f"{sys.prefix}/bin:{os.environ['PATH']}"
     for _ in range(2):
         start = time.monotonic()
-        done = setup(ROOT, INTERNVL_VENV="none", PATH=path)
+        done = setup(REPO_ROOT, INTERNVL_VENV="none", PATH=path)
         seconds = time.monotonic() - start
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
-        assert f"{sys.prefix}/bin/python3 {ROOT}/internvl_chat" in done.stdout
+        assert f"{sys.prefix}/bin/python3 {REPO_ROOT}/internvl_chat" in done.stdout
     assert seconds < 0.3

@@ -1,11 +1,11 @@
-"""The eight DeepSpeed files: what they share and every value in which they differ."""
+"""The eight DeepSpeed configurations: common values and every difference."""
 
 import json
 
 import pytest
-from helpers.training_runs import ROOT
+from helpers.paths import REPO_ROOT
 
-FILES = sorted((ROOT / "zero_stage_configs").glob("*.json"))
+CONFIG_FILES = sorted((REPO_ROOT / "zero_stage_configs").glob("*.json"))
 STAGE_3 = {
     "stage": 3,
     "overlap_comm": True,
@@ -18,7 +18,7 @@ STAGE_3 = {
     "stage3_max_reuse_distance": 1e9,
     "stage3_gather_16bit_weights_on_model_save": True,
 }
-SPLIT = {
+STAGE_1 = {
     "stage": 1,
     "allgather_partitions": True,
     "allgather_bucket_size": 1e9,
@@ -27,24 +27,29 @@ SPLIT = {
     "reduce_bucket_size": 1e9,
     "contiguous_gradients": True,
 }
-PIECES = ("sub_group_size", "reduce_bucket_size", "stage3_prefetch_bucket_size")
-LIVE = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
-THRESHOLD = "stage3_param_persistence_threshold"
-CPU = {"device": "cpu", "pin_memory": True}
-ZERO = {
-    "zero_stage1_config.json": SPLIT,
-    "zero_stage2_config.json": SPLIT | {"stage": 2, "allgather_bucket_size": 1e8, "reduce_bucket_size": 1e8},
+BUCKET_SIZES = ("sub_group_size", "reduce_bucket_size", "stage3_prefetch_bucket_size")
+LIVE_LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+PERSISTENCE_THRESHOLD = "stage3_param_persistence_threshold"
+CPU_OFFLOAD = {"device": "cpu", "pin_memory": True}
+ZERO_BY_FILE = {
+    "zero_stage1_config.json": STAGE_1,
+    "zero_stage2_config.json": STAGE_1 | {"stage": 2, "allgather_bucket_size": 1e8, "reduce_bucket_size": 1e8},
     "zero_stage3_config.json": STAGE_3,
-    "zero_stage3_config_34b.json": STAGE_3 | {THRESHOLD: 1e5},
-    "zero_stage3_config_70b.json": STAGE_3 | {THRESHOLD: 1e5},
-    "zero_stage3_config_100b.json": STAGE_3 | {THRESHOLD: 1e4},
-    "zero_stage3_config_100b_1e8.json": STAGE_3 | {THRESHOLD: 1e4} | dict.fromkeys(PIECES, 1e8),
+    "zero_stage3_config_34b.json": STAGE_3 | {PERSISTENCE_THRESHOLD: 1e5},
+    "zero_stage3_config_70b.json": STAGE_3 | {PERSISTENCE_THRESHOLD: 1e5},
+    "zero_stage3_config_100b.json": STAGE_3 | {PERSISTENCE_THRESHOLD: 1e4},
+    "zero_stage3_config_100b_1e8.json": STAGE_3 | {PERSISTENCE_THRESHOLD: 1e4} | dict.fromkeys(BUCKET_SIZES, 1e8),
     "zero_stage3_config_100b_1e7_offload.json": STAGE_3
-    | {THRESHOLD: 1e4, "overlap_comm": False, "offload_param": CPU, "offload_optimizer": CPU}
-    | dict.fromkeys(PIECES, 1e7)
-    | dict.fromkeys(LIVE, 1e8),
+    | {
+        PERSISTENCE_THRESHOLD: 1e4,
+        "overlap_comm": False,
+        "offload_param": CPU_OFFLOAD,
+        "offload_optimizer": CPU_OFFLOAD,
+    }
+    | dict.fromkeys(BUCKET_SIZES, 1e7)
+    | dict.fromkeys(LIVE_LIMITS, 1e8),
 }
-SHARED = {
+COMMON = {
     "fp16": {
         "enabled": "auto",
         "auto_cast": True,
@@ -67,18 +72,18 @@ SHARED = {
 }
 
 
-def test_the_eight_are_there():
-    assert {f.name for f in FILES} == set(ZERO)
+def test_all_files_of_upstream_exist():
+    assert {f.name for f in CONFIG_FILES} == set(ZERO_BY_FILE)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_values(file):
+@pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda f: f.stem)
+def test_values_of_a_config(file):
     breakdown = {"wall_clock_breakdown": file.name != "zero_stage2_config.json"}
-    assert json.loads(file.read_text()) == SHARED | breakdown | {"zero_optimization": ZERO[file.name]}
+    assert json.loads(file.read_text()) == COMMON | breakdown | {"zero_optimization": ZERO_BY_FILE[file.name]}
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "shell/data").glob("*.json")), ids=lambda f: f.stem)
-def test_meta_files_have_what_a_meta_file_needs(file):
+@pytest.mark.parametrize("file", sorted((REPO_ROOT / "shell/data").glob("*.json")), ids=lambda f: f.stem)
+def test_meta_files_have_the_required_keys(file):
     for entry in json.loads(file.read_text()).values():
         assert {"root", "annotation", "repeat_time", "data_augment"} <= set(entry)
         assert entry["annotation"].endswith(".jsonl")

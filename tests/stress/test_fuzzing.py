@@ -1,4 +1,4 @@
-"""Runs on data, checkpoints and flags that are wrong somehow end in a step or in one sentence; see `fuzzing.py`."""
+"""Check that invalid inputs end in a step or one sentence."""
 
 import json
 import random
@@ -6,42 +6,50 @@ import re
 import shutil
 
 import pytest
-from helpers.training_runs import FULL, LORA, write_meta
-from stress.fuzzing import HERE, Case, fuzz, make_case, make_source, outcome, outcome_of_process
+from helpers.training_runs import TRAIN_ADAPTERS, TRAIN_LLM_AND_PROJECTOR, write_meta_file
+from stress.fuzzing import IN_PROCESS_KINDS, Case, make_case, make_source, run_case, run_case_as_process, run_cases
 
 
 @pytest.fixture(scope="module")
 def source(goldens, tmp_path_factory):
+    """Write the inputs of a valid run."""
     folder = tmp_path_factory.mktemp("fuzz")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INTERNVL_CACHE", str(folder / "cache"))
         yield make_source(goldens, folder / "source")
 
 
-def findings(found: dict) -> list[str]:
-    wrong = [(number, *case) for number, case in found.items() if case[1].startswith("finding")]
-    return [f"case {number}: {'; '.join(changes)}\n{result}" for number, changes, result in wrong]
+def describe_findings(results: dict[int, tuple[list[str], str]]) -> list[str]:
+    return [
+        f"case {number}: {'; '.join(changes)}\n{result}"
+        for number, (changes, result) in results.items()
+        if result.startswith("finding")
+    ]
 
 
+@pytest.mark.stress
 def test_cases_in_this_process(source):
-    found = fuzz(source, seed=0, numbers=range(24))
-    assert not findings(found)
-    kinds = [result.partition(":")[0] for _, result in found.values()]
+    results = run_cases(source, seed=0, numbers=range(24))
+    assert not describe_findings(results)
+    kinds = [result.partition(":")[0] for _, result in results.values()]
     assert kinds.count("trained") >= 5 and kinds.count("error") >= 5, kinds
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_more_cases_in_this_process(source):
-    assert not findings(fuzz(source, seed=1, numbers=range(180)))
+    assert not describe_findings(run_cases(source, seed=1, numbers=range(180)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kinds", [["zero"], HERE], ids=["zero", "others"])
+@pytest.mark.stress
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("kinds", [["zero"], IN_PROCESS_KINDS], ids=["zero", "others"])
 def test_cases_as_processes(source, kinds):
-    assert not findings(fuzz(source, 2, range(4), kinds, outcome_of_process))
+    assert not describe_findings(run_cases(source, 2, range(4), kinds, run_case_as_process))
 
 
-def config(**fields):
+def set_llm_config(**fields):
+    """Return a function that sets fields of the LLM configuration."""
+
     def change(folder):
         old = json.loads((folder / "model/config.json").read_text())
         old["llm_config"] |= fields
@@ -50,7 +58,9 @@ def config(**fields):
     return change
 
 
-def first_line(**fields):
+def set_in_first_record(**fields):
+    """Return a function that sets fields of the first record."""
+
     def change(folder):
         first, *rest = (folder / "train.jsonl").read_text().splitlines()
         (folder / "train.jsonl").write_text("\n".join([json.dumps(json.loads(first) | fields), *rest]))
@@ -58,7 +68,9 @@ def first_line(**fields):
     return change
 
 
-def edited(name: str, **fields):
+def set_in_json(name: str, **fields):
+    """Return a function that sets fields of a JSON file."""
+
     def change(folder):
         old = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
         (folder / name).write_text(json.dumps(old | fields))
@@ -66,52 +78,80 @@ def edited(name: str, **fields):
     return change
 
 
-def cut(name: str):
+def truncate(name: str):
+    """Return a function that truncates a file."""
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:1000])
 
 
-# What was found: how to change the run that is right, its flags, and how it ends.
-FOUND = {
-    "weights cut short": (cut("model/model.safetensors"), "", "error: the checkpoint .*: SafetensorError"),
-    "a tokenizer cut short": (cut("model/tokenizer.json"), "", "error: the tokenizer in .* cannot be loaded"),
-    "a type": (config(max_window_layers=1e-9), "", "error: the checkpoint .*expected int, got float"),
-    "a probability": (config(attention_dropout=2), "", "error: .*attention_dropout 2 in config.json is no probability"),
-    "a list for a class": (edited("model/tokenizer_config.json", tokenizer_class=[]), "", "error: the tokenizer in"),
-    "a list for a config": (lambda f: (f / "model/config.json").write_text("[]"), "", "error: the checkpoint .*list"),
-    "a number for ZeRO": (edited("zero.json", zero_optimization=9), "--deepspeed zero.json", "error: .*9 is no object"),
-    "a number for AdamW": (edited("zero.json", optimizer=2), "--deepspeed zero.json", "error: .*2 is no object"),
-    "no UTF-8 for ZeRO": (
-        lambda f: (f / "zero.json").write_bytes(b'{"a": "\xff"}'),
+# What fuzzing has found: a change of the valid run, flags, the expected result.
+KNOWN_CASES = {
+    "truncated weights": (truncate("model/model.safetensors"), "", "error: the checkpoint .*: SafetensorError"),
+    "truncated tokenizer": (truncate("model/tokenizer.json"), "", "error: the tokenizer in .* cannot be loaded"),
+    "float for an int": (set_llm_config(max_window_layers=1e-9), "", "error: the checkpoint .*expected int, got float"),
+    "invalid probability": (
+        set_llm_config(attention_dropout=2),
+        "",
+        "error: .*config.json: attention_dropout 2 is invalid",
+    ),
+    "list as tokenizer class": (
+        set_in_json("model/tokenizer_config.json", tokenizer_class=[]),
+        "",
+        "error: the tokenizer in",
+    ),
+    "list as config": (
+        lambda folder: (folder / "model/config.json").write_text("[]"),
+        "",
+        "error: the checkpoint .*list",
+    ),
+    "number as zero_optimization": (
+        set_in_json("zero.json", zero_optimization=9),
+        "--deepspeed zero.json",
+        "error: .*objects, got 9",
+    ),
+    "number as optimizer": (
+        set_in_json("zero.json", optimizer=2),
+        "--deepspeed zero.json",
+        "error: .*objects, got 2",
+    ),
+    "DeepSpeed file not in UTF-8": (
+        lambda folder: (folder / "zero.json").write_bytes(b'{"a": "\xff"}'),
         "--deepspeed zero.json",
         "error: --deepspeed zero.json is not valid JSON",
     ),
-    "a rank beyond all layers": (lambda f: None, "--use_mlp_lora 99999999999999999999", "error: .*is at most 65,536"),
-    "a zero byte in a path": (first_line(image="a\0.png"), "", "trained"),
-    "half a pair in a path": (first_line(image="\ud800.png"), "", "trained"),
-}  # fmt: skip
+    "LoRA rank out of range": (
+        lambda folder: None,
+        "--use_mlp_lora 99999999999999999999",
+        "error: .*invalid: expected .* to 65,536",
+    ),
+    "null byte in a path": (set_in_first_record(image="a\0.png"), "", "trained"),
+    "lone surrogate in a path": (set_in_first_record(image="\ud800.png"), "", "trained"),
+}
 
 
-@pytest.mark.parametrize("what", FOUND)
-def test_what_was_found_before(source, tmp_path, monkeypatch, what):
-    change, flags, expected = FOUND[what]
-    case = Case(shutil.copytree(source, tmp_path / "run"), [*LORA, *"--max_bad_samples 4".split(), *flags.split()], [])
-    write_meta(case.folder, case.folder / "images")
+@pytest.mark.parametrize("name", KNOWN_CASES)
+def test_known_cases(source, tmp_path, monkeypatch, name):
+    change, flags, expected = KNOWN_CASES[name]
+    case = Case(
+        shutil.copytree(source, tmp_path / "run"), [*TRAIN_ADAPTERS, *"--max_bad_samples 4".split(), *flags.split()], []
+    )
+    write_meta_file(case.folder, case.folder / "images")
     change(case.folder)
     monkeypatch.chdir(case.folder)
-    assert re.match(expected, outcome(case), re.DOTALL), outcome(case)
+    result = run_case(case)
+    assert re.match(expected, result, re.DOTALL), result
 
 
-def test_the_harness_sees_what_is_wrong(source, tmp_path, monkeypatch):
-    """A traceback, an error of one word, and a sample that nobody counts."""
+def test_run_case_reports_findings(source, tmp_path, monkeypatch):
+    """Missing samples, tracebacks and errors of one word are findings."""
     case = make_case(source, tmp_path / "run", random.Random(0), ["flags"])
-    case.flags[:] = [*FULL, "--max_bad_samples", "4"]
-    assert outcome(case) == "trained"
-    monkeypatch.setattr(Case, "records", 14)
-    assert outcome(case).startswith("finding: 13 samples of 14 records")
-    for error, said in ((KeyError("a"), "finding: Traceback"), (ValueError("a"), "finding: no sentence")):
+    case.flags[:] = [*TRAIN_LLM_AND_PROJECTOR, "--max_bad_samples", "4"]
+    assert run_case(case) == "trained"
+    monkeypatch.setattr(Case, "num_records", 14)
+    assert run_case(case).startswith("finding: 13 samples of 14 records")
+    for error, expected in ((KeyError("a"), "finding: Traceback"), (ValueError("a"), "finding: no sentence")):
 
         def fail(argv, error=error):
             raise error
 
-        monkeypatch.setattr("fuzzing.prepare", fail)
-        assert outcome(case).startswith(said)
+        monkeypatch.setattr("stress.fuzzing.prepare_trainer", fail)
+        assert run_case(case).startswith(expected)

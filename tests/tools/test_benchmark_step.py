@@ -1,147 +1,143 @@
-"""tools/benchmark_step.py: contenders get the same samples and start as the same model, and its arithmetic holds."""
+"""Contenders of tools/benchmark_step.py: the same samples, the same initial model."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.paths import TESTS_DIR
+from tools.benchmark.contender_run import ContenderRun, measure_contender
 from tools.benchmark.contenders import CONTENDERS
-from tools.benchmark.measure import Run, measure
-from tools.benchmark.predict import bytes_of_weights, predict
-from tools.benchmark.samples import batches_of, make_samples, plan_of, sizes_of_samples, trained_tokens
-from tools.benchmark.sizes import SIZES, config_of, row_tokens
-from tools.benchmark.traffic import Network, counted, seconds
+from tools.benchmark.samples import (
+    build_batches,
+    count_loss_tokens,
+    draw_sample_lengths,
+    make_random_samples,
+    plan_rows,
+)
+from tools.benchmark.sizes import MODEL_SIZES, build_config, get_max_row_tokens
 from tools.benchmark_step import main
 from transformers import InternVLForConditionalGeneration
 
-from internvl.model.hf.config import to_hf_config
-from internvl.model.hf.weights import to_hf
+from internvl.model.hf.config import convert_config_to_hf
+from internvl.model.hf.weights import convert_weights_to_hf
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 
-SIZE = SIZES["test"]
-REAL = {"1b": ("internvl3_1b.json", 0.94e9), "2b": (None, 2.2e9), "8b": ("internvl2_8b.json", 8.1e9)}
-OURS, NATIVE = "ours, padded by length", "transformers + peft, by length"
+SIZE = MODEL_SIZES["test"]
+# Size -> configuration in tests/real_configs, number of parameters.
+PUBLISHED_MODELS = {"1b": ("internvl3_1b.json", 0.94e9), "2b": (None, 2.2e9), "8b": ("internvl2_8b.json", 8.1e9)}
+OURS, TRANSFORMERS = "ours, padded by length", "transformers + peft, by length"
 
 
-def steps_of(name: str, samples: int = 24):
-    config, contender = config_of(SIZE), CONTENDERS[name]
-    lengths = sizes_of_samples(config, samples)
-    plan = plan_of(config, lengths, contender.packed, contender.by_length)
-    return lengths, batches_of(plan, make_samples(config, lengths, SIZE.dtype))
+def build_steps(name: str, num_samples: int = 24):
+    config, contender = build_config(SIZE), CONTENDERS[name]
+    lengths = draw_sample_lengths(config, num_samples)
+    plan = plan_rows(config, lengths, contender.packed, contender.group_by_length)
+    return lengths, build_batches(plan, make_random_samples(config, lengths, SIZE.dtype))
 
 
-def documents(steps) -> list[tuple]:
-    """Tokens, labels and the places of documents, of all samples of all batches, in an order of their own."""
-    found = []
+def sort_documents(steps) -> list[tuple]:
+    """Split all batches into documents: sorted pairs of token ids and labels."""
+    documents = []
     for batch in (batch for step in steps for batch in step):
         for ids, labels, mask, positions in zip(
             *(batch[key] for key in ("input_ids", "labels", "attention_mask", "position_ids")), strict=True
         ):
-            ends = [*(positions[mask] == 0).nonzero().flatten().tolist(), int(mask.sum())]
-            for start, end in zip(ends[:-1], ends[1:], strict=True):
-                found.append((tuple(ids[start:end].tolist()), tuple(labels[start:end].tolist())))
-    return sorted(found)
+            bounds = [*(positions[mask] == 0).nonzero().flatten().tolist(), int(mask.sum())]
+            for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+                documents.append((tuple(ids[start:end].tolist()), tuple(labels[start:end].tolist())))
+    return sorted(documents)
 
 
 def test_all_contenders_get_the_same_samples():
-    found = {name: steps_of(name) for name in CONTENDERS}
-    lengths, first = found["ours, packed"]
-    assert len(documents(first)) == 24 and sum(len(ids) for ids, _ in documents(first)) == lengths.tokens.sum()
-    for name, (_, steps) in found.items():
-        assert documents(steps) == documents(first), name
+    steps_by_name = {name: build_steps(name) for name in CONTENDERS}
+    lengths, packed_steps = steps_by_name["ours, packed"]
+    documents = sort_documents(packed_steps)
+    assert len(documents) == 24 and sum(len(ids) for ids, _ in documents) == lengths["tokens"].sum()
+    for name, (_, steps) in steps_by_name.items():
+        assert sort_documents(steps) == documents, name
         batches = [batch for step in steps for batch in step]
-        assert sum(len(batch["pixel_values"]) for batch in batches) == lengths.tiles.sum() > 0
-        assert sum(map(trained_tokens, batches)) == lengths.trained.sum() > 0
+        assert sum(len(batch["pixel_values"]) for batch in batches) == lengths["tiles"].sum() > 0
+        assert sum(map(count_loss_tokens, batches)) == lengths["loss_tokens"].sum() > 0
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_all_contenders_have_the_same_loss(checkpointing):
-    found = [measure(name, "test", 24, checkpointing, first_loss=True) for name in CONTENDERS]
-    first = found[0]["first_loss"]
-    assert [result["first_loss"] for result in found] == pytest.approx([first] * len(found), abs=1e-5)
-    assert [result["loss"] for result in found] == pytest.approx([first] * len(found), abs=1e-3)
-    assert {(result["tokens"], result["trained_tokens"], result["tiles"]) for result in found} == {(388, 116, 38)}
+    results = [measure_contender(name, "test", 24, checkpointing, measure_initial_loss=True) for name in CONTENDERS]
+    initial_loss = results[0]["initial_loss"]
+    expected = [initial_loss] * len(results)
+    assert [result["initial_loss"] for result in results] == pytest.approx(expected, abs=1e-5)
+    assert [result["loss"] for result in results] == pytest.approx(expected, abs=1e-3)
+    assert {(result["tokens"], result["loss_tokens"], result["tiles"]) for result in results} == {(388, 116, 38)}
 
 
-def test_ours_and_transformers_take_the_same_first_step():
-    """B of every adapter starts at zero, so that the first step does not tell one matrix from its parts."""
+def test_our_first_step_equals_transformers():
+    """Compare the losses after a step.
+
+    LoRA B starts at zero, so in the first step an adapter of a fused matrix equals those of its parts.
+    """
     losses = {}
-    for name in (OURS, NATIVE):
-        _, steps = steps_of(name)
-        model = CONTENDERS[name].build(SIZE, True, 0.0)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        run = Run(CONTENDERS[name], model, torch.optim.SGD(trained, 50.0), SIZE.dtype)
-        blind = [[batch | {"pixel_values": torch.zeros_like(batch["pixel_values"])} for batch in s] for s in steps]
-        losses[name] = [run.mean_loss(steps), run.mean_loss(blind), run.train(steps[:1]), run.mean_loss(steps)]
-    assert losses[OURS] == pytest.approx(losses[NATIVE], abs=1e-5)
-    before, blind, _, after = losses[OURS]
-    assert abs(before - after) > 1e-3 and abs(before - blind) > 1e-4, "else the losses would tell nothing"
+    for name in (OURS, TRANSFORMERS):
+        _, steps = build_steps(name)
+        model = CONTENDERS[name].build_fn(SIZE, True, 0.0)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        run = ContenderRun(CONTENDERS[name], model, torch.optim.SGD(trainable, 50.0), SIZE.dtype)
+        black = [[batch | {"pixel_values": 0 * batch["pixel_values"]} for batch in step] for step in steps]
+        losses[name] = [run.evaluate(steps), run.evaluate(black), run.train(steps[:1]), run.evaluate(steps)]
+    assert losses[OURS] == pytest.approx(losses[TRANSFORMERS], abs=1e-5)
+    before, black, _, after = losses[OURS]
+    assert abs(before - after) > 1e-3 and abs(before - black) > 1e-4, "the step and the images must change the loss"
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_real_sizes_are_those_of_published_models(name):
-    size, (published, parameters) = SIZES[name], REAL[name]
-    config = config_of(size)
-    assert row_tokens(config) == 8192
+@pytest.mark.parametrize("name", PUBLISHED_MODELS)
+def test_sizes_equal_published_models(name):
+    size, (published, num_parameters) = MODEL_SIZES[name], PUBLISHED_MODELS[name]
+    config = build_config(size)
+    assert get_max_row_tokens(config) == 8192
     with torch.device("meta"):
-        custom = InternVLChatModel(config).state_dict()
-        native = InternVLForConditionalGeneration(to_hf_config(config, 1, tied=False)).state_dict()
-    shapes = {key: tensor.shape for key, tensor in to_hf(custom, config.llm_config)}
-    assert shapes == {key: tensor.shape for key, tensor in native.items()}
-    assert sum(tensor.numel() for tensor in custom.values()) == pytest.approx(parameters, rel=0.02)
-    weights = bytes_of_weights(size)
-    assert 0.002 < weights["trained"] / weights["weights"] < 0.02
+        ours = InternVLChatModel(config).state_dict()
+        theirs = InternVLForConditionalGeneration(convert_config_to_hf(config, 1, is_tied=False)).state_dict()
+        with_lora = CONTENDERS["ours, packed"].build_fn(size, True, 0.0)
+    shapes = {key: tensor.shape for key, tensor in convert_weights_to_hf(ours, config.llm_config)}
+    assert shapes == {key: tensor.shape for key, tensor in theirs.items()}
+    assert sum(tensor.numel() for tensor in ours.values()) == pytest.approx(num_parameters, rel=0.02)
+    num_trainable = sum(parameter.numel() for parameter in with_lora.parameters() if parameter.requires_grad)
+    assert 0.002 < num_trainable / sum(map(torch.numel, with_lora.parameters())) < 0.02
     if published:
-        real = InternVLChatConfig.from_pretrained(Path(__file__).parents[1] / "real_configs" / published)
+        real = InternVLChatConfig.from_pretrained(TESTS_DIR / "real_configs" / published)
         for key, value in size.vision.items():
             assert getattr(real.vision_config, key) == value, key
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
             assert getattr(real.llm_config, key) == size.llm[key], key
 
 
-def test_time_of_communication():
-    network = Network(within=450e9, between=50e9)
-    assert seconds({"all_gather_into_tensor": 450}, 1, network) == 0
-    assert seconds({"all_gather_into_tensor": 450}, 8, network) == pytest.approx(7 / 8 * 1e-9)
-    assert seconds({"all_reduce": 450}, 8, network) == pytest.approx(2 * 7 / 8 * 1e-9)
-    # 64 GPUs are 8 nodes: 7 of 8 bytes come through the 8 links of a node, which together are slower than NVLink.
-    assert seconds({"reduce_scatter_tensor": 400}, 64, network) == pytest.approx(7 / 8 * 1e-9)
-    assert sum(counted(2, trained=10, weights=1000).values()) < sum(counted(3, trained=10, weights=1000).values())
-
-
-def test_predictions():
-    slow, fast = (predict(SIZES["8b"], 8, 400e12, Network(within, 50e9)) for within in (45e9, 450e9))
-    assert [line.stage for line in slow] == [1, 2, 3]
-    for before, after in zip(slow, fast, strict=True):
-        assert 0 < after.communication < before.communication and after.step < before.step
-        assert after.efficiency == pytest.approx((1 - after.communication) * (1 - after.waiting), rel=1e-6)
-    assert fast[0].efficiency > fast[2].efficiency  # gathering all weights to train adapters costs
-
-
-def test_the_command_line_prints_a_table_and_says_what_is_predicted(tmp_path, capsys):
-    stem = str(tmp_path / "found")
-    main([*"--size test --repeats 1 --checkpointing off --contenders".split(), OURS, NATIVE, "--output", stem])
+@pytest.mark.multiprocess
+def test_command_line_prints_a_table_and_writes_json_and_chart(tmp_path, capsys):
+    stem = str(tmp_path / "results")
+    main([*"--size test --repeats 1 --checkpointing off --contenders".split(), OURS, TRANSFORMERS, "--output", stem])
     results = json.loads(Path(f"{stem}.json").read_text())["results"]
-    assert [result["contender"] for result in results] == [OURS, NATIVE]
+    assert [result["contender"] for result in results] == [OURS, TRANSFORMERS]
     assert results[1]["speed"] == results[1]["memory"] == 1
     assert all(result["seconds"] > 0 and result["peak_bytes"] > 1e6 for result in results)
     assert Path(f"{stem}.png").stat().st_size > 10_000
-    main(["--predict", "--size", "test", "--gpus", "8", "--output", stem])
-    printed = capsys.readouterr().out
-    assert OURS in printed and "PREDICTED, not measured" in printed
+    assert OURS in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["--contenders", "nobody"])
 
 
-@pytest.mark.slow
-def test_zero_moves_what_is_counted(tmp_path, capsys):
+@pytest.mark.multiprocess
+def test_zero_communicates_the_expected_bytes(tmp_path, capsys):
     stem = str(tmp_path / "scaling")
     main([*"--scaling --size test --samples 48 --output".split(), stem])
     results = json.loads(Path(f"{stem}.json").read_text())["results"]
     assert [result["stage"] for result in results] == [1, 1, 2, 2, 3, 3]
     for result in results:
         tolerance = 0.25 if result["stage"] == 3 else 0.01
-        for collective, size in result["counted"].items():
-            assert result["logged"][collective] == pytest.approx(size, rel=tolerance), (result["stage"], collective)
-        assert 0 < result["collectives"] < result["seconds"]
+        logged = result["logged_bytes"]
+        for collective, size in result["expected_bytes"].items():
+            assert logged[collective] == pytest.approx(size, rel=tolerance), (
+                result["stage"],
+                collective,
+            )
+        assert 0 < result["collective_seconds"] < result["seconds"]
     assert "in collectives" in capsys.readouterr().out

@@ -1,10 +1,11 @@
-"""A converted checkpoint from pictures to tokens: transformers' classes and processor write what `chat` writes."""
+"""A converted checkpoint generates the same tokens as `InternVLChatModel.chat`."""
 
 import json
 import shutil
 
 import pytest
 import torch
+from helpers.lora_models import randomize_adapters
 from PIL import Image
 from tools.internvl_custom2hf import main as custom2hf
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -14,8 +15,8 @@ from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
 
 
-class Written:
-    """A streamer that keeps the tokens."""
+class TokenRecorder:
+    """A streamer that records the tokens."""
 
     def __init__(self):
         self.tokens = []
@@ -32,26 +33,23 @@ GREEDY = {"max_new_tokens": 64, "do_sample": False}
 
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("kind", ["qwen2", "internlm2"])
-def test_the_processor_and_generate_write_the_tokens_of_chat(kind, adapted, goldens, tmp_path):
-    """Pictures in, 64 tokens out: a question about two pictures of several tiles and a thumbnail, and a dialogue.
+def test_processor_and_generate_equal_chat(kind, adapted, goldens, tmp_path):
+    """Compare 64 tokens for two images, one image and a dialogue.
 
-    With the templates and tokenizers of the goldens; without and with adapters, which are merged on the way.
+    Each image has several tiles. Templates and tokenizers are the goldens'. Adapters are merged by the conversion.
     """
     custom, hf = tmp_path / "custom", tmp_path / "hf"
     shutil.copytree(goldens / "e2e" / kind, custom, copy_function=shutil.copyfile)
     custom.chmod(0o755)
-    made_of = json.loads((custom / "expected.json").read_text())["tokenizer"]
-    for file in (goldens / made_of).iterdir():
+    tokenizer_name = json.loads((custom / "expected.json").read_text())["tokenizer"]
+    for file in (goldens / tokenizer_name).iterdir():
         shutil.copyfile(file, custom / file.name)
     model = InternVLChatModel.from_pretrained(custom)
     if adapted:
         model.config.use_backbone_lora = model.config.use_llm_lora = 2
         model.wrap_backbone_lora(2, 4)
         model.wrap_llm_lora(2, 4)
-        torch.manual_seed(0)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
+        randomize_adapters(model, std=0.2)
         model.save_pretrained(custom)
     custom2hf(["--custom_path", str(custom), "--save_path", str(hf)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["custom", "hf"]
@@ -59,33 +57,38 @@ def test_the_processor_and_generate_write_the_tokens_of_chat(kind, adapted, gold
     model.eval()
     tokenizer, native = load_tokenizer(custom), AutoModelForImageTextToText.from_pretrained(hf).eval()
     processor = AutoProcessor.from_pretrained(hf)
-    for line in (goldens / made_of / "encodings.jsonl").read_text().splitlines():
+    for line in (goldens / tokenizer_name / "encodings.jsonl").read_text().splitlines():
         row = json.loads(line)
         assert processor.tokenizer(row["text"]).input_ids == row["ids"], row["text"]
 
-    pictures = [Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB") for size in ((112, 56), (56, 168))]
+    images = [Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).convert("RGB") for size in ((112, 56), (56, 168))]
     limits = 1, model.config.max_dynamic_patch, 56, model.config.use_thumbnail
-    tiles = [dynamic_preprocess(picture, *limits) for picture in pictures]
-    assert [len(each) for each in tiles] == [3, 4]
-    told = "What is this?", "A fractal."
-    for count, question, earlier in ((2, "Which is larger?", None), (1, "What is this?", None), (1, "Really?", told)):
-        shown = [tile for each in tiles[:count] for tile in each]
-        pixels = torch.stack([build_transform(False, 56)(tile) for tile in shown])
+    tiles = [dynamic_preprocess(image, *limits) for image in images]
+    assert [len(image_tiles) for image_tiles in tiles] == [3, 4]
+    first_turn = "What is this?", "A fractal."
+    for num_images, question, earlier in (
+        (2, "Which is larger?", None),
+        (1, "What is this?", None),
+        (1, "Really?", first_turn),
+    ):
+        shown_tiles = [tile for image_tiles in tiles[:num_images] for tile in image_tiles]
+        pixel_values = torch.stack([build_transform(False, 56)(tile) for tile in shown_tiles])
         turns = [("user", question)]
         if earlier:
             turns = [("user", earlier[0]), ("assistant", earlier[1]), ("user", question)]
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-        messages[0]["content"][:0] = [{"type": "image", "image": picture} for picture in pictures[:count]]
+        messages[0]["content"][:0] = [{"type": "image", "image": image} for image in images[:num_images]]
         inputs = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        torch.testing.assert_close(inputs["pixel_values"], pixels, atol=0.05, rtol=0)  # torchvision's resize, not PIL's
+        # torchvision resizes the processor's images, PIL ours.
+        torch.testing.assert_close(inputs["pixel_values"], pixel_values, atol=0.05, rtol=0)
         with torch.no_grad():
-            written = native.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :].tolist()
-        ours = Written()
+            hf_tokens = native.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :].tolist()
+        recorder = TokenRecorder()
         history = earlier and [("<image>\n" + earlier[0], earlier[1])]
-        patches = [len(each) for each in tiles[:count]]
-        settings = {**GREEDY, "streamer": ours}
-        answer = model.chat(tokenizer, pixels, question, settings, history=history, num_patches_list=patches)
-        assert written == ours.tokens
-        assert tokenizer.decode(written, skip_special_tokens=True).strip() == answer
+        num_tiles = [len(image_tiles) for image_tiles in tiles[:num_images]]
+        settings = {**GREEDY, "streamer": recorder}
+        answer = model.chat(tokenizer, pixel_values, question, settings, history=history, num_patches_list=num_tiles)
+        assert hf_tokens == recorder.tokens
+        assert tokenizer.decode(hf_tokens, skip_special_tokens=True).strip() == answer

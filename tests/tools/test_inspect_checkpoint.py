@@ -1,13 +1,13 @@
-"""tools/inspect_checkpoint.py: every kind of folder is called by its name, and no tensor is read."""
+"""tools/inspect_checkpoint.py: all kinds of folders are recognized from headers alone."""
 
 import json
 import shutil
 
 import pytest
-from helpers.tiny_models import make, save_adapters
+from helpers.tiny_models import make_tiny_checkpoint, save_part_adapters
 from safetensors.torch import load_file
 from tools.export_adapters import main as export_adapters
-from tools.inspect_checkpoint import describe, headers
+from tools.inspect_checkpoint import LOADERS, describe_checkpoint, read_tensor_headers
 from tools.inspect_checkpoint import main as inspect_checkpoint
 from tools.internvl_custom2hf import main as custom2hf
 from tools.merge_lora import main as merge_lora
@@ -15,84 +15,85 @@ from tools.merge_lora import main as merge_lora
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, goldens):
-    """A folder of each kind, by name."""
+    """Create a folder of each kind, named after its kind."""
     root = tmp_path_factory.mktemp("kinds")
-    make(root / "full", goldens / "tokenizer")
-    model = make(root / "full with adapters", goldens / "tokenizer", use_backbone_lora=2, use_llm_lora=4)
-    save_adapters(model, root / "full with adapters/adapters")
+    make_tiny_checkpoint(root / "full checkpoint", goldens / "tokenizer")
+    adapted = root / "full checkpoint with adapters"
+    model = make_tiny_checkpoint(adapted, goldens / "tokenizer", use_backbone_lora=2, use_llm_lora=4)
+    save_part_adapters(model, adapted / "adapters")
     state = {"global_step": 6, "max_steps": 8, "epoch": 0.75}
-    (root / "full with adapters/trainer_state.json").write_text(json.dumps(state))
+    (adapted / "trainer_state.json").write_text(json.dumps(state))
 
-    run = root / "adapters on a base"
-    shutil.copytree(root / "full with adapters/adapters", run)
-    config = json.loads((root / "full with adapters/config.json").read_text())
+    run = root / "adapter checkpoint"
+    shutil.copytree(adapted / "adapters", run)
+    config = json.loads((adapted / "config.json").read_text())
     settings = {
         "language_model": {"r": 4, "alpha": 8, "dropout": 0.0, "targets": [], "layers": None, "variant": "pissa"}
     }
     config |= {"base_model": {"path": "gone/base", "fingerprint": "abc"}, "lora_settings": settings}
     (run / "config.json").write_text(json.dumps(config))
 
-    whole = str(root / "full with adapters")
-    merge_lora([whole, str(root / "merged")])
-    export_adapters([whole, str(root / "adapter of one model or part")])
-    custom2hf(["--custom_path", str(root / "full"), "--save_path", str(root / "native")])
+    merge_lora([str(adapted), str(root / "merged checkpoint")])
+    export_adapters([str(adapted), str(root / "PEFT adapter")])
+    custom2hf(["--custom_path", str(root / "full checkpoint"), "--save_path", str(root / "HF checkpoint")])
     return root
 
 
-KINDS = ["full", "full with adapters", "adapters on a base", "merged", "adapter of one model or part", "native"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_folder_is_called_by_its_name(folders, kind, capsys):
+@pytest.mark.parametrize("kind", LOADERS)
+def test_kinds_are_recognized(folders, kind, capsys):
     inspect_checkpoint([str(folders / kind)])
     printed = capsys.readouterr().out
-    lines = dict(line.split("  ", 1) for line in printed.splitlines() if not line.startswith(" "))
-    assert lines["kind"].strip() == kind
-    if "of one" not in kind:
-        assert lines["language model"].strip().endswith("2 layers of width 32")
-        assert lines["template"].strip() == "internvl2_5"
-    assert "opened with" in lines
+    values = dict(line.split(":", 1) for line in printed.splitlines() if not line.startswith(" "))
+    assert values["Kind"].strip() == kind
+    if kind != "PEFT adapter":
+        assert values["LLM"].strip().endswith("2 layers, hidden size 32")
+        assert values["Template"].strip() == "internvl2_5"
+    assert "Load with" in values
 
 
 def test_adapters_are_counted_once_with_rank_alpha_and_variant(folders):
-    lines = describe(folders / "full with adapters")
-    state = load_file(folders / "full with adapters/adapters/language_model/adapter_model.safetensors")
-    numbers = sum(tensor.numel() for tensor in state.values())
-    told = [value for name, value in lines if name == "language_model" and value.startswith("adapters")]
-    assert told == [f"adapters: lora, rank 4, alpha 8: {numbers / 1000:.3g} k parameters, {numbers / 250:.3g} kB"]
-    assert ("steps", "6 of 8, epoch 0.75") in lines
-    upstream = folders / "upstream"
-    shutil.copytree(folders / "full with adapters", upstream)
+    adapted = folders / "full checkpoint with adapters"
+    rows = describe_checkpoint(adapted)
+    state = load_file(adapted / "adapters/language_model/adapter_model.safetensors")
+    num_parameters = sum(tensor.numel() for tensor in state.values())
+    values = [value for label, value in rows if label == "language_model" and value.startswith("adapters")]
+    size = f"{num_parameters / 1000:.3g} k parameters, {num_parameters / 250:.3g} kB"
+    assert values == [f"adapters (lora, rank 4, alpha 8): {size}"]
+    assert ("Step", "6 of 8 (epoch 0.75)") in rows
+    upstream = folders / "upstream"  # adapters among the weights only
+    shutil.copytree(adapted, upstream)
     shutil.rmtree(upstream / "adapters")
-    assert [value for name, value in describe(upstream) if name == "language_model"][1:] == told
+    assert [value for label, value in describe_checkpoint(upstream) if label == "language_model"][1:] == values
 
 
-def test_an_absent_base_and_the_configs_own_settings_are_told(folders):
-    lines = describe(folders / "adapters on a base")
-    assert ("base", "gone/base (fingerprint abc), which is not here: name its place by base_model=") in lines
-    assert any(value.startswith("adapters: pissa, rank 4, alpha 8: ") for _, value in lines)
+def test_missing_base_checkpoint_and_lora_settings_are_shown(folders):
+    rows = describe_checkpoint(folders / "adapter checkpoint")
+    base = "gone/base (fingerprint abc); not found: pass its new path as base_model="
+    assert ("Base checkpoint", base) in rows
+    assert any(value.startswith("adapters (pissa, rank 4, alpha 8): ") for _, value in rows)
 
 
 def test_only_headers_are_read(folders, tmp_path):
-    """A file whose numbers are a hole of the disk has the table of the whole one."""
-    whole = folders / "full/model.safetensors"
-    with whole.open("rb") as file:
+    """A sparse file with the same header has the same table."""
+    complete = folders / "full checkpoint/model.safetensors"
+    with complete.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = file.read(size)
-    with (tmp_path / "hollow.safetensors").open("wb") as file:
+    with (tmp_path / "sparse.safetensors").open("wb") as file:
         file.write(size.to_bytes(8, "little") + header)
-        file.truncate(whole.stat().st_size)
-    assert headers(tmp_path / "hollow.safetensors") == headers(whole)
+        file.truncate(complete.stat().st_size)
+    assert read_tensor_headers(tmp_path / "sparse.safetensors") == read_tensor_headers(complete)
 
 
-def test_what_is_no_checkpoint_gets_one_sentence(folders, tmp_path):
+def test_other_folders_are_errors_of_one_line(folders, tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
-    for path, sentence in ((tmp_path / "nowhere", "there is no config.json"), (tmp_path / "bert", "of type 'bert'")):
-        with pytest.raises(SystemExit, match=f"^error: .* is no checkpoint of a chat model: .*{sentence}"):
-            inspect_checkpoint([str(path)])
-    shutil.copytree(folders / "full", tmp_path / "cut")
+    messages = {"nowhere": "config.json is missing", "bert": "has model_type 'bert'"}
+    for name, message in messages.items():
+        with pytest.raises(SystemExit, match=f"^error: .* is not a checkpoint of a chat model: .*{message}"):
+            inspect_checkpoint([str(tmp_path / name)])
+    shutil.copytree(folders / "full checkpoint", tmp_path / "cut")
     file = tmp_path / "cut/model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(SystemExit, match="^error: .*model.safetensors is no whole safetensors file"):
+    with pytest.raises(SystemExit, match="^error: .*model.safetensors is not a complete safetensors file"):
         inspect_checkpoint([str(tmp_path / "cut")])

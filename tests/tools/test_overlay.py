@@ -1,4 +1,4 @@
-"""overlay_upstream.py on a git repository laid out as upstream: the list, the patch, the undo, the refusals."""
+"""tools/overlay_upstream.py on a git repository with upstream's layout."""
 
 import json
 import os
@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.paths import REPO_ROOT
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.multiprocess
+
 TOOL = "internvl_chat/tools/overlay_upstream.py"
-# Stand-ins that cannot be mistaken for ours: nothing works while one of them is still in place.
+# Content of upstream's files that ours replace. Importing one that was not replaced fails.
 STALE = "raise ImportError('a file of upstream that ours should have replaced')\n"
 PATCHES = "internlm2_packed_training internvit_liger_monkey llama2_flash_attn_monkey llama_flash_attn_monkey"
 PATCHES += " llama_packed_training llama_rmsnorm_monkey phi3_packed_training qwen2_packed_training"
@@ -55,8 +57,8 @@ THEIR_OWN = {
     **{f"internvl_chat/internvl/patch/{name}_patch.py": STALE for name in PATCHES.split()},
 }
 
-# What upstream's other files import from `internvl`. Not here is what only its train entries import, which ours
-# replace: `PackedDataset`, `packed_collate_fn`.
+# Names that upstream's other files import from `internvl`. Not included: names that only its training programs import
+# (`PackedDataset`, `packed_collate_fn`), because ours replace those programs.
 MODEL = ["InternVisionConfig", "InternVisionModel", "InternVLChatConfig", "InternVLChatModel"]
 DATASET = ["ConcatDataset", "TCSLoader", "WeightedConcatDataset", "build_transform", "dynamic_preprocess", "preprocess"]
 DATASET += [f"preprocess_{kind}" for kind in ("internlm", "internvl2_5", "mpt", "phi3")]
@@ -87,11 +89,11 @@ PROBE = """
 import importlib, json, sys
 missing = []
 for module, names in json.loads(sys.argv[1]).items():
-    found = importlib.import_module(module)
-    assert found.__file__.startswith(sys.argv[2]), found.__file__
-    missing += [f"{module}.{name}" for name in names if not hasattr(found, name)]
-from internvl.arguments.training import ZERO_CONFIGS
-missing += [name for name in ("zero_stage1_config.json",) if not (ZERO_CONFIGS / name).is_file()]
+    imported = importlib.import_module(module)
+    assert imported.__file__.startswith(sys.argv[2]), imported.__file__
+    missing += [f"{module}.{name}" for name in names if not hasattr(imported, name)]
+from internvl.arguments.deepspeed_config import ZERO_CONFIG_DIR
+missing += [name for name in ("zero_stage1_config.json",) if not (ZERO_CONFIG_DIR / name).is_file()]
 print(json.dumps(missing))
 """
 
@@ -101,8 +103,8 @@ def git(folder, *words, **env) -> str:
     return subprocess.run(["git", "-C", folder, *words], check=True, capture_output=True, text=True, env=env).stdout
 
 
-def run(*words, root=ROOT, **env):
-    """The tool, with an interpreter that has nothing but Python, of a user whom git does not know."""
+def run(*words, root=REPO_ROOT, **env):
+    """Run the tool without site-packages and without a git identity."""
     env = {"PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null", **env}
     command = [sys.executable, "-I", str(root / TOOL), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=env)
@@ -130,38 +132,38 @@ def upstream(tmp_path) -> Path:
     return folder
 
 
-def listed(done) -> dict[str, list[str]]:
-    """kind -> paths, of a dry run's output, the counts checked."""
-    parts = re.findall(r"^(\w+): (\d+) files\n((?:  .*\n)*)", done.stdout, re.MULTILINE)
+def parse_dry_run(result) -> dict[str, list[str]]:
+    """Return kind -> paths from the output of a dry run."""
+    parts = re.findall(r"^(\w+): (\d+) files\n((?:  .*\n)*)", result.stdout, re.MULTILINE)
     assert all(lines.count("\n") == int(count) for _, count, lines in parts)
     return {kind: [line.strip() for line in lines.splitlines()] for kind, _, lines in parts}
 
 
-def test_dry_run_lists_everything_and_writes_nothing(upstream):
+def test_dry_run_lists_all_files_and_writes_nothing(upstream):
     before, refs = snapshot(upstream), git(upstream, "for-each-ref")
     done = run(upstream, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    fate = listed(done)
-    assert fate["replaced"] == sorted(f"internvl_chat/{name}" for name in REPLACED)
-    assert fate["left"] == sorted(name for name in THEIR_OWN if name.startswith("internvl_chat/"))
-    assert {"internvl_chat/shell/launch.sh", "internvl_chat/internvl/model/lora.py"} <= {*fate["added"]}
-    assert {"internvl_chat/requirements.txt", "internvl_chat/zero_stage3_config.json"} <= {*fate["added"]}
-    assert not any("__pycache__" in path or "quickstart" in path for path in fate["added"])
+    paths = parse_dry_run(done)
+    assert paths["replaced"] == sorted(f"internvl_chat/{name}" for name in REPLACED)
+    assert paths["unchanged"] == sorted(name for name in THEIR_OWN if name.startswith("internvl_chat/"))
+    assert {"internvl_chat/shell/launch.sh", "internvl_chat/internvl/model/lora.py"} <= {*paths["added"]}
+    assert {"internvl_chat/requirements.txt", "internvl_chat/zero_stage3_config.json"} <= {*paths["added"]}
+    assert not any("__pycache__" in path or "quickstart" in path for path in paths["added"])
     assert snapshot(upstream) == before and git(upstream, "for-each-ref") == refs
     assert git(upstream, "symbolic-ref", "HEAD").strip() == "refs/heads/main"
 
 
-def test_a_plain_copy_of_this_repository_does_the_same(upstream, tmp_path):
+def test_plain_copy_of_this_repository_gives_the_same_result(upstream, tmp_path):
     copy = tmp_path / "copy"
     for part in ("internvl_chat", "shell", "zero_stage_configs"):
-        shutil.copytree(ROOT / part, copy / part, symlinks=True)
-    shutil.copy(ROOT / "requirements.txt", copy)
+        shutil.copytree(REPO_ROOT / part, copy / part, symlinks=True)
+    shutil.copy(REPO_ROOT / "requirements.txt", copy)
     write(copy, {"internvl_chat/internvl/__pycache__/stale.cpython-311.pyc": "", "shell/.ruff_cache/x": ""})
     assert run(upstream, "--dry-run", root=copy).stdout == run(upstream, "--dry-run").stdout
 
 
-def test_the_overlay_is_one_commit_and_checkout_undoes_it(upstream):
-    before, fate = snapshot(upstream), listed(run(upstream, "--dry-run"))
+def test_overlay_is_one_commit_that_checkout_undoes(upstream):
+    before, paths = snapshot(upstream), parse_dry_run(run(upstream, "--dry-run"))
     done = run(upstream, "--branch", "ours")
     assert done.returncode == 0, done.stderr
     assert git(upstream, "symbolic-ref", "HEAD").strip() == "refs/heads/ours"
@@ -169,33 +171,33 @@ def test_the_overlay_is_one_commit_and_checkout_undoes_it(upstream):
     assert git(upstream, "rev-list", "--count", "main..ours").strip() == "1"
     changes = git(upstream, "diff", "--no-renames", "--name-status", "-z", "main..ours").split("\0")[:-1]
     changes = dict(zip(changes[1::2], changes[::2], strict=True))
-    assert changes == dict.fromkeys(fate["replaced"], "M") | dict.fromkeys(fate["added"], "A")
+    assert changes == dict.fromkeys(paths["replaced"], "M") | dict.fromkeys(paths["added"], "A")
     after = snapshot(upstream)
-    assert all(after[name] == content for name, content in before.items() if name not in fate["replaced"])
+    assert all(after[name] == content for name, content in before.items() if name not in paths["replaced"])
     assert (
         after["internvl_chat/internvl/conversation.py"]
-        == (ROOT / "internvl_chat/internvl/conversation.py").read_bytes()
+        == (REPO_ROOT / "internvl_chat/internvl/conversation.py").read_bytes()
     )
-    assert after["internvl_chat/shell/launch.sh"] == (ROOT / "shell/launch.sh").read_bytes()
+    assert after["internvl_chat/shell/launch.sh"] == (REPO_ROOT / "shell/launch.sh").read_bytes()
     assert git(upstream, "log", "-1", "--format=%an <%ae>").strip() == "overlay_upstream.py <overlay@localhost>"
-    assert f"{len(fate['replaced'])} files replaced" in git(upstream, "log", "-1", "--format=%B")
+    assert f"{len(paths['replaced'])} files replaced" in git(upstream, "log", "-1", "--format=%B")
 
     git(upstream, "checkout", "-q", "main")
     assert snapshot(upstream) == before
     again = run(upstream, "--branch", "ours")
     assert again.returncode == 1 and "branch ours exists" in again.stderr
     git(upstream, "checkout", "-q", "ours")
-    assert "holds all of these files already" in run(upstream, "--branch", "twice").stderr
+    assert "already holds all of these files" in run(upstream, "--branch", "twice").stderr
 
 
-def test_the_commit_is_the_users(upstream):
+def test_commit_has_the_users_identity(upstream):
     git(upstream, "config", "user.name", "Ada")
     git(upstream, "config", "user.email", "ada@example.org")
     git(upstream, "checkout", "-q", "--detach")
     done = run(upstream)
     assert done.returncode == 0, done.stderr
     assert git(upstream, "log", "-1", "--format=%an <%ae>", "overlay").strip() == "Ada <ada@example.org>"
-    undo = done.stdout.splitlines()[-1].removeprefix("undo:").split()
+    undo = done.stdout.splitlines()[-1].removeprefix("Undo:").split()
     subprocess.run([*undo, "-q"], check=True)
     assert git(upstream, "rev-parse", "HEAD") == git(upstream, "rev-parse", "main")
 
@@ -208,7 +210,7 @@ def another_layout(folder):
     git(folder, "rm", "-q", "-r", "internvl_chat/internvl")
 
 
-def dirty(folder):
+def uncommitted_change(folder):
     write(folder, {"internvl_chat/README.md": "changed"})
 
 
@@ -216,7 +218,7 @@ def branch_exists(folder):
     git(folder, "branch", "overlay")
 
 
-def in_the_way(folder):
+def untracked_file(folder):
     write(folder, {"internvl_chat/shell/launch.sh": "the user's own, which git does not track"})
 
 
@@ -226,36 +228,36 @@ def without_a_commit(folder):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("break_fn", "message"),
     [
         (not_a_repository, "is not a git repository"),
-        (another_layout, "is not laid out as upstream: internvl_chat/internvl"),
-        (dirty, "has 1 uncommitted changes"),
+        (another_layout, "is not a checkout of upstream: expected .* internvl_chat/internvl"),
+        (uncommitted_change, "has 1 uncommitted changes"),
         (branch_exists, "branch overlay exists"),
-        (in_the_way, "untracked files would be overwritten in .*: internvl_chat/shell/launch.sh"),
-        (without_a_commit, "has no commit yet"),
+        (untracked_file, "untracked files would be overwritten in .*: internvl_chat/shell/launch.sh"),
+        (without_a_commit, "has no commit to create a branch from"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 @pytest.mark.parametrize("option", [(), ("--dry-run",)], ids=["real", "dry"])
-def test_refusals_change_nothing(upstream, spoil, words, option):
-    spoil(upstream)
+def test_errors_change_nothing(upstream, break_fn, message, option):
+    break_fn(upstream)
     before = snapshot(upstream)
     done = run(upstream, *option, GIT_CEILING_DIRECTORIES=str(upstream.parent))
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("overlay_upstream.py: ") and done.stderr.count("\n") == 1
-    assert re.search(words, done.stderr), done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert re.search(message, done.stderr), done.stderr
     assert snapshot(upstream) == before
 
 
-def test_wrong_folders(tmp_path):
+def test_wrong_folders_are_errors(tmp_path):
     assert "is not a git repository" in run(tmp_path / "nowhere").stderr
-    if (ROOT / ".git").exists():
-        assert "is this repository itself" in run(ROOT).stderr
+    if (REPO_ROOT / ".git").exists():
+        assert "is this repository itself" in run(REPO_ROOT).stderr
 
 
-def test_the_overlaid_checkout_works(upstream):
-    """Recipes of ours from either folder, a recipe of theirs, and every import of their other files."""
+def test_overlaid_checkout_works(upstream):
+    """Run recipes of both repositories; import all names that upstream uses."""
     assert run(upstream).returncode == 0
     package = upstream / "internvl_chat"
     env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(upstream.parent)}
@@ -273,7 +275,7 @@ def test_the_overlaid_checkout_works(upstream):
         port = server.getsockname()[1]
     theirs = shell("shell/theirs/2nd_finetune.sh", cwd=package, MASTER_PORT=str(port))
     assert theirs.returncode == 1
-    assert re.search("^error: .*pretrained/theirs", theirs.stderr, re.MULTILINE), theirs.stderr  # our entry's sentence
+    assert re.search("^error: .*pretrained/theirs", theirs.stderr, re.MULTILINE), theirs.stderr  # ours
 
     probe = [sys.executable, "-c", PROBE, json.dumps(IMPORTED), str(package)]
     done = subprocess.run(

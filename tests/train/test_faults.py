@@ -1,21 +1,28 @@
-"""Steps and disks that go wrong: a clear end or a counted skip, and never a checkpoint lost."""
+"""Non-finite steps, dead DataLoader workers and failing disks lose no checkpoint."""
 
 import json
 import math
-import os
+import multiprocessing
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.training_runs import LORA, flags_of, history, prepare, run
+from helpers.training_runs import (
+    TRAIN_ADAPTERS,
+    ZERO_FLAGS,
+    build_run_flags,
+    prepare_trainer,
+    read_step_logs,
+    run_training,
+)
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -24,34 +31,39 @@ from internvl.arguments.training import parse_args
 from internvl.arguments.validate import validate_arguments
 from internvl.checkpoint.manifest import find_checkpoint_errors, find_latest_valid_checkpoint
 from internvl.model.tokenizers.loading import load_tokenizer
-from internvl.runtime.shutdown import describe_error
+from internvl.runtime.shutdown import make_exit_report
 
-COSINE = [*LORA, "--lr_scheduler_type", "cosine", "--max_steps", "8"]
+COSINE = [*TRAIN_ADAPTERS, "--lr_scheduler_type", "cosine", "--max_steps", "8"]
 COSINE += ["--backbone_lora_dropout", "0", "--llm_lora_dropout", "0"]
-STAGES = {"none": [], **{f"zero{n}": ["--deepspeed", f"zero_stage{n}_config.json"] for n in (1, 2, 3)}}
-STAGES["offload"] = ["--deepspeed", "zero_stage3_config_100b_1e7_offload.json"]
-SKIPPED = re.compile(r"step (\d+) is skipped: (.*)")
+STRATEGIES = ZERO_FLAGS | {"offload": ["--deepspeed", "zero_stage3_config_100b_1e7_offload.json"]}
+SKIPPED_STEP = re.compile(r"Skipped step (\d+): (.*)")
 
 
 @pytest.fixture(scope="module")
-def poisoned(tiny, tmp_path_factory) -> Path:
-    """The tiny checkpoint with NaN in the embedding of a word that only one of 13 samples has."""
-    folder = tmp_path_factory.mktemp("poisoned")
-    shutil.copytree(tiny, folder, dirs_exist_ok=True)
+def nan_inputs(tiny_inputs, tmp_path_factory) -> Path:
+    """Write inputs whose model has NaN in one word's embedding.
+
+    Only one of the 13 samples has the word.
+    """
+    folder = tmp_path_factory.mktemp("nan")
+    shutil.copytree(tiny_inputs, folder, dirs_exist_ok=True)
     tokenizer, tensors = load_tokenizer(folder / "model"), load_file(folder / "model/model.safetensors")
     records = map(json.loads, (folder / "train.jsonl").read_text().splitlines())
-    ids = [{i for turn in record["conversations"] for i in tokenizer(turn["value"]).input_ids} for record in records]
-    word = next(i for i in ids[8] if sum(i in others for others in ids) == 1)
-    tensors["language_model.model.embed_tokens.weight"][word] = torch.nan
+    sample_ids = [
+        {i for turn in record["conversations"] for i in tokenizer(turn["value"]).input_ids} for record in records
+    ]
+    rare_id = next(i for i in sample_ids[8] if sum(i in ids for ids in sample_ids) == 1)
+    tensors["language_model.model.embed_tokens.weight"][rare_id] = torch.nan
     save_file(tensors, folder / "model/model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def skipped(printed: str) -> dict[int, str]:
-    return {int(step): why for step, why in SKIPPED.findall(printed)}
+def parse_skipped_steps(output: str) -> dict[int, str]:
+    """Parse skipped steps and their reasons from a run's output."""
+    return {int(step): reason for step, reason in SKIPPED_STEP.findall(output)}
 
 
-def finite(output: Path) -> bool:
+def are_saved_weights_finite(output: Path) -> bool:
     files = [*output.rglob("*.safetensors")]
     return bool(files) and all(bool(t.isfinite().all()) for file in files for t in load_file(file).values())
 
@@ -59,158 +71,173 @@ def finite(output: Path) -> bool:
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_steps_are_skipped_alike_by_all_ranks_at_every_stage(poisoned, tmp_path):
-    """One rank of two has the sample that gives NaN; the largest gradient of all other steps is above the bound. The
-    others' losses, norms and learning rates show that nothing else changed."""
-    run(poisoned, tmp_path / "all", *COSINE, ranks=2)
-    norms = [step["grad_norm"] for step in history(tmp_path / "all")]
-    large = next(step for step, norm in enumerate(norms, 1) if norm == max(filter(math.isfinite, norms)))
-    for stage, flags in STAGES.items():
-        output = tmp_path / stage
-        bound = ["--skip_above_grad_norm", str(0.999 * norms[large - 1])]
-        found = skipped(run(poisoned, output, *COSINE, *flags, *bound, ranks=2).stdout)
-        steps, others = history(output), history(tmp_path / "none")
-        assert found[2] == found[6] == "the loss or its gradient is not finite", stage
-        assert found[large] == f"the norm of the gradient is {norms[large - 1]:.4g}, above --skip_above_grad_norm"
-        assert [math.isnan(step["loss"]) for step in steps] == [step["step"] in (2, 6) for step in steps]
-        assert [step.get("skipped_steps", 0) for step in steps] == [
-            sum(k <= step["step"] for k in found) for step in steps
+@pytest.mark.multiprocess
+def test_all_ranks_skip_the_same_steps_under_every_strategy(nan_inputs, tmp_path):
+    """Two steps are non-finite on one rank, one is above the bound.
+
+    Losses, norms and learning rates of the other steps show that nothing else changed.
+    """
+    run_training(nan_inputs, tmp_path / "no_bound", *COSINE, ranks=2)
+    norms = [entry["grad_norm"] for entry in read_step_logs(tmp_path / "no_bound")]
+    max_norm = max(filter(math.isfinite, norms))
+    large_step = 1 + norms.index(max_norm)
+    bound = 0.999 * max_norm
+    for strategy, flags in STRATEGIES.items():  # "none", without DeepSpeed, is the first
+        output = tmp_path / strategy
+        bound_flags = ["--skip_above_grad_norm", str(bound)]
+        skipped = parse_skipped_steps(run_training(nan_inputs, output, *COSINE, *flags, *bound_flags, ranks=2).stdout)
+        entries, expected_entries = read_step_logs(output), read_step_logs(tmp_path / "none")
+        assert skipped[2] == skipped[6] == "non-finite loss or gradient", strategy
+        assert skipped[large_step] == f"gradient norm {max_norm:.4g} is above --skip_above_grad_norm {bound:g}"
+        assert [math.isnan(entry["loss"]) for entry in entries] == [entry["step"] in (2, 6) for entry in entries]
+        assert [entry.get("skipped_steps", 0) for entry in entries] == [
+            sum(step <= entry["step"] for step in skipped) for entry in entries
         ]
-        for number, (step, other) in enumerate(zip(steps, others, strict=True)):
-            assert step["learning_rate"] == pytest.approx(0.5e-3 * (1 + math.cos(math.pi * number / len(steps))))
+        for steps_before, (entry, expected) in enumerate(zip(entries, expected_entries, strict=True)):
+            # The cosine schedule counts skipped steps, too.
+            learning_rate = 0.5e-3 * (1 + math.cos(math.pi * steps_before / len(entries)))
+            assert entry["learning_rate"] == pytest.approx(learning_rate)
             for name, tolerance in {"loss": 1e-5, "grad_norm": 1e-4}.items():
-                if math.isfinite(other[name]):
-                    assert step[name] == pytest.approx(other[name], abs=tolerance), (stage, number, name)
-        assert finite(output)
+                if math.isfinite(expected[name]):
+                    assert entry[name] == pytest.approx(expected[name], abs=tolerance), (strategy, steps_before, name)
+        assert are_saved_weights_finite(output)
         assert math.isfinite(json.loads((output / "train_results.json").read_text())["train_loss"])
 
 
 @pytest.fixture
-def here(tiny, tmp_path, monkeypatch):
-    """Train in this process on a folder's checkpoint; the trainer."""
-    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
+def train(tiny_inputs, tmp_path, monkeypatch):
+    """Return a function that trains in this process and returns the trainer.
 
-    def here(*flags: str, of: Path = tiny, at: TrainerCallback | None = None, checkpoint: str | None = None):
-        trainer = prepare([*flags_of(of, tmp_path / "out"), *COSINE, *flags])
-        if at:
-            trainer.add_callback(at)
-        trainer.train(resume_from_checkpoint=checkpoint)
+    The output folder is `tmp_path / "out"`.
+    """
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny_inputs / "cache"))
+
+    def train(*flags: str, inputs: Path = tiny_inputs, callback: TrainerCallback | None = None, checkpoint: str = ""):
+        trainer = prepare_trainer([*build_run_flags(inputs, tmp_path / "out"), *COSINE, *flags])
+        if callback:
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=checkpoint or None)
         return trainer
 
-    return here
+    return train
 
 
-def test_a_skipped_step_changes_no_weight(here, poisoned, tmp_path):
-    here("--save_steps", "1", "--max_steps", "2", of=poisoned)
+def test_skipped_step_changes_no_weight(train, nan_inputs, tmp_path):
+    train("--save_steps", "1", "--max_steps", "2", inputs=nan_inputs)  # step 2 is skipped
     folders = [tmp_path / f"out/checkpoint-{step}/vision_model" for step in (1, 2)]
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
-    assert all(tensor.any() for tensor in before.values()), "the first step was none to skip"
-    assert finite(tmp_path / "out")
+    assert all(tensor.any() for tensor in before.values()), "step 1 is not skipped"
+    assert are_saved_weights_finite(tmp_path / "out")
 
 
-def test_a_loss_that_is_infinite_though_its_gradient_is_not(here):
-    trainer = here("--max_steps", "1")
+def test_nonfinite_loss_with_a_finite_gradient_is_propagated(train):
+    trainer = train("--max_steps", "1")
     loss = torch.tensor(1.0, requires_grad=True)
-    for factor, found in ((1.0, 1.0), (math.inf, math.nan)):
-        (gradient,) = torch.autograd.grad(trainer.propagate_nonfinite_loss(loss + factor - factor), loss)
-        assert gradient.item() == pytest.approx(found, nan_ok=True)
+    for offset, expected in ((1.0, 1.0), (math.inf, math.nan)):  # the gradient of x + inf - inf is 1
+        (gradient,) = torch.autograd.grad(trainer.guard.propagate_nonfinite_loss(loss + offset - offset), loss)
+        assert gradient.item() == pytest.approx(expected, nan_ok=True)
 
 
-def test_too_many_in_a_row_end_the_run(here, tmp_path):
-    """The first step throws the weights so far off that no other has a finite loss."""
-    message = "4 steps in a row were skipped, step 5 because the loss .* is not finite; --max_skipped_steps allows 3. "
-    message += "They changed no weight; the same command goes on from checkpoint-1"
+def test_too_many_skipped_steps_in_a_row_end_the_run(train, tmp_path):
+    message = (
+        "4 steps in a row were skipped, step 5 because of: non-finite loss or gradient. --max_skipped_steps allows 3. "
+        "They changed no weight; the same command resumes from checkpoint-1"
+    )
+    # After a step at this learning rate no loss is finite.
+    flags = ["--learning_rate", "1e25", "--max_skipped_steps", "3", "--save_steps", "1", "--save_total_limit", "1"]
     with pytest.raises(ValueError, match=message):
-        here("--learning_rate", "1e25", "--max_skipped_steps", "3", "--save_steps", "1", "--save_total_limit", "1")
+        train(*flags)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
-    assert finite(tmp_path / "out/checkpoint-1")
+    assert are_saved_weights_finite(tmp_path / "out/checkpoint-1")
 
 
-def test_weights_that_are_not_finite_are_not_written(here, tmp_path):
-    with pytest.raises(ValueError, match="weights are not finite after step 1 .* and [0-9]+ more.: none are written"):
-        here("--learning_rate", "1e39", "--save_steps", "1")
+def test_nonfinite_weights_are_not_saved(train, tmp_path):
+    with pytest.raises(ValueError, match="Non-finite weights after step 1 .* and [0-9]+ more.: nothing is saved"):
+        train("--learning_rate", "1e39", "--save_steps", "1")
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 # -- dataloader workers ------------------------------------------------------------------------------------------------
 
 
-def test_tmpdir_has_room_for_the_sockets_of_workers(tiny, tmp_path, monkeypatch):
-    """In the longest folder that is let through, a socket can be; in the next longer one, none."""
-    flags = [*flags_of(tiny, tmp_path / "out"), "--dataloader_num_workers"]
+def test_tmpdir_too_long_for_worker_sockets_is_an_error(tiny_inputs, tmp_path, monkeypatch):
+    """The longest TMPDIR that validation accepts is the longest that works."""
+    flags = [*build_run_flags(tiny_inputs, tmp_path / "out"), "--dataloader_num_workers"]
     for length, fits in ((75, True), (76, False)):
-        with tempfile.TemporaryDirectory(dir="/tmp") as folder, socket.socket(socket.AF_UNIX) as of_worker:
-            temporary = Path(folder, "a" * (length - len(folder) - 1))
-            path = temporary / "pymp-12345678/listener-12345678"
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder, socket.socket(socket.AF_UNIX) as worker_socket:
+            tmpdir = Path(folder, "a" * (length - len(folder) - 1))
+            path = tmpdir / "pymp-12345678/listener-12345678"  # as multiprocessing names them
             path.parent.mkdir(parents=True)
-            monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+            monkeypatch.setattr(tempfile, "tempdir", str(tmpdir))
             validate_arguments(*parse_args([*flags, "0"]))
             if fits:
-                of_worker.bind(str(path))
+                worker_socket.bind(str(path))
                 validate_arguments(*parse_args([*flags, "1"]))
             else:
                 with pytest.raises(OSError, match="AF_UNIX path too long"):
-                    of_worker.bind(str(path))
-                with pytest.raises(ValueError, match=f"TMPDIR {temporary} is 1 bytes too long .*workers 1: set TMPDIR"):
+                    worker_socket.bind(str(path))
+                with pytest.raises(ValueError, match=f"TMPDIR {tmpdir} is 1 bytes too long .*workers 1: set TMPDIR"):
                     validate_arguments(*parse_args([*flags, "1"]))
 
 
-class Wrong(torch.utils.data.Dataset):
+class FailingDataset(torch.utils.data.Dataset):
+    """Raises a ValueError for sample 0, a KeyError for sample 1."""
+
     def __getitem__(self, index):
         try:
-            raise ValueError("the cause: it is not told")
+            raise ValueError("the cause, which is not reported")
         except ValueError as error:
             raise (ValueError, KeyError)[index]("ValueError: 3 is not 4") from error
 
 
-def test_an_error_in_a_worker_is_told_without_its_trace():
+def test_error_in_a_worker_is_reported_without_its_traceback():
     for index, expected in enumerate(["ValueError: 3 is not 4", "KeyError: 'ValueError: 3 is not 4'"]):
         with pytest.raises((ValueError, KeyError)) as caught:
-            next(iter(DataLoader(Wrong(), sampler=[index], num_workers=1)))
-        assert describe_error(caught.value).words == expected
+            next(iter(DataLoader(FailingDataset(), sampler=[index], num_workers=1)))
+        assert make_exit_report(caught.value).message == expected
 
 
-class Leaving(torch.utils.data.Dataset):
-    """Its samples cannot be had: the worker waits at the first, is cut off in the middle of the second."""
+class UnavailableDataset(torch.utils.data.Dataset):
+    """Dataset whose worker hangs at sample 0; unpickling sample 1 fails."""
 
     def __getitem__(self, index):
         return self if index else time.sleep(60)
 
     def __reduce__(self):
-        return (cut_off, ())
+        return (reset_connection, ())
 
 
-def cut_off():
+def reset_connection():
     raise ConnectionResetError(104, "Connection reset by peer")
 
 
-@pytest.mark.parametrize("waited_for", [True, False])
-def test_a_killed_worker_is_told_alike_whether_it_is_waited_for_or_not(waited_for):
+@pytest.mark.parametrize("is_waiting", [True, False])
+def test_killed_worker_is_reported_whether_or_not_the_run_waits_for_it(is_waiting):
     with pytest.raises(RuntimeError) as caught:
-        batches = iter(DataLoader(Leaving(), sampler=[0], num_workers=1))
-        worker = batches._workers[0].pid
-        if waited_for:
-            threading.Timer(0.5, os.kill, (worker, signal.SIGKILL)).start()
+        other_processes = set(multiprocessing.active_children())
+        batches = iter(DataLoader(UnavailableDataset(), sampler=[0], num_workers=1))
+        (worker,) = set(multiprocessing.active_children()) - other_processes
+        if is_waiting:
+            threading.Timer(0.5, worker.kill).start()
             next(batches)
-        os.kill(worker, signal.SIGKILL)
-        time.sleep(60)
-    words = describe_error(caught.value).words
-    assert words.startswith(
-        f"RuntimeError: DataLoader worker (pid {worker}) is killed by signal: Killed; a process that"
+        worker.kill()
+        time.sleep(60)  # until torch's SIGCHLD handler raises
+    message = (
+        f"RuntimeError: DataLoader worker (pid {worker.pid}) is killed by signal: Killed; a DataLoader worker died"
     )
+    assert make_exit_report(caught.value).message.startswith(message)
 
 
-def test_a_worker_killed_while_a_tensor_is_taken_from_it_is_told_as_such():
+def test_worker_killed_while_a_tensor_is_received_is_reported():
     with pytest.raises(ConnectionResetError) as caught:
-        next(iter(DataLoader(Leaving(), sampler=[1], num_workers=1, collate_fn=list)))
-    assert describe_error(caught.value).words.startswith(
-        "[Errno 104] Connection reset by peer; a process that reads data has"
-    )
+        next(iter(DataLoader(UnavailableDataset(), sampler=[1], num_workers=1, collate_fn=list)))
+    message = "[Errno 104] Connection reset by peer; a DataLoader worker died"
+    assert make_exit_report(caught.value).message.startswith(message)
+    # Outside of a DataLoader the same error has another cause.
     with pytest.raises(ConnectionResetError) as caught:
-        cut_off()
-    assert describe_error(caught.value).words == "[Errno 104] Connection reset by peer"
+        reset_connection()
+    assert make_exit_report(caught.value).message == "[Errno 104] Connection reset by peer"
 
 
 # -- disks -------------------------------------------------------------------------------------------------------------
@@ -218,14 +245,16 @@ def test_a_worker_killed_while_a_tensor_is_taken_from_it_is_told_as_such():
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 1 MB at the output folder: (mount options) -> mount or remount it."""
+    """Mount a file system of 1 MB at the output folder.
+
+    Returns a function that mounts it again, with other options.
+    """
 
     def mount(options: str) -> None:
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path / "out"], capture_output=True, text=True
-        )
-        if done.returncode:
-            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path / "out"]
+        completed = subprocess.run(command, capture_output=True, text=True)
+        if completed.returncode:
+            pytest.skip(f"mounting a file system is not permitted here: {completed.stderr.strip()}")
 
     (tmp_path / "out").mkdir()
     mount("size=1m")
@@ -233,68 +262,75 @@ def disk(tmp_path):
     subprocess.run(["umount", "--lazy", tmp_path / "out"], check=True)
 
 
-class At(TrainerCallback):
-    """Does something behind a step, before its log and its checkpoint."""
+class CallAtStep(TrainerCallback):
+    """Calls a function after an optimizer step, before logging and saving."""
 
-    def __init__(self, step: int, do):
-        self.step, self.do = step, do
+    def __init__(self, step: int, function: Callable[[], object]):
+        self.step, self.function = step, function
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.do()
-
-
-def fill(folder: Path) -> None:
-    """Leave 20 kB."""
-    (folder / "of_somebody_else").write_bytes(b"0" * (shutil.disk_usage(folder).free - 20_000))
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.function()
 
 
-SAVE = ["--save_steps", "2", "--save_total_limit", "1"]
-FULL = (
-    "checkpoint-4 cannot be written: .*; [0-9,]+ bytes are free there; the same command goes on from checkpoint-2 when"
+def fill_disk(folder: Path) -> None:
+    """Leave 20 kB free."""
+    (folder / "large_file").write_bytes(b"0" * (shutil.disk_usage(folder).free - 20_000))
+
+
+SAVE_FLAGS = ["--save_steps", "2", "--save_total_limit", "1"]
+DISK_FULL_MESSAGE = (
+    "checkpoint-4 cannot be written: .*; [0-9,]+ bytes are free there; the same command resumes from checkpoint-2 once"
 )
 
 
-def test_a_full_disk(here, disk, tmp_path):
+def test_run_resumes_after_a_full_disk(train, disk, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(OSError, match=FULL):
-        here(*SAVE, at=At(3, lambda: fill(out)))
-    (out / "of_somebody_else").unlink()
+    with pytest.raises(OSError, match=DISK_FULL_MESSAGE):
+        train(*SAVE_FLAGS, callback=CallAtStep(3, lambda: fill_disk(out)))
+    (out / "large_file").unlink()
     assert find_checkpoint_errors(out / "checkpoint-2") == []
-    trainer = here(*SAVE, checkpoint=str(out / "checkpoint-2"))
+    trainer = train(*SAVE_FLAGS, checkpoint=str(out / "checkpoint-2"))
     assert trainer.state.global_step == 8
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-8"] and not (out / "unfinished").exists()
 
 
-def test_a_disk_that_has_become_read_only(here, disk, tmp_path):
+def test_disk_that_becomes_read_only_keeps_the_checkpoint(train, disk, tmp_path):
     with pytest.raises(OSError, match="Read-only file system"):
-        here(*SAVE, at=At(3, lambda: disk("remount,ro")))
+        train(*SAVE_FLAGS, callback=CallAtStep(3, lambda: disk("remount,ro")))
     assert find_checkpoint_errors(tmp_path / "out/checkpoint-2") == []
 
 
-def test_a_read_only_disk_is_known_before_the_first_step(here, disk):
+def test_read_only_disk_is_reported_before_the_first_step(train, disk):
     disk("remount,ro")
     with pytest.raises(OSError, match="no checkpoint can be written to .*: .*Read-only file system"):
-        here(*SAVE)
+        train(*SAVE_FLAGS)
 
 
-def test_the_output_folder_is_removed(here, tmp_path, caplog):
-    """What is in memory is saved at once, and the run goes on, TensorBoard included."""
+def test_run_continues_after_its_output_folder_was_removed(train, tmp_path, caplog):
+    """A checkpoint is saved at once; TensorBoard's logs continue, too."""
     out = tmp_path / "out"
-    trainer = here(*SAVE, "--max_steps", "3", "--report_to", "tensorboard", at=At(3, lambda: shutil.rmtree(out)))
+    trainer = train(
+        *SAVE_FLAGS,
+        "--max_steps",
+        "3",
+        "--report_to",
+        "tensorboard",
+        callback=CallAtStep(3, lambda: shutil.rmtree(out)),
+    )
     assert f"{out} was removed while the run was writing to it" in caplog.text
     assert trainer.state.global_step == 3
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
     assert find_checkpoint_errors(out / "checkpoint-3") == [] and list(out.glob("runs/*/events*"))
 
 
-@pytest.mark.slow
-def test_a_full_disk_ends_all_ranks_with_one_sentence(tiny, disk, tmp_path):
+@pytest.mark.multiprocess
+def test_full_disk_ends_all_ranks_with_one_message(tiny_inputs, disk, tmp_path):
     disk("remount,size=700k")
-    done = run(tiny, tmp_path / "out", *COSINE, "--save_steps", "1", ranks=2, status=1)
+    failed = run_training(tiny_inputs, tmp_path / "out", *COSINE, "--save_steps", "1", ranks=2, status=1)
     assert re.search(
-        "error on rank 0: checkpoint-[0-9] cannot be written: .*; the same command goes on from checkpoint-",
-        done.stderr,
+        "error: rank 0 failed: checkpoint-[0-9] cannot be written: .*; the same command resumes from checkpoint-",
+        failed.stderr,
     )
-    newest = find_latest_valid_checkpoint(tmp_path / "out", tell=print)
-    assert newest and newest.name == done.stderr.split("goes on from ")[1].split()[0]
+    latest = find_latest_valid_checkpoint(tmp_path / "out", print)
+    assert latest and latest.name == failed.stderr.split("resumes from ")[1].split()[0]

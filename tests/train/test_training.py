@@ -1,4 +1,4 @@
-"""Real runs of the entry point on a tiny checkpoint: gloo ranks, DeepSpeed, files. One run serves many laws."""
+"""Train a tiny model with the real entry point, ranks and DeepSpeed."""
 
 import shutil
 
@@ -7,18 +7,19 @@ import psutil
 import pytest
 import torch
 from helpers.training_runs import (
-    FULL,
-    LORA,
-    composed,
-    flags_of,
-    history,
-    losses,
-    prepare,
-    run,
-    run_here,
-    weights,
-    without_image_tokens,
-    write_meta,
+    TRAIN_ADAPTERS,
+    TRAIN_LLM_AND_PROJECTOR,
+    build_composition_flags,
+    build_run_flags,
+    load_weights,
+    prepare_batch,
+    prepare_trainer,
+    read_losses,
+    read_step_logs,
+    remove_image_tokens,
+    run_training,
+    train_in_process,
+    write_meta_file,
 )
 
 from internvl.constants import SPECIAL_TOKENS
@@ -26,30 +27,35 @@ from internvl.model.tokenizers.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def lora_run(tiny, tmp_path_factory):
-    """Two ranks that torchrun started, both adapters, no DeepSpeed."""
+def lora_run(tiny_inputs, tmp_path_factory):
+    """Train both adapters on two ranks under torchrun.
+
+    Returns the output folder and what was printed.
+    """
     output = tmp_path_factory.mktemp("runs") / "lora"
-    return output, run(tiny, output, *LORA, ranks=2, launcher=True).stdout
+    return output, run_training(tiny_inputs, output, *TRAIN_ADAPTERS, ranks=2, launcher=True).stdout
 
 
-def test_a_lora_run_moves_adapters_and_nothing_else(tiny, lora_run):
+@pytest.mark.multiprocess
+def test_lora_run_changes_only_adapters(tiny_inputs, lora_run):
     output, _ = lora_run
-    base, trained = weights(tiny / "model"), weights(output)
+    base, trained = load_weights(tiny_inputs / "model"), load_weights(output)
     frozen = {name: t for name, t in trained.items() if "lora_" not in name}
     assert len(frozen) == len(base)
     for name, tensor in frozen.items():
-        plain = name.replace("base_model.model.", "").replace("base_layer.", "")
-        assert torch.equal(tensor, base[plain]), f"{name} is frozen and moved"
+        base_name = name.replace("base_model.model.", "").replace("base_layer.", "")
+        assert torch.equal(tensor, base[base_name]), f"{name} is frozen and has changed"
     lora_b = [tensor for name, tensor in trained.items() if "lora_B" in name]
     assert lora_b
-    assert all(tensor.any() for tensor in lora_b), "an adapter did not train"
+    assert all(tensor.any() for tensor in lora_b), "an adapter has not changed"
 
 
-def test_a_run_tells_what_it_does(lora_run):
+@pytest.mark.multiprocess
+def test_run_logs_its_parameters_and_metrics(lora_run):
     output, printed = lora_run
     assert "vision encoder" in printed
     assert "LoRA rank" in printed
-    steps = history(output)
+    steps = read_step_logs(output)
     assert len(steps) == 6
     for key in ("grad_norm", "learning_rate", "tokens_per_second"):
         assert all(entry[key] > 0 for entry in steps), key
@@ -58,125 +64,158 @@ def test_a_run_tells_what_it_does(lora_run):
     assert (output / "checkpoint-3").is_dir()
 
 
-def test_zero_3_composes_resizes_and_grows_alike(tiny, parts, tmp_path):
-    """Parts of which every rank holds a slice: an untied head, a projector, nine new tokens and larger tiles."""
-    flags = [*composed(parts), "--mlp_path", f"{parts}/mlp_projector.pth", "--force_image_size", "112"]
-    flags += ["--max_steps", "3", "--unfreeze_vit_layers", "-1", *FULL]
-    run(tiny, tmp_path / "whole", *flags, ranks=2)
-    run(tiny, tmp_path / "sliced", *flags, "--deepspeed", "zero_stage3_config.json", ranks=2)
-    torch.testing.assert_close(losses(tmp_path / "sliced"), losses(tmp_path / "whole"), atol=1e-5, rtol=0)
-    sliced, whole = weights(tmp_path / "sliced"), weights(tmp_path / "whole")
-    assert {name: tensor.shape for name, tensor in sliced.items()} == {n: tensor.shape for n, tensor in whole.items()}
+@pytest.mark.multiprocess
+def test_zero3_composes_and_resizes_a_model_as_without(tiny_inputs, model_parts, tmp_path):
+    """Every rank holds a shard of each part.
+
+    The head is untied from the embedding, the projector is loaded, nine tokens are added and tiles are larger.
+    """
+    flags = [
+        *build_composition_flags(model_parts),
+        "--mlp_path",
+        f"{model_parts}/mlp_projector.pth",
+        "--force_image_size",
+        "112",
+    ]
+    flags += ["--max_steps", "3", "--unfreeze_vit_layers", "-1", *TRAIN_LLM_AND_PROJECTOR]
+    run_training(tiny_inputs, tmp_path / "reference", *flags, ranks=2)
+    run_training(tiny_inputs, tmp_path / "zero3", *flags, "--deepspeed", "zero_stage3_config.json", ranks=2)
+    torch.testing.assert_close(read_losses(tmp_path / "zero3"), read_losses(tmp_path / "reference"), atol=1e-5, rtol=0)
+    zero3, reference = load_weights(tmp_path / "zero3"), load_weights(tmp_path / "reference")
+    assert {name: tensor.shape for name, tensor in zero3.items()} == {
+        n: tensor.shape for n, tensor in reference.items()
+    }
 
 
-def test_the_number_of_ranks_and_of_workers_changes_no_loss(tiny, tmp_path, monkeypatch):
+@pytest.mark.multiprocess
+def test_number_of_ranks_and_workers_does_not_change_losses(tiny_inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
-    trainer = prepare([*flags_of(tiny, tmp_path / "one"), *FULL, "--dataloader_num_workers", "2"])
+    trainer = prepare_trainer(
+        [*build_run_flags(tiny_inputs, tmp_path / "one"), *TRAIN_LLM_AND_PROJECTOR, "--dataloader_num_workers", "2"]
+    )
     before = psutil.Process().children()
     trainer.train()
     trainer.save_state()
-    assert psutil.Process().children() == before, "workers end when the training does"
-    run(tiny, tmp_path / "two", *FULL, ranks=2)
-    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5, rtol=0)
+    assert psutil.Process().children() == before, "dataloader workers are still running"
+    run_training(tiny_inputs, tmp_path / "two", *TRAIN_LLM_AND_PROJECTOR, ranks=2)
+    torch.testing.assert_close(read_losses(tmp_path / "one"), read_losses(tmp_path / "two"), atol=1e-5, rtol=0)
 
 
-def test_resume_equals_unbroken(tiny, lora_run, tmp_path):
+@pytest.mark.multiprocess
+def test_resumed_run_equals_unbroken_run(tiny_inputs, lora_run, tmp_path):
     shutil.copytree(lora_run[0] / "checkpoint-3", tmp_path / "out/checkpoint-3")
-    printed = run(tiny, tmp_path / "out", *LORA, ranks=2).stdout
-    assert "resuming from" in printed
-    assert losses(tmp_path / "out") == losses(lora_run[0])
-    resumed = weights(tmp_path / "out")
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights(lora_run[0]).items())
+    printed = run_training(tiny_inputs, tmp_path / "out", *TRAIN_ADAPTERS, ranks=2).stdout
+    assert "Resuming from" in printed
+    assert read_losses(tmp_path / "out") == read_losses(lora_run[0])
+    resumed = load_weights(tmp_path / "out")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in load_weights(lora_run[0]).items())
 
 
-def test_going_on_at_an_epochs_beginning_equals_unbroken(tiny, tmp_path, monkeypatch):
-    """Workers live as long as a run: one that goes on starts them where the unbroken one has them."""
-    monkeypatch.setenv("INTERNVL_CACHE", str(tiny / "cache"))
-    flags = [*LORA, "--dataloader_num_workers", "1", "--save_steps", "4"]
-    run_here(tiny, tmp_path / "whole", *flags)
-    last = history(tmp_path / "whole")[3]
+@pytest.mark.multiprocess
+def test_resuming_at_the_start_of_an_epoch_equals_unbroken_run(tiny_inputs, tmp_path, monkeypatch):
+    """A resumed run starts its workers as the unbroken run has them.
+
+    Dataloader workers are persistent: they live through all epochs.
+    """
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny_inputs / "cache"))
+    flags = [*TRAIN_ADAPTERS, "--dataloader_num_workers", "1", "--save_steps", "4"]
+    train_in_process(tiny_inputs, tmp_path / "unbroken", *flags)
+    last = read_step_logs(tmp_path / "unbroken")[3]
     assert last["epoch"] == 1
-    shutil.copytree(tmp_path / "whole/checkpoint-4", tmp_path / "broken/checkpoint-4")
-    for file in (tmp_path / "whole").glob("data-*"):
-        shutil.copy(file, tmp_path / "broken")
-    run(tiny, tmp_path / "broken", *flags)
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    shutil.copytree(tmp_path / "unbroken/checkpoint-4", tmp_path / "resumed/checkpoint-4")
+    for file in (tmp_path / "unbroken").glob("data-*"):
+        shutil.copy(file, tmp_path / "resumed")
+    run_training(tiny_inputs, tmp_path / "resumed", *flags)
+    assert read_losses(tmp_path / "resumed") == read_losses(tmp_path / "unbroken")
 
 
-def test_a_bad_image_found_while_training_is_left_out(tiny, goldens, tmp_path):
-    """The header is whole, so measuring does not see it; the pixels are cut off."""
+@pytest.mark.multiprocess
+def test_unusable_image_is_skipped_during_training(tiny_inputs, goldens, tmp_path):
+    """A truncated image is noticed only when it is decoded.
+
+    Measuring sample lengths reads just its header, which is valid.
+    """
     images = tmp_path / "images"
     shutil.copytree(goldens / "dataset/images", images)
     (images / "im0.png").write_bytes((images / "im0.png").read_bytes()[:200])
-    shutil.copytree(tiny, tmp_path / "tiny")
-    write_meta(tmp_path / "tiny", images)
-    printed = run(tmp_path / "tiny", tmp_path / "out", *LORA, "--max_bad_samples", "8", "--num_train_epochs", "2")
-    assert "left out: tiny line 1" in printed.stdout
-    assert all(loss > 0 for loss in losses(tmp_path / "out"))
-    refused = run(tmp_path / "tiny", tmp_path / "refused", *LORA, "--max_bad_samples", "1", ranks=2, status=1)
-    assert "samples cannot be used, --max_bad_samples allows 1" in refused.stderr
+    shutil.copytree(tiny_inputs, tmp_path / "tiny")
+    write_meta_file(tmp_path / "tiny", images)
+    printed = run_training(
+        tmp_path / "tiny", tmp_path / "out", *TRAIN_ADAPTERS, "--max_bad_samples", "8", "--num_train_epochs", "2"
+    )
+    assert "Skipped sample: tiny line 1" in printed.stdout
+    assert all(loss > 0 for loss in read_losses(tmp_path / "out"))
+    refused = run_training(
+        tmp_path / "tiny", tmp_path / "refused", *TRAIN_ADAPTERS, "--max_bad_samples", "1", ranks=2, status=1
+    )
+    assert "samples are unusable, --max_bad_samples allows 1" in refused.stderr
 
 
-WRONG = {
-    "no such model": (["--model_name_or_path", "/nowhere/model"], "/nowhere/model"),
-    "no such meta file": (["--meta_path", "/nowhere/meta.json"], "/nowhere/meta.json"),
-    "nothing to train": (["--freeze_backbone", "--freeze_llm", "--freeze_mlp"], "nothing is left to train"),
-    "unknown template": (["--conv_style", "vicuna"], "--conv_style vicuna: known templates are"),
-    "another pixel shuffle": (["--down_sample_ratio", "0.25"], "--down_sample_ratio 0.25 differs"),
-    "rows that hold nothing": (["--use_packed_ds", "True", "--max_packed_tokens", "9"], "do not fit into a row"),
-    "a negative rank": (["--use_llm_lora", "-3"], "--use_llm_lora -3"),
-    "tokens too few for one tile": (["--max_seq_length", "40"], "samples cannot be used"),
-    "no such checkpoint": (["--resume_from_checkpoint", "/nowhere/checkpoint-3"], "no checkpoint"),
-    "no tile at all": (["--max_dynamic_patch", "0"], "--max_dynamic_patch 0: fewest and most tiles"),
-    "tiles that do not divide": (["--force_image_size", "70"], "70 pixels does not divide"),
+INVALID_INPUTS = {
+    "missing model": (["--model_name_or_path", "/nowhere/model"], "/nowhere/model"),
+    "missing meta file": (["--meta_path", "/nowhere/meta.json"], "/nowhere/meta.json"),
+    "no trainable parameters": (["--freeze_backbone", "--freeze_llm", "--freeze_mlp"], "no trainable parameters"),
+    "unknown template": (["--conv_style", "vicuna"], "--conv_style vicuna is invalid: expected one of"),
+    "pixel shuffle of another model": (
+        ["--down_sample_ratio", "0.25"],
+        "--down_sample_ratio 0.25 is invalid: expected 0.5",
+    ),
+    "rows too short for a sample": (["--use_packed_ds", "True", "--max_packed_tokens", "9"], "do not fit into a row"),
+    "negative LoRA rank": (["--use_llm_lora", "-3"], "--use_llm_lora -3"),
+    "too few tokens for a tile": (["--max_seq_length", "40"], "samples are unusable"),
+    "missing checkpoint": (["--resume_from_checkpoint", "/nowhere/checkpoint-3"], "no checkpoint"),
+    "no tiles": (["--max_dynamic_patch", "0"], "--max_dynamic_patch 0 is invalid: expected at least --min"),
+    "tile size not divisible": (["--force_image_size", "70"], "70 pixels is invalid"),
 }
 
 
-@pytest.mark.parametrize(("flags", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_inputs_are_refused_before_the_first_step(tiny, flags, message, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("flags", "message"), INVALID_INPUTS.values(), ids=INVALID_INPUTS)
+def test_invalid_inputs_are_errors_before_the_first_step(tiny_inputs, flags, message, tmp_path, monkeypatch):
     monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=message):
-        prepare([*flags_of(tiny, tmp_path / "out"), *flags])
+        prepare_trainer([*build_run_flags(tiny_inputs, tmp_path / "out"), *flags])
 
 
-def test_an_error_is_one_sentence_on_every_launcher(tiny, tmp_path):
-    done = run(tiny, tmp_path / "out", "--use_llm_lora", "-3", ranks=2, status=1)
+@pytest.mark.multiprocess
+def test_error_of_all_ranks_is_printed_once(tiny_inputs, tmp_path):
+    done = run_training(tiny_inputs, tmp_path / "out", "--use_llm_lora", "-3", ranks=2, status=1)
     assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [
-        "error: --use_llm_lora -3: a LoRA rank is positive, or 0 for none."
+        "error: --use_llm_lora -3 is invalid: expected a LoRA rank from 0 (no LoRA) to 65,536."
     ]
     assert "Traceback" not in done.stderr
 
 
-def test_missing_image_tokens_and_another_tile_size_are_fitted(tiny, tmp_path, monkeypatch):
+def test_missing_image_tokens_and_another_tile_size_are_adapted(tiny_inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(tiny / "model", tmp_path / "model")
-    without_image_tokens(tmp_path / "model")
+    shutil.copytree(tiny_inputs / "model", tmp_path / "model")
+    remove_image_tokens(tmp_path / "model")
     assert not set(SPECIAL_TOKENS) & load_tokenizer(tmp_path / "model").get_vocab().keys()
-    flags = [*flags_of(tiny, tmp_path / "out"), "--model_name_or_path", str(tmp_path / "model")]
-    trainer = prepare([*flags, "--force_image_size", "112", *FULL])
+    flags = [*build_run_flags(tiny_inputs, tmp_path / "out"), "--model_name_or_path", str(tmp_path / "model")]
+    trainer = prepare_trainer([*flags, "--force_image_size", "112", *TRAIN_LLM_AND_PROJECTOR])
     ids = [trainer.processing_class.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
-    assert ids == load_tokenizer(tiny / "model").convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    assert ids == load_tokenizer(tiny_inputs / "model").convert_tokens_to_ids(list(SPECIAL_TOKENS))
     assert trainer.model.num_image_token == 16
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[(0, 0)]]))
+    batch = prepare_batch(trainer, trainer.data_collator([trainer.train_dataset[(0, 0)]]))
     assert (batch["input_ids"] == trainer.model.img_context_token_id).sum() % 16 == 0
     assert torch.isfinite(trainer.model(**batch).loss)
 
 
-def test_a_finished_model_is_not_overwritten(tiny, tmp_path):
-    done = run(tiny, tiny / "model", *LORA, status=1)
+@pytest.mark.multiprocess
+def test_finished_model_is_not_overwritten(tiny_inputs, tmp_path):
+    done = run_training(tiny_inputs, tiny_inputs / "model", *TRAIN_ADAPTERS, status=1)
     assert "holds a finished model and no checkpoint to resume from" in done.stderr
-    assert weights(tiny / "model")
+    assert load_weights(tiny_inputs / "model")
 
 
-def test_the_last_step_of_an_epoch_counts_its_samples_in_full(tiny, tmp_path, monkeypatch):
-    """13 samples in steps of 4: the fourth step holds one, whose loss the mean over 4 micro-batches must not shrink."""
+def test_last_step_of_an_epoch_is_averaged_over_its_own_samples(tiny_inputs, tmp_path, monkeypatch):
+    """The fourth step has one sample: it is not divided by 4."""
     monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
-    trainer = prepare([*flags_of(tiny, tmp_path / "out"), *FULL])
+    trainer = prepare_trainer([*build_run_flags(tiny_inputs, tmp_path / "out"), *TRAIN_LLM_AND_PROJECTOR])
     plan = trainer.schedule.plan(0)
     last = np.append(plan.samples, -1)[plan.steps[3]]
     assert last.tolist() == [[[last.max()]], [[-1]], [[-1]], [[-1]]]
     batch = trainer.data_collator([trainer.train_dataset[(0, last.max())]])
-    batch = trainer._prepare_inputs(batch)
+    batch = prepare_batch(trainer, batch)
     trainer.model.train()
     for step, scale in ((2, 1), (3, 4)):
         trainer.state.global_step = step

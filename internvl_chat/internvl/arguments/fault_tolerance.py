@@ -1,39 +1,36 @@
-"""Flags on what a run does when something goes wrong around it; a base of `TrainingArguments`."""
+"""Flags on signals, non-finite steps and steps that hang."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-
-def option(default, help: str):
-    return field(default=default, metadata={"help": help})
+from internvl.arguments.flags import option, require
 
 
 @dataclass
 class FaultToleranceArguments:
-    """How a run meets signals and steps that went wrong."""
+    """Flags on signals, non-finite steps and hangs; a base of `TrainingArguments`."""
 
     save_on_signal_seconds: float = option(
-        0, "seconds from SIGUSR1, SIGTERM or Ctrl-C to the end of the run, saving included; 0: as long as it takes"
+        0, "seconds from SIGUSR1, SIGTERM or Ctrl-C to the exit of the run, saving included; 0: no limit"
     )
     max_skipped_steps: int = option(
-        20, "steps in a row whose loss or gradient may be unusable, and which are skipped, before the run ends"
+        20, "consecutive steps with a non-finite loss or gradient that are skipped before the run fails"
     )
     skip_above_grad_norm: float | None = option(
-        None, "skip a step whose gradient's norm, before --max_grad_norm clips it, is above this; default: none"
+        None, "skip a step whose gradient norm, before --max_grad_norm clips it, exceeds this; default: no limit"
     )
     watchdog_factor: float = option(
-        10.0, "every rank prints where it is when a step takes this many times the usual; 0: never"
+        10.0, "print the stack of every rank when a step takes this many times the usual step time; 0: never"
     )
-    watchdog_seconds: float = option(60.0, "and so many seconds at least; the first step, --watchdog_factor times this")
+    watchdog_seconds: float = option(
+        60.0, "the shortest step time that the watchdog reports; in the first step --watchdog_factor times this"
+    )
 
     def validate_fault_tolerance(self) -> None:
-        """Raises a ValueError for a value that cannot be used."""
-        if not 0 <= self.save_on_signal_seconds < float("inf"):
-            raise ValueError(f"--save_on_signal_seconds {self.save_on_signal_seconds} must be 0 or more seconds.")
-        if self.max_skipped_steps < 0:
-            raise ValueError(f"--max_skipped_steps {self.max_skipped_steps} must be 0 or more.")
-        if self.skip_above_grad_norm is not None and not self.skip_above_grad_norm > 0:
-            raise ValueError(f"--skip_above_grad_norm {self.skip_above_grad_norm} must be positive.")
-        if not (self.watchdog_factor == 0 or 1 < self.watchdog_factor < float("inf")):
-            raise ValueError(f"--watchdog_factor {self.watchdog_factor} must be more than 1, or 0 for no watchdog.")
-        if not 0 < self.watchdog_seconds < float("inf"):
-            raise ValueError(f"--watchdog_seconds {self.watchdog_seconds} must be positive.")
+        """Raise a ValueError for an invalid value."""
+        infinity = float("inf")  # `x < infinity` is False for nan, too
+        require(self, "save_on_signal_seconds", 0 <= self.save_on_signal_seconds < infinity, "seconds >= 0")
+        require(self, "max_skipped_steps", self.max_skipped_steps >= 0, "an integer >= 0")
+        norm, factor = self.skip_above_grad_norm, self.watchdog_factor
+        require(self, "skip_above_grad_norm", norm is None or norm > 0, "a number > 0")
+        require(self, "watchdog_factor", factor == 0 or 1 < factor < infinity, "a number > 1, or 0 for no watchdog")
+        require(self, "watchdog_seconds", 0 < self.watchdog_seconds < infinity, "seconds > 0")

@@ -1,15 +1,20 @@
-"""Flags of preference optimisation (`internvl_chat_mpo.py`)."""
+"""Flags of preference optimization, for `internvl_chat_mpo.py`."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from internvl.arguments.fault_tolerance import option
-from internvl.arguments.training import DataTrainingArguments, ModelArguments, TrainingArguments
+from internvl.arguments.data import DataTrainingArguments
+from internvl.arguments.flags import option, require
+from internvl.arguments.model import ModelArguments
+from internvl.arguments.training import TrainingArguments
+
+# Losses of upstream's command line that are not implemented here; no recipe uses them.
+UNSUPPORTED_LOSSES = ("sppo_hard", "nca_pair", "robust", "aot", "aot_pair", "exo_pair")
 
 
 @dataclass
 class PreferenceDataArguments(DataTrainingArguments):
-    """How records become pairs, and what each loss of a sum of losses weighs."""
+    """Data flags plus the weights of a combined loss."""
 
     sigmoid_loss_weight: float = option(1.0, "weight of the loss `sigmoid`")
     bco_pair_loss_weight: float = option(1.0, "weight of the loss `bco_pair`")
@@ -17,30 +22,33 @@ class PreferenceDataArguments(DataTrainingArguments):
 
 @dataclass
 class DPOConfig(TrainingArguments):
-    """What preference optimisation adds, under trl's names; upstream's recipes train `sigmoid,bco_pair`."""
+    """Training flags plus those of preference optimization, named as in trl.
+
+    Upstream's recipes train with `sigmoid,bco_pair`.
+    """
 
     loss_type: Literal[
         "sigmoid", "hinge", "ipo", "bco_pair", "sppo_hard", "nca_pair", "robust", "aot", "aot_pair", "exo_pair",
         "sigmoid,bco_pair",
-    ] = option("sigmoid", "loss of a pair, or a weighted sum of two")  # fmt: skip
-    beta: float = option(0.1, "reward of an answer for each nat that it is likelier than under the reference")
-    label_smoothing: float = option(0.0, "probability that a pair is the wrong way round (sigmoid, robust, exo_pair)")
-    rpo_alpha: float | None = option(None, "weight of the mean cross entropy of the chosen answer; default none")
-    reference_free: bool = option(False, "take every answer to be equally likely under the reference")
+    ] = option("sigmoid", "loss of a pair, or a weighted sum of two losses")  # fmt: skip
+    beta: float = option(0.1, "scale of the log-ratio between policy and reference; higher: stays closer to it")
+    label_smoothing: float = option(0.0, "probability that a preference label is wrong (loss sigmoid only)")
+    rpo_alpha: float | None = option(None, "weight of the chosen answer's cross entropy in the loss; default: none")
+    reference_free: bool = option(False, "use no reference model: all answers are equally likely under it")
 
     def __post_init__(self):
-        names = self.loss_type.split(",")
-        if self.loss_type in ("aot", "aot_pair"):
+        if self.loss_type in UNSUPPORTED_LOSSES:
             raise ValueError(
-                f"--loss_type {self.loss_type} is not supported: it sorts log-ratios of a whole batch, of which a "
-                "micro-batch holds one or two."
+                f"--loss_type {self.loss_type} is not supported: choose sigmoid (DPO), hinge, ipo, bco_pair or "
+                "sigmoid,bco_pair (MPO)."
             )
-        if self.beta <= 0:
-            raise ValueError(f"--beta {self.beta} must be positive.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"--label_smoothing {self.label_smoothing} is a probability in [0, 0.5).")
-        if self.label_smoothing and not {"sigmoid", "robust", "exo_pair"} & set(names):
-            raise ValueError(f"--label_smoothing {self.label_smoothing} does not act on --loss_type {self.loss_type}.")
+        require(self, "beta", self.beta > 0, "a number > 0")
+        require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "a probability in [0, 0.5)")
+        if self.label_smoothing and "sigmoid" not in self.loss_type.split(","):
+            raise ValueError(
+                f"--label_smoothing {self.label_smoothing} is not supported with --loss_type {self.loss_type}: it has "
+                "no effect there."
+            )
         super().__post_init__()
 
 

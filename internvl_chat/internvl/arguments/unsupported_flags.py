@@ -1,88 +1,99 @@
-"""Flags that transformers has, or had, and that cannot act in this trainer: tables, and `refuse_unsupported_flags`
-for `arguments.py`.
+"""Flags of transformers that this trainer does not support, and why.
 
-Every other flag of transformers acts as documented there, or only together with one that is refused here.
+All other flags of transformers work as documented there, or only have an effect together with a flag listed here.
 """
 
 from dataclasses import fields
 
 import transformers
 
-NO_EVALUATION = "there is no evaluation data"
-NO_DATALOADER = "the dataloader reads a plan that every rank computes for itself"
+from internvl.arguments.flags import require
 
-# flag -> why it keeps its default value
+NO_EVALUATION = "this trainer has no evaluation set"
+OWN_DATALOADER = "the data loader reads an epoch plan that every rank computes for itself"
+SHARDED_BY_DEEPSPEED = "weights are sharded by --deepspeed zero_stage3_config.json"
+OWN_COMPILE = "use --compile True, which compiles layer by layer, for rows of any length"
+
+# flag -> reason why only its default value is supported
 UNSUPPORTED = {
-    "accelerator_config": NO_DATALOADER,
-    "auto_find_batch_size": "the plan of an epoch needs --per_device_train_batch_size before the first step",
-    "average_tokens_across_devices": "every micro-batch counts alike, as in upstream",
-    "dataloader_drop_last": "the last step of an epoch may be smaller and is weighed as such",
-    "dataloader_in_order": NO_DATALOADER,
-    "ddp_backend": "the process group is there before flags are read: nccl with CUDA, gloo without",
+    "accelerator_config": OWN_DATALOADER,
+    "auto_find_batch_size": "the epoch plan needs --per_device_train_batch_size before the first step",
+    "average_tokens_across_devices": "all micro-batches have the same weight, as in upstream; see "
+    "--loss_reduction_all_gather",
+    "dataloader_drop_last": "the last step of an epoch may be smaller, and its loss is weighted accordingly",
+    "dataloader_in_order": OWN_DATALOADER,
+    "ddp_backend": "the process group is created before flags are parsed: nccl with CUDA, else gloo",
     "do_eval": NO_EVALUATION,
     "do_predict": NO_EVALUATION,
+    "enable_jit_checkpoint": "it installs a second SIGTERM handler; SIGTERM already saves a checkpoint, within "
+    "--save_on_signal_seconds",
     "eval_on_start": NO_EVALUATION,
     "eval_strategy": NO_EVALUATION,
-    "fsdp": "weights are sharded by --deepspeed zero_stage3_config.json",
-    "fsdp_config": "weights are sharded by --deepspeed zero_stage3_config.json",
-    "ignore_data_skip": "going on in the middle of an epoch costs nothing here",
+    "fsdp": SHARDED_BY_DEEPSPEED,
+    "fsdp_config": SHARDED_BY_DEEPSPEED,
+    "ignore_data_skip": "resuming in the middle of an epoch reads no sample twice and takes no time",
     "include_num_input_tokens_seen": "the log has tokens_per_second and tiles_per_second",
-    "label_smoothing_factor": "the loss is the cross entropy over trained tokens",
-    "length_column_name": "--group_by_length measures samples itself",
-    "liger_kernel_config": "say --use_liger True",
+    "label_smoothing_factor": "the loss is the cross entropy of the loss tokens",
+    "length_column_name": "--group_by_length True measures the samples itself",
+    "liger_kernel_config": "use --use_liger True",
     "load_best_model_at_end": NO_EVALUATION,
     "optim_target_modules": "optimizers that rewrite the model are not supported",
-    "parallelism_config": "ranks share data only; weights are sharded by --deepspeed",
-    "torch_compile": "--compile True compiles layer by layer, for rows of any length",
-    "torch_compile_backend": "--compile True compiles layer by layer, for rows of any length",
-    "torch_compile_mode": "--compile True compiles layer by layer, for rows of any length",
-    "train_sampling_strategy": "say --group_by_length True",
-    "use_cache": "training keeps no cache of keys and values",
-    "use_liger_kernel": "say --use_liger True",
+    "parallelism_config": "training is data-parallel; --deepspeed shards the weights",
+    "torch_compile": OWN_COMPILE,
+    "torch_compile_backend": OWN_COMPILE,
+    "torch_compile_mode": OWN_COMPILE,
+    "train_sampling_strategy": "use --group_by_length True",
+    "use_cache": "training has no KV cache",
+    "use_liger_kernel": "use --use_liger True",
 }
 
-# flag -> the values that act, and why no other does
+# flag -> supported values, reason why others are not
 SUPPORTED_VALUES = {
     "optim": (
         ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
-        "it must take a group of parameters for each part",
+        "the optimizer must take a parameter group for each part of the model",
     ),
     "save_strategy": (("no", "steps", "epoch"), NO_EVALUATION),
 }
 
-# flag that transformers 5 dropped -> what stands in its place
+# flag that transformers 5 removed -> replacement
 REMOVED_FLAGS = {
-    "adafactor": "say --optim adafactor",
-    "include_tokens_per_second": "the log has tokens_per_second anyway",
-    "logging_dir": "TENSORBOARD_LOGGING_DIR in the environment names the folder of TensorBoard's files",
-    "no_cuda": "say --use_cpu True",
-    "per_gpu_train_batch_size": "say --per_device_train_batch_size",
-    "push_to_hub_model_id": "say --hub_model_id",
-    "push_to_hub_token": "say --hub_token",
+    "adafactor": "use --optim adafactor",
+    "include_tokens_per_second": "the log always has tokens_per_second",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR to the folder for TensorBoard's files",
+    "no_cuda": "use --use_cpu True",
+    "per_gpu_train_batch_size": "use --per_device_train_batch_size",
+    "push_to_hub_model_id": "use --hub_model_id",
+    "push_to_hub_token": "use --hub_token",
     "save_safetensors": "weights are always saved as safetensors",
-    "torchdynamo": "--compile True compiles layer by layer, for rows of any length",
+    "torchdynamo": OWN_COMPILE,
 }
 
 
 def refuse_unsupported_flags(args: transformers.TrainingArguments) -> None:
-    """Raises a ValueError for the first flag whose value cannot act: one sentence."""
+    """Raise a ValueError for the first flag whose value is not supported."""
     defaults = {field.name: field.default for field in fields(args)}
-    for name, reason in UNSUPPORTED.items():
-        value, default = getattr(args, name), defaults[name]
-        if value != default and (value or default is True):  # for some the parser spells the default None or False
-            raise ValueError(f"--{name} {value} cannot act here: {reason}.")
-    for name, (values, reason) in SUPPORTED_VALUES.items():
-        if (value := getattr(args, name)) not in values:
-            raise ValueError(f"--{name} {value} cannot act here: {reason}; known are {', '.join(values)}.")
-    adamw = args.optim in ("adamw_torch", "adamw_torch_fused")
-    if args.deepspeed and not adamw:
-        raise ValueError(f"--optim {args.optim} cannot act together with --deepspeed, whose optimizer is AdamW.")
-    if args.optim_args and adamw:
-        raise ValueError(f"--optim_args {args.optim_args} cannot act: AdamW takes --adam_beta1, --adam_beta2, ...")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"):
-        if (value := getattr(args, name)) < 1:
-            raise ValueError(f"--{name} {value} must be at least 1.")
+    for flag, reason in UNSUPPORTED.items():
+        value, default = getattr(args, flag), defaults[flag]
+        # transformers' parser may replace None by False or the reverse: every falsy value counts as the default, unless
+        # the default is True.
+        if value != default and (value or default is True):
+            raise ValueError(f"--{flag} {value} is not supported: {reason}.")
+    for flag, (values, reason) in SUPPORTED_VALUES.items():
+        if (value := getattr(args, flag)) not in values:
+            raise ValueError(f"--{flag} {value} is not supported: {reason}. Supported: {', '.join(values)}.")
+    is_adamw = args.optim in ("adamw_torch", "adamw_torch_fused")
+    if args.deepspeed and not is_adamw:
+        raise ValueError(f"--optim {args.optim} is not supported with --deepspeed: its optimizer is AdamW.")
+    if args.optim_args and is_adamw:
+        raise ValueError(
+            f"--optim_args {args.optim_args} is not supported with AdamW: use --adam_beta1, --adam_beta2 and "
+            "--adam_epsilon."
+        )
+    for flag in ("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"):
+        require(args, flag, getattr(args, flag) >= 1, "an integer >= 1")
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         raise ValueError(
-            f"--max_steps {args.max_steps} --num_train_epochs {args.num_train_epochs} leave nothing to train."
+            f"--max_steps {args.max_steps} with --num_train_epochs {args.num_train_epochs} is invalid: there are no "
+            "steps to train; expected one of them > 0."
         )

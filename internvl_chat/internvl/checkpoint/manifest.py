@@ -1,10 +1,10 @@
-"""Which checkpoint is whole: each carries a manifest of its files, written last, which is checked before one is read.
+"""Checksums of checkpoint files, and the latest valid checkpoint.
 
-Beside `checkpointing.py`, which writes checkpoints, and `check.py`, which chooses the one to go on from. Checksums are
-CRC-32 of blocks, so that all cores and all ranks work on one large file: they find what disks and torn writes do, at
-the speed at which files are read anyway, and are no defence against a forger.
+A manifest is written last and verified before a checkpoint is read. Its checksums are CRC-32 of blocks, so all cores
+and all ranks share the work on one large file. They detect damage by disks and interrupted writes, at the speed of
+reading. They do not protect against forgery.
 
-    {"block": bytes, "files": {"mlp1/adapter_model.safetensors": {"size": bytes, "crc32": [one a block]}, ...}}
+    {"block": bytes, "files": {"mlp1/adapter_model.safetensors": {"size": bytes, "crc32": [one per block]}, ...}}
 """
 
 import json
@@ -13,118 +13,121 @@ import re
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from internvl.dist_utils import gather_objects, num_cores, rank, run_on_rank_0, world_size
+from internvl.dist_utils import count_cores_per_rank, gather_objects, get_rank, get_world_size, run_on_rank_0
 
 MANIFEST_FILE = "manifest.json"
-BLOCK_BYTES = 2**26  # bytes
-TRAINER_STATE_FILE = "trainer_state.json"  # transformers' name; every checkpoint has it
-RANK_IN_NAME = re.compile(r"rank_(\d+)_mp_rank|rng_state_(\d+)")  # DeepSpeed's and transformers' files of a rank
-
+BLOCK_BYTES = 2**26
+TRAINER_STATE_FILE = "trainer_state.json"  # transformers' name; every checkpoint has one
+RANK_IN_NAME = re.compile(r"rank_(\d+)_mp_rank|rng_state_(\d+)")  # files that DeepSpeed and transformers write per rank
+MAX_HEADER_BYTES = 10**8  # of a safetensors file, as the library allows
+NUM_LISTED = 3  # errors in a message
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write_manifest(folder: Path, write: bool, alone: bool = False, block: int = BLOCK_BYTES) -> None:
-    """Note what a finished checkpoint holds, and wait until all of it is on the disk; a collective.
+def write_manifest(folder: Path, is_writer: bool, one_dir_per_node: bool = False, block: int = BLOCK_BYTES) -> None:
+    """Write the manifest and flush the checkpoint to the disk. A collective.
 
     Args:
-        folder: of the checkpoint; every rank looks at the files it wrote, which are in its node's memory.
-        write: whether this rank writes the manifest.
-        alone: every node has a folder of its own, so that who writes looks at all files.
-        block: bytes that have a checksum of their own.
+        folder: the checkpoint. Every rank reads the files it wrote, which are in its node's page cache.
+        is_writer: whether this rank writes a manifest.
+        one_dir_per_node: each node has a separate output folder, in which the writing rank reads all files.
+        block: bytes per checksum.
     """
     files = [file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST_FILE]
-    mine = [file for file in files if (write if alone else _writing_rank(file.name) == rank())]
-    found = gather_objects(
-        _map_in_threads(lambda file: (str(file.relative_to(folder)), _describe_file(file, block)), mine)
-    )
-    if write:
-        entries = found[rank()] if alone else [entry for entries in found for entry in entries]
+    is_own = [is_writer if one_dir_per_node else _get_writing_rank(file.name) == get_rank() for file in files]
+    own_files = [file for file, own in zip(files, is_own, strict=True) if own]
+    own_entries = _map_in_threads(lambda file: (str(file.relative_to(folder)), _make_entry(file, block)), own_files)
+    entries_by_rank = gather_objects(own_entries)
+    if is_writer:
+        entries = own_entries if one_dir_per_node else list(chain(*entries_by_rank))
         manifest = folder / MANIFEST_FILE
         manifest.write_text(json.dumps({"block": block, "files": dict(sorted(entries))}, indent=1))
         fsync_paths(manifest, *(path for path in folder.rglob("*") if path.is_dir()), folder)
 
 
 def fsync_paths(*paths: Path) -> None:
-    """Wait until files are on the disk, or what folders say of theirs."""
+    """Flush files, or the entries of folders, to the disk."""
     for path in paths:
-        opened = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(opened)
+            os.fsync(descriptor)
         finally:
-            os.close(opened)
+            os.close(descriptor)
 
 
-def _writing_rank(name: str) -> int:
-    """The rank that wrote a file, as its name tells; ranks that are gone wrote nothing."""
-    found = RANK_IN_NAME.search(name)
-    return int(found[1] or found[2]) % world_size() if found else 0
+def _get_writing_rank(name: str) -> int:
+    """Return the rank in a file's name; 0 without one."""
+    match = RANK_IN_NAME.search(name)
+    return int(match[1] or match[2]) % get_world_size() if match else 0
 
 
-def _describe_file(file: Path, block: int) -> dict:
+def _make_entry(file: Path, block: int) -> dict:
+    """Flush a file and make its entry of the manifest."""
     fsync_paths(file)
     size = file.stat().st_size
-    count = max(1, -(-size // block))
-    return {"size": size, "crc32": _map_in_threads(lambda number: _checksum(file, number, block), range(count))}
+    num_blocks = max(1, -(-size // block))
+    return {"size": size, "crc32": _map_in_threads(lambda index: _checksum(file, index, block), range(num_blocks))}
 
 
-# -- checking ----------------------------------------------------------------------------------------------------------
+# -- verifying ---------------------------------------------------------------------------------------------------------
 
 
 def find_checkpoint_errors(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, a sentence a file, the same on every rank; a collective, to which each rank
-    contributes every n-th block.
+    """List the errors of a checkpoint, one sentence per file.
 
-    One without a manifest, of an earlier version, is only looked at for JSON and safetensors that end too early.
+    A collective with the same result on every rank; each rank verifies every n-th block. A checkpoint of an earlier
+    version has no manifest. Then only its JSON and safetensors files are checked, for truncation.
     """
     if not (checkpoint / TRAINER_STATE_FILE).is_file():
-        found = [f"{TRAINER_STATE_FILE} is missing"]
+        errors = [f"{TRAINER_STATE_FILE} is missing"]
     elif (checkpoint / MANIFEST_FILE).is_file():
-        found = _errors_by_manifest(checkpoint)
+        errors = _verify_manifest(checkpoint)
     else:
-        found = [fault for file in checkpoint.rglob("*") if (fault := _format_error(checkpoint, file))]
-    return sorted({fault for of_rank in gather_objects(found) for fault in of_rank})
+        errors = [error for file in checkpoint.rglob("*") if (error := _verify_format(checkpoint, file))]
+    return sorted(set(chain(*gather_objects(errors))))
 
 
-def _errors_by_manifest(checkpoint: Path) -> list[str]:
+def _verify_manifest(checkpoint: Path) -> list[str]:
     try:
         manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
         files, block = manifest["files"], int(manifest["block"])
-        blocks = [(name, entry, number) for name, entry in files.items() for number in range(len(entry["crc32"]))]
+        blocks = [(name, entry, index) for name, entry in files.items() for index in range(len(entry["crc32"]))]
     except (ValueError, KeyError, TypeError):
         return [f"{MANIFEST_FILE} is damaged"]
 
-    def fault(name: str, entry: dict, number: int) -> str | None:
+    def verify(name: str, entry: dict, index: int) -> str | None:
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
-        if (found := file.stat().st_size) != entry["size"]:
-            return f"{name} has {found:,} bytes, not {entry['size']:,}"
+        if (size := file.stat().st_size) != entry["size"]:
+            return f"{name} has {size:,} bytes, expected {entry['size']:,}"
         try:
-            whole = _checksum(file, number, block) == entry["crc32"][number]
+            is_equal = _checksum(file, index, block) == entry["crc32"][index]
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
-        return None if whole else f"{name} holds other bytes than were written"
+        return None if is_equal else f"{name}: checksum mismatch"
 
-    return list(filter(None, _map_in_threads(lambda one: fault(*one), blocks[rank() :: world_size()])))
+    return list(filter(None, _map_in_threads(lambda args: verify(*args), blocks[get_rank() :: get_world_size()])))
 
 
-def _format_error(checkpoint: Path, file: Path) -> str | None:
+def _verify_format(checkpoint: Path, file: Path) -> str | None:
     name = file.relative_to(checkpoint)
     try:
         if file.suffix == ".json":
             json.loads(file.read_text())
         if file.suffix == ".safetensors":
             with open(file, "rb") as opened:
-                names = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(min(names, 10**8)))
+                header_size = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(min(header_size, MAX_HEADER_BYTES)))
             header.pop("__metadata__", None)
-            size = 8 + names + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size:,} bytes, not {size:,}"
+            expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            if file.stat().st_size != expected:
+                return f"{name} has {file.stat().st_size:,} bytes, expected {expected:,}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{name} is damaged"
     return None
@@ -134,59 +137,66 @@ def _format_error(checkpoint: Path, file: Path) -> str | None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Newest first, by the number of steps in their names."""
-    found = [(step, path) for path in folder.glob("checkpoint-*") if (step := checkpoint_step(path)) is not None]
-    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
+    """List checkpoint folders, newest first by the step in their names."""
+    steps = [(step, path) for path in folder.glob("checkpoint-*") if (step := parse_checkpoint_step(path)) is not None]
+    return [path for _, path in sorted(steps, reverse=True) if path.is_dir()]
 
 
-def checkpoint_step(checkpoint: Path) -> int | None:
+def parse_checkpoint_step(checkpoint: Path) -> int | None:
+    """Return the step in a checkpoint's name; None for another name."""
     number = checkpoint.name.removeprefix("checkpoint-")
     return int(number) if number.isdecimal() else None
 
 
-def find_latest_valid_checkpoint(folder: Path, tell: Callable[[Path, list[str]], Any]) -> Path | None:
-    """The newest checkpoint in a folder without a fault, the same on every rank; None if there are none. A collective.
+def find_latest_valid_checkpoint(folder: Path, log_fn: Callable[[Path, list[str]], Any]) -> Path | None:
+    """Find the newest checkpoint without an error. A collective.
 
     Args:
-        tell: called with every checkpoint that is passed over, and its faults.
+        log_fn: called with each newer, invalid checkpoint and its errors.
+
+    Returns:
+        None if there is no checkpoint at all.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole.
+        ValueError: there are checkpoints, and none is valid.
     """
     candidates = run_on_rank_0(lambda: list_checkpoints(folder))
+    checkpoint, errors = folder, []
     for checkpoint in candidates:
-        if not (found := find_checkpoint_errors(checkpoint)):
+        errors = find_checkpoint_errors(checkpoint)
+        if not errors:
             return checkpoint
-        tell(checkpoint, found)
+        log_fn(checkpoint, errors)
     if candidates:
         raise ValueError(
-            f"no checkpoint of {len(candidates)} in {folder} is whole ({checkpoint.name}: {summarize_errors(found)}): "
-            "--overwrite_output_dir True starts afresh."
+            f"None of the {len(candidates)} checkpoints in {folder} is valid ({checkpoint.name}: "
+            f"{summarize_errors(errors)}): --overwrite_output_dir True starts from the beginning."
         )
     return None
 
 
-def summarize_errors(found: list[str]) -> str:
-    """A few of the faults, for a sentence."""
-    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+def summarize_errors(errors: list[str]) -> str:
+    """Join the first few errors."""
+    more = f"; and {len(errors) - NUM_LISTED} more" if len(errors) > NUM_LISTED else ""
+    return "; ".join(errors[:NUM_LISTED]) + more
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
-def _checksum(file: Path, number: int, block: int) -> str:
+def _checksum(file: Path, index: int, block: int) -> str:
     with open(file, "rb", buffering=0) as opened:
-        opened.seek(number * block)
-        value, left = 0, block
-        while left and (part := opened.read(min(left, 2**22))):
-            value, left = zlib.crc32(part, value), left - len(part)
+        opened.seek(index * block)
+        value, num_left = 0, block
+        while num_left and (data := opened.read(min(num_left, 2**22))):
+            value, num_left = zlib.crc32(data, value), num_left - len(data)
     return f"{value:08x}"
 
 
-def _map_in_threads(work: Callable, items: Iterable) -> list:
-    """Reading and checksums leave Python's lock to others."""
+def _map_in_threads(work_fn: Callable, items: Iterable) -> list:
+    """Map in threads: reading files and computing checksums release the GIL."""
     items = list(items)
-    if len(items) < 2 or num_cores() < 2:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(min(8, num_cores(), len(items))) as pool:
-        return list(pool.map(work, items))
+    if len(items) < 2 or count_cores_per_rank() < 2:
+        return [work_fn(item) for item in items]
+    with ThreadPoolExecutor(min(8, count_cores_per_rank(), len(items))) as pool:
+        return list(pool.map(work_fn, items))

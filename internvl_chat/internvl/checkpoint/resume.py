@@ -13,37 +13,40 @@ from internvl.checkpoint.manifest import (
 from internvl.dist_utils import run_on_rank_0
 
 logger = logging.getLogger(__name__)
-
-
-RESUME_AUTO = "auto"  # --resume_from_checkpoint: what happens without the flag
+RESUME_AUTO = "auto"  # --resume_from_checkpoint auto is the same as its default
 
 
 def choose_resume_checkpoint(training_args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one asked for, else the newest whole one in the output folder; a collective.
+    """Choose the requested checkpoint, else the latest valid one. A collective.
+
+    Returns:
+        None if the run starts from the beginning.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is damaged; no checkpoint in the output folder is whole; or the
-            folder holds a finished model and may not be overwritten.
+        ValueError: the requested checkpoint does not exist or is damaged; no checkpoint in the output folder is valid;
+            or the folder holds a finished model, which is not overwritten.
     """
-    if (asked := training_args.resume_from_checkpoint) not in (None, RESUME_AUTO):
-        if not run_on_rank_0((Path(asked) / TRAINER_STATE_FILE).is_file):
-            raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint (no {TRAINER_STATE_FILE}) there.")
-        if found := find_checkpoint_errors(Path(asked)):
-            raise ValueError(f"--resume_from_checkpoint {asked} is damaged: {summarize_errors(found)}.")
-        return asked
-    folder = Path(training_args.output_dir)
+    requested = training_args.resume_from_checkpoint
+    if requested not in (None, RESUME_AUTO):
+        if not run_on_rank_0((Path(requested) / TRAINER_STATE_FILE).is_file):
+            raise ValueError(f"--resume_from_checkpoint {requested}: no checkpoint there (no {TRAINER_STATE_FILE}).")
+        if errors := find_checkpoint_errors(Path(requested)):
+            raise ValueError(f"--resume_from_checkpoint {requested} is damaged: {summarize_errors(errors)}.")
+        return requested
+    folder = Path(str(training_args.output_dir))
     if training_args.overwrite_output_dir or not training_args.do_train:
         return None
-    last = find_latest_valid_checkpoint(folder, _log_invalid_checkpoint)
-    if last:
-        logger.info("resuming from %s; --overwrite_output_dir starts afresh", last)
-    elif (folder / "config.json").exists():
+    latest = find_latest_valid_checkpoint(folder, _log_invalid_checkpoint)
+    if latest:
+        logger.info("Latest valid checkpoint: %s (--overwrite_output_dir True starts from the beginning)", latest)
+        return str(latest)
+    if (folder / "config.json").exists():
         raise ValueError(
             f"--output_dir {folder} holds a finished model and no checkpoint to resume from: choose another folder, "
-            "or say --overwrite_output_dir True."
+            "or overwrite it with --overwrite_output_dir True."
         )
-    return str(last) if last else None
+    return None
 
 
-def _log_invalid_checkpoint(checkpoint: Path, found: list[str]) -> None:
-    logger.warning("%s is passed over: %s", checkpoint, summarize_errors(found))
+def _log_invalid_checkpoint(checkpoint: Path, errors: list[str]) -> None:
+    logger.warning("Skipped invalid checkpoint %s: %s", checkpoint, summarize_errors(errors))

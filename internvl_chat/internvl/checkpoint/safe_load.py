@@ -1,7 +1,7 @@
-"""Files of torch.save in a checkpoint that a run goes on from: data is read from them, no code of theirs runs.
+"""Read files of torch.save in an untrusted checkpoint without running code.
 
-A pickle is a program that says which functions to call. torch reads one as data, with `weights_only`, if it calls for
-nothing but tensors and types that are known to do no harm. DeepSpeed asks to read its own without; that is overruled.
+A pickle can call any function by name. With `weights_only=True` torch only accepts tensors and types that are known to
+be safe. DeepSpeed reads its own files with `weights_only=False`, which the functions here override.
 """
 
 import os
@@ -10,57 +10,69 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
-# What torch asks the environment at every load.
-FORCED, FORBIDDEN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-SUFFIXES = (".pt", ".pth")
-# What DeepSpeed's states hold beside tensors, and transformers' random numbers; by name, for DeepSpeed may be absent.
-DEEPSPEED = {
+# Environment variables that torch reads at every load.
+FORCE_WEIGHTS_ONLY, FORCE_NO_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+PICKLE_SUFFIXES = (".pt", ".pth")
+# Types in DeepSpeed's optimizer states besides tensors; by name, because DeepSpeed may not be installed.
+DEEPSPEED_TYPES = {
     "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
     "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
     "deepspeed.utils.tensor_fragment": ("fragment_address",),
 }
-KNOWN = {f"{module}.{name}" for module, names in DEEPSPEED.items() for name in names}
-KNOWN |= {"numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"}
+SAFE_GLOBALS = {f"{module}.{name}" for module, names in DEEPSPEED_TYPES.items() for name in names}
+# Random states that transformers saves.
+SAFE_GLOBALS |= {"numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct"}
+SAFE_GLOBALS |= {"numpy.ndarray", "numpy.dtype"}
 
 
 @contextmanager
 def weights_only_loading(deepspeed: bool) -> Iterator[None]:
-    """Within it whatever loads a file of torch.save, in this process, gets data out of it or an error.
+    """Make every `torch.load` of this process read data only.
 
     Args:
-        deepspeed: whether its types are known, too.
+        deepspeed: whether DeepSpeed's types are allowed.
 
     Raises:
-        ValueError: for a pickle that calls for more.
+        ValueError: a pickle requires other types or functions.
     """
-    before = {name: os.environ.pop(name, None) for name in (FORCED, FORBIDDEN)}
-    os.environ[FORCED] = "1"
+    before = {name: os.environ.pop(name, None) for name in (FORCE_WEIGHTS_ONLY, FORCE_NO_WEIGHTS_ONLY)}
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
     try:
-        with torch.serialization.safe_globals(_types() if deepspeed else []):
+        with torch.serialization.safe_globals(_import_deepspeed_types() if deepspeed else []):
             yield
     except UnpicklingError as error:
-        raise ValueError(f"a file of the checkpoint holds more than data: {str(error).splitlines()[0]}") from error
+        # torch's own message recommends loading the file with weights_only=False.
+        raise ValueError(
+            "Unsafe file in the checkpoint: it holds more than data and would run code. Nothing of it was run."
+        ) from error
     finally:
-        os.environ.pop(FORCED)
+        os.environ.pop(FORCE_WEIGHTS_ONLY)
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def refuse_unsafe_pickles(checkpoint: Path) -> None:
-    """ValueError with the name of a file that would run code if it could, and what it calls; none of it is run."""
-    for file in sorted(file for file in checkpoint.rglob("*") if file.suffix in SUFFIXES):
+    """Refuse a checkpoint with a pickle that would run code.
+
+    No pickle is run.
+
+    Raises:
+        ValueError: with the name of the file and the functions that it would call.
+    """
+    for file in sorted(file for file in checkpoint.rglob("*") if file.suffix in PICKLE_SUFFIXES):
         try:
-            wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
-        except Exception as error:  # torch's reader raises whatever broken bytes lead it to
+            required = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
+        except Exception as error:  # for damaged files torch raises many types
             raise ValueError(f"{file} cannot be read as a file of torch.save: {error}") from error
-        if strange := sorted(wanted - KNOWN):
+        if unsafe := sorted(required - SAFE_GLOBALS):
             raise ValueError(
-                f"{file} is no checkpoint's: opening it would call {', '.join(strange[:3])}. Nothing of it was run; do "
-                "not go on from a checkpoint of this origin"
+                f"Unsafe file: opening {file} would call {', '.join(unsafe[:3])}, which no training checkpoint does. "
+                "Nothing of it was run. Do not resume from a checkpoint of this origin"
             )
 
 
-def _types() -> list[type]:
-    return [getattr(import_module(module), name) for module, names in DEEPSPEED.items() for name in names]
+def _import_deepspeed_types() -> list[Any]:
+    return [getattr(import_module(module), name) for module, names in DEEPSPEED_TYPES.items() for name in names]

@@ -1,8 +1,9 @@
-"""Turns of a record -> (input_ids, labels).
+"""Tokenize a conversation: turns to (input_ids, labels).
 
-`segments.py` cuts a conversation into what is trained and what is only read. Here the text is tokenised in one piece
-where the template was trained so, and the tokenizer's offsets carry the cuts over to the tokens. One road for all
-templates; `dataset.py` calls `tokenize_turns`, upstream's functions are the same with truncation and padding.
+`chat_segments.py` splits a conversation into segments with and without loss. Here each list of segments is tokenized as
+one string, as the published checkpoints were trained, and the tokenizer's offsets decide which tokens have loss. This
+holds for all templates. `supervised_dataset.py` calls `tokenize_turns`; upstream's `preprocess_*` functions add
+truncation and padding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,12 +14,12 @@ import torch
 
 from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN
 from internvl.data.chat_segments import (
+    GPT_OSS_THINK_RULES,
     IMAGE_TOKENS,
-    PRETRAIN,
-    WITH_THINK,
+    PRETRAIN_RULES,
     Segment,
     TemplateRules,
-    rules_for_record,
+    get_template_rules,
     split_into_segments,
 )
 
@@ -27,53 +28,53 @@ def tokenize_turns(
     template_name: str,
     turns: Sequence[dict],
     tokenizer,
-    image_tokens: Sequence[int],
+    tokens_per_image: Sequence[int],
     text_only: bool = False,
     rules: TemplateRules | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels of one conversation, neither truncated nor padded.
+    """Tokenize one conversation, without truncation or padding.
 
     Args:
-        turns: the record's `conversations`: `{"from": "system" (first only) | "human" | "gpt", "value": text}`; for
-            internvl3_5_gpt_oss also "function"; or one turn from "pretrain", whose text is trained without a template.
-        tokenizer: a fast one; what it puts in front of a text by itself (a bos) stands once, in front of all.
-        image_tokens: number of image tokens of each image; the j-th `<image>` in human turns becomes the j-th image.
-        text_only: leave `<image>` as it is written.
-        rules: in place of the template's own.
+        turns: the record's `conversations`: `{"from": "system" (first only) | "human" | "gpt", "value": text}`. With
+            internvl3_5_gpt_oss also "function". Or one turn from "pretrain": plain text without a template.
+        tokenizer: a fast one. If it adds a bos token, that is added once, before the conversation.
+        tokens_per_image: number of context tokens of each image. The j-th `<image>` in human turns becomes image j.
+        text_only: leave `<image>` as text.
+        rules: override those of the template.
 
     Returns:
-        input_ids, labels: int64 (L,); labels are IGNORE_INDEX outside answers and their end markers.
+        input_ids, labels: int64 (L,). Labels are IGNORE_INDEX outside answers and their end markers.
 
     Raises:
-        BadSample: no turns, an unknown role, a value that is no text, fewer placeholders than images.
+        UnusableSample: no turns, an unknown role, a value that is not a string, fewer placeholders than images.
         ValueError: the tokenizer lacks the image token.
     """
-    rules = rules or rules_for_record(template_name, turns)
-    image_tokens = () if text_only else image_tokens
-    messages = split_into_segments(template_name, turns, len(image_tokens), rules)
+    rules = rules or get_template_rules(template_name, turns)
+    tokens_per_image = () if text_only else tokens_per_image
+    messages = split_into_segments(template_name, turns, len(tokens_per_image), rules)
     bos = tokenizer("").input_ids if tokenizer.num_special_tokens_to_add() else []
-    pieces = [(bos, [IGNORE_INDEX] * len(bos)), *_tokenize(tokenizer, messages)]
+    pieces = [(bos, [IGNORE_INDEX] * len(bos)), *_tokenize_messages(tokenizer, messages)]
     input_ids, labels = (np.concatenate(column).astype(np.int64) for column in zip(*pieces, strict=True))
-    if rules is PRETRAIN:
+    if rules is PRETRAIN_RULES:  # all of the text has loss, but images never do
         labels[np.isin(input_ids, tokenizer.convert_tokens_to_ids(IMAGE_TOKENS))] = IGNORE_INDEX
-    if image_tokens:
-        repeats = _image_repeats(tokenizer, input_ids, image_tokens)
+    if tokens_per_image:
+        repeats = _count_repeats(tokenizer, input_ids, tokens_per_image)
         input_ids, labels = np.repeat(input_ids, repeats), np.repeat(labels, repeats)
     return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
 
-def _image_repeats(tokenizer, input_ids: np.ndarray, image_tokens: Sequence[int]) -> np.ndarray:
-    """How often each id is to stand in the end: an image's token as often as the image needs, any other once."""
-    places = input_ids == tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
-    if places.sum() != len(image_tokens):
-        raise ValueError(f"the tokenizer does not know {IMG_CONTEXT_TOKEN} as one token; add it first")
+def _count_repeats(tokenizer, input_ids: np.ndarray, tokens_per_image: Sequence[int]) -> np.ndarray:
+    """Return how often to repeat each token: `tokens_per_image` or once."""
+    is_context = input_ids == tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
+    if is_context.sum() != len(tokens_per_image):
+        raise ValueError(f"the tokenizer does not know {IMG_CONTEXT_TOKEN} as one token: add it first")
     repeats = np.ones_like(input_ids)
-    repeats[places] = image_tokens
+    repeats[is_context] = tokens_per_image
     return repeats
 
 
-def _tokenize(tokenizer, messages: list[list[Segment]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids and labels of each message, whose segments are tokenised as one string."""
+def _tokenize_messages(tokenizer, messages: list[list[Segment]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield ids and labels of each message, tokenized as one string."""
     encoded = tokenizer(
         ["".join(segment.text for segment in segments) for segments in messages],
         add_special_tokens=False,
@@ -83,26 +84,38 @@ def _tokenize(tokenizer, messages: list[list[Segment]]) -> Iterator[tuple[np.nda
     )
     for ids, offsets, segments in zip(encoded.input_ids, encoded.offset_mapping, messages, strict=True):
         ids = np.array(ids, dtype=np.int64)
-        yield ids, _labels(ids, offsets, segments)
+        yield ids, _build_labels(ids, offsets, segments)
 
 
-def _labels(ids: np.ndarray, offsets: list[tuple[int, int]], segments: list[Segment]) -> np.ndarray:
-    """Labels of a message; a token that reaches over a cut is not trained."""
+def _build_labels(ids: np.ndarray, offsets: list[tuple[int, int]], segments: list[Segment]) -> np.ndarray:
+    """Label the tokens that lie in segments with loss.
+
+    A token across a segment border has no loss.
+
+    Args:
+        ids: (L,) tokens of the joined segments.
+        offsets: (L, 2) first and last-plus-one character of each token.
+    """
     labels = np.full_like(ids, IGNORE_INDEX)
-    if not any(segment.trained for segment in segments):
+    if not any(segment.has_loss for segment in segments):
         return labels
-    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    # The space that some tokenizers put in front of a word claims the word's first character; it ends where it starts.
-    inner_ends = np.minimum(ends, np.append(starts[1:], ends[-1:]))
-    begin = 0
-    for text, trained in segments:
-        end = begin + len(text)
-        if trained:
-            # `ends > begin`: where offsets are trimmed of white space, a line break before the cut lies empty on it.
-            inside = (starts >= begin) & (ends > begin) & (inner_ends <= end)
-            labels[inside] = ids[inside]
-        begin = end
+    token_starts, token_ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    # The space that some tokenizers (sentencepiece) put before a word claims the word's first character, which belongs
+    # to the next token: such a token ends where the next one starts.
+    token_ends_inside = np.minimum(token_ends, np.append(token_starts[1:], token_ends[-1:]))
+    start = 0
+    for text, has_loss in segments:
+        end = start + len(text)
+        if has_loss:
+            # `token_ends > start`: where offsets are trimmed of white space, a line break before the segment has an
+            # empty span on its border.
+            is_inside = (token_starts >= start) & (token_ends > start) & (token_ends_inside <= end)
+            labels[is_inside] = ids[is_inside]
+        start = end
     return labels
+
+
+# -- upstream's functions ----------------------------------------------------------------------------------------------
 
 
 def preprocess(
@@ -117,30 +130,32 @@ def preprocess(
     num_image: int = 1,
     rules: TemplateRules | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Upstream's call: `tokenize_turns` of the one conversation in `sources`, cut at `tokenizer.model_max_length`.
+    """Tokenize, truncate and pad one conversation, with upstream's signature.
 
     Returns:
-        input_ids, labels, attention_mask: (1, L); padded on the right to `model_max_length` unless `group_by_length` or
-        `use_packed_ds`; never for InternVL 3.5's gpt-oss template and plain text.
+        input_ids, labels, attention_mask: (1, L), truncated to `tokenizer.model_max_length`. Padded to it on the right
+        unless `group_by_length` or `use_packed_ds`; never for InternVL 3.5's gpt-oss template and plain text.
 
     Raises:
-        BadSample: as `tokenize_turns`. ValueError: not exactly one conversation.
+        UnusableSample: see `tokenize_turns`.
+        ValueError: `sources` is not exactly one conversation.
     """
     if len(sources) != 1:
         raise ValueError(f"expected one conversation, got {len(sources)}")
-    rules = rules or rules_for_record(template_name, sources[0])
+    rules = rules or get_template_rules(template_name, sources[0])
     columns = tokenize_turns(template_name, sources[0], tokenizer, num_image_token_list[:num_image], text_only, rules)
-    longest = tokenizer.model_max_length
-    input_ids, labels = (column[:longest] for column in columns)
-    if rules.padded and not (group_by_length or use_packed_ds):
-        missing = longest - len(input_ids)
-        input_ids = torch.nn.functional.pad(input_ids, (0, missing), value=tokenizer.pad_token_id)
-        labels = torch.nn.functional.pad(labels, (0, missing), value=IGNORE_INDEX)
+    max_length = tokenizer.model_max_length
+    input_ids, labels = (column[:max_length] for column in columns)
+    if rules.pad_to_max_length and not (group_by_length or use_packed_ds):
+        num_padding = max_length - len(input_ids)
+        input_ids = torch.nn.functional.pad(input_ids, (0, num_padding), value=tokenizer.pad_token_id)
+        labels = torch.nn.functional.pad(labels, (0, num_padding), value=IGNORE_INDEX)
     attention_mask = input_ids.ne(tokenizer.pad_token_id)
     return {"input_ids": input_ids[None], "labels": labels[None], "attention_mask": attention_mask[None]}
 
 
-# The template, not the name of the function, decides; but for the last, which is no template's own.
+# Upstream has one function per template. Here the argument `template_name` selects the template, not the function. Only
+# the last one has rules that no template name selects.
 preprocess_mpt = preprocess_internlm = preprocess_phi3 = preprocess_internvl2_5 = preprocess
 preprocess_pretrain = preprocess_internvl3_5_gpt_oss = preprocess
-preprocess_internvl3_5_gpt_oss_with_think = partial(preprocess, rules=WITH_THINK)
+preprocess_internvl3_5_gpt_oss_with_think = partial(preprocess, rules=GPT_OSS_THINK_RULES)

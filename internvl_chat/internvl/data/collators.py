@@ -1,18 +1,19 @@
-"""Rows to a batch: the last station before the model.
+"""Collate rows to the batch that the model takes.
 
-Padding is one more document: token `pad_id`, label -100, positions 0, 1, 2, ... So attention by positions never lets a
-real token see it, and no mask is needed. A mask that the rows do carry is padded with False; it is never guessed from
-token ids, since a real token may have the id of padding.
+A row is a sample or a packed sequence. Padding is one more document: token `pad_id`, label -100, positions 0, 1, 2, ...
+Documents do not attend to each other, so padding needs no attention mask. If rows have a mask, it is padded with
+False. It is never derived from token ids, because a real token may have the id of the padding token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
 from internvl.constants import IGNORE_INDEX
-from internvl.model.internvl_chat.documents import REDUCTIONS, document_begins, document_bounds
+from internvl.model.internvl_chat.documents import LOSS_REDUCTIONS, compute_cu_seqlens, find_document_starts
 
-# Tensors along tokens: type, and what stands behind the end of a row; `_pad` puts in `pad_id` and positions.
+# Key of a tensor of shape (L,) -> (dtype, padding value). `_pad` pads input_ids with `pad_id` and counts positions.
 TOKEN_TENSORS = {
     "input_ids": (torch.int64, 0),
     "labels": (torch.int64, IGNORE_INDEX),
@@ -21,7 +22,7 @@ TOKEN_TENSORS = {
     "loss_weight": (torch.float32, 0.0),
 }
 TILE_KEYS = ("pixel_values", "image_flags")
-LIST_KEYS = ("documents", "bad_samples")  # for the trainer, not for the model
+LIST_KEYS = ("documents", "bad_samples")  # read by the trainer, not by the model
 
 
 def concat_pad_data_collator(features: Sequence[dict], max_item_length: int | None = None, pad_id: int = 0) -> dict:
@@ -30,75 +31,86 @@ def concat_pad_data_collator(features: Sequence[dict], max_item_length: int | No
     Args:
         features: rows with `input_ids`, `labels`, `position_ids` (L_b,), `pixel_values` (T_b, 3, S, S), `image_flags`
             (T_b,); optionally `attention_mask`, `loss_weight` (L_b,) and the lists `documents` and `bad_samples` of a
-            `PackedDataset`. The first row's keys count.
-        max_item_length: L, if not that of the longest row.
+            `PackedDataset`. All rows have the keys of the first.
+        max_item_length: L, by default the length of the longest row.
 
     Returns:
-        Token tensors (B, L), tile tensors (sum T_b, ...), one list each of `documents` and `bad_samples`, anything else
-        stacked; strings are dropped.
+        Token tensors (B, L), tile tensors (sum T_b, ...), the lists concatenated, anything else stacked. Strings are
+        dropped.
 
     Raises:
         ValueError: a row is longer than `max_item_length`.
     """
-    return _collate(features, pad_id, padded=TOKEN_TENSORS, joined=TILE_KEYS, length=max_item_length)
+    return _collate(features, pad_id, padded_keys=TOKEN_TENSORS, concatenated_keys=TILE_KEYS, length=max_item_length)
 
 
-def row_collator(rows: Sequence[dict], pad_id: int = 0, max_item_length: int | None = None) -> dict:
-    """`concat_pad_data_collator` for training: with `cu_seqlens`, where documents begin in the rows laid end to end,
-    and the number of all tokens. A list, so that it stays on the CPU and no layer waits for the device to know it."""
+def collate_rows(rows: Sequence[dict], pad_id: int = 0, max_item_length: int | None = None) -> dict:
+    """Collate rows for training: `concat_pad_data_collator` plus `cu_seqlens`.
+
+    `cu_seqlens` has the starts of all documents in the flattened rows, then the number of tokens. It is a list, which
+    stays on the CPU, so no layer synchronizes with the device to read it.
+    """
     batch = concat_pad_data_collator(rows, max_item_length, pad_id)
-    return batch | {"cu_seqlens": document_bounds(batch["position_ids"])}
+    return batch | {"cu_seqlens": compute_cu_seqlens(batch["position_ids"])}
 
 
 def pad_data_collator(features: Sequence[dict], pad_id: int = 0) -> dict:
-    """Pad `input_ids`, `labels` and `attention_mask` to (B, L) and stack everything else, tiles too."""
-    return _collate(features, pad_id, padded=("input_ids", "labels", "attention_mask"), joined=())
+    """Pad `input_ids`, `labels` and `attention_mask` to (B, L); stack everything else."""
+    padded_keys = ("input_ids", "labels", "attention_mask")
+    return _collate(features, pad_id, padded_keys, concatenated_keys=())
 
 
 def dpo_concat_pad_data_collator(features: Sequence[dict], pad_id: int = 0) -> dict:
-    """Like `concat_pad_data_collator` for keys `chosen_*` and `rejected_*`; each side has its own L."""
-    padded = [side + key for side in ("chosen_", "rejected_") for key in TOKEN_TENSORS]
-    return _collate(features, pad_id, padded, joined=TILE_KEYS)
+    """Collate the keys `chosen_*` and `rejected_*`, each padded separately."""
+    padded_keys = [side + key for side in ("chosen_", "rejected_") for key in TOKEN_TENSORS]
+    return _collate(features, pad_id, padded_keys, concatenated_keys=TILE_KEYS)
 
 
-def _collate(features: Sequence[dict], pad_id: int, padded, joined, length: int | None = None) -> dict:
-    batch = {}
-    for key, first in features[0].items():
-        rows = [row[key] for row in features]
-        if key in padded:
-            batch[key] = _pad(key, rows, pad_id, length or max(map(len, rows)))
-        elif key in joined:
-            batch[key] = torch.cat([torch.as_tensor(row) for row in rows])
+def _collate(
+    features: Sequence[dict],
+    pad_id: int,
+    padded_keys: Iterable[str],
+    concatenated_keys: Iterable[str],
+    length: int | None = None,
+) -> dict:
+    batch: dict[str, Any] = {}
+    for key, first_value in features[0].items():
+        values = [row[key] for row in features]
+        if key in padded_keys:
+            batch[key] = _pad(key, values, pad_id, length or max(map(len, values)))
+        elif key in concatenated_keys:
+            batch[key] = torch.cat([torch.as_tensor(value) for value in values])
         elif key in LIST_KEYS:
-            batch[key] = [entry for row in rows for entry in row]
-        elif not isinstance(first, str | None):
-            batch[key] = torch.stack([torch.as_tensor(row) for row in rows])
+            batch[key] = [entry for value in values for entry in value]
+        elif not isinstance(first_value, str | None):
+            batch[key] = torch.stack([torch.as_tensor(value) for value in values])
     return batch
 
 
-def _pad(key: str, rows: Sequence, pad_id: int, length: int) -> torch.Tensor:
-    """Rows (L_b,) to one tensor (B, length)."""
+def _pad(key: str, values: Sequence, pad_id: int, length: int) -> torch.Tensor:
+    """Pad (L_b,) each to one tensor (B, length)."""
     key = key.removeprefix("chosen_").removeprefix("rejected_")
-    dtype, fill = TOKEN_TENSORS[key]
-    longest = max(map(len, rows))
+    dtype, pad_value = TOKEN_TENSORS[key]
+    longest = max(map(len, values))
     if longest > length:
         raise ValueError(f"a row of {longest} tokens does not fit into {length}.")
-    padded = torch.full((len(rows), length), pad_id if key == "input_ids" else fill, dtype=dtype)
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = torch.as_tensor(row)
-        if key == "position_ids":
-            target[len(row) :] = torch.arange(length - len(row))
+    padded = torch.full((len(values), length), pad_id if key == "input_ids" else pad_value, dtype=dtype)
+    for target, value in zip(padded, values, strict=True):
+        target[: len(value)] = torch.as_tensor(value)
+        if key == "position_ids":  # padding is one more document
+            target[len(value) :] = torch.arange(length - len(value))
     return padded
 
 
-# -- upstream's packed batches ---------------------------------------------------------------------------------------
+# -- upstream's packed batches -----------------------------------------------------------------------------------------
 
 
 def len2weight(x: int, loss_reduction: str) -> float:
-    """Weight of a label of a document of `x` labels; 0 for none."""
-    if loss_reduction not in REDUCTIONS:
-        raise NotImplementedError(f"loss_reduction {loss_reduction!r} is not one of {', '.join(REDUCTIONS)}.")
-    return REDUCTIONS[loss_reduction](x) if x else 0.0
+    """Return the weight of each of a document's `x` loss tokens."""
+    if loss_reduction not in LOSS_REDUCTIONS:
+        supported = ", ".join(LOSS_REDUCTIONS)
+        raise NotImplementedError(f"loss_reduction {loss_reduction!r} is not supported: expected one of {supported}.")
+    return LOSS_REDUCTIONS[loss_reduction](x) if x else 0.0
 
 
 def packed_collate_fn(
@@ -110,45 +122,64 @@ def packed_collate_fn(
     loss_reduction_all_gather: bool = False,
     pad_id: int = 0,
 ) -> dict:
-    """Upstream's batch of rows, for code written for it; the trainer has `row_collator`.
+    """Collate rows to upstream's packed batch, for code that expects it.
+
+    The trainer uses `collate_rows` instead.
 
     Args:
-        features: at most `micro_num` rows; fewer are filled up with copies of the first that train nothing.
-        len2weight: weight of each label of a document of so many labels.
-        max_item_length: tokens to pad to; 0 for the longest row.
+        features: at most `micro_num` rows. If there are fewer, copies of the first row without loss tokens are added.
+        len2weight: number of loss tokens of a document -> weight of each of them.
+        max_item_length: L, 0 for the longest row.
 
     Returns:
-        What `data_collator` gives, `loss_weight` as a nested list, `loss_reduction_all_gather`, `statistics`
-        (documents, padded tokens, tiles of flag 0), and as `attention_mask` int32 (micro_num, documents + 1): where
-        documents begin.
+        What `data_collator` returns, and:
+        `attention_mask`: int32 (micro_num, documents + 1), cumulative document lengths of each row.
+        `loss_weight`: nested list (micro_num, L).
+        `statistics`: int64 (3,): documents, padding tokens, tiles of image flag 0.
+        `loss_reduction_all_gather`: as passed.
 
     Raises:
         NotImplementedError: more rows than `micro_num`.
-        ValueError: rows of different numbers of documents, whose bounds cannot be one tensor.
+        ValueError: rows of different numbers of documents, whose lengths do not form one tensor.
     """
     if len(features) > micro_num:
         raise NotImplementedError(f"{len(features)} rows for a micro-batch of {micro_num}")
     keys = ("input_ids", "labels", "position_ids", "pixel_values", "image_flags")
     rows = [{key: torch.as_tensor(row[key]) for key in keys} for row in features]
-    rows += [rows[0] | {"labels": torch.full_like(rows[0]["labels"], IGNORE_INDEX)}] * (micro_num - len(rows))
+    # Upstream expects full micro-batches; the copies have no effect on the loss.
+    row_without_loss = rows[0] | {"labels": torch.full_like(rows[0]["labels"], IGNORE_INDEX)}
+    rows += [row_without_loss] * (micro_num - len(rows))
     lengths = [len(row["input_ids"]) for row in rows]
-    width, bounds, weights = max_item_length or max(lengths), [], []
-    for row, length in zip(rows, lengths, strict=True):
-        bounds.append(document_bounds(row["position_ids"][None]) + ([width] if length < width else []))
-        document = document_begins(row["position_ids"][None])[0].cumsum(0) - 1
-        counts = torch.bincount(document, (row["labels"] != IGNORE_INDEX).float())[document].tolist()
-        trained = (row["labels"] != IGNORE_INDEX).tolist()
-        weights.append([len2weight(int(n)) if one else 0.0 for n, one in zip(counts, trained, strict=True)])
-        weights[-1] += [0.0] * (width - length)
-    if len({len(row) for row in bounds}) > 1:
-        raise ValueError(
-            f"rows of {', '.join(str(len(row) - 1) for row in bounds)} documents do not fit into one tensor"
-        )
-    documents = sum(int((row["position_ids"] == 0).sum()) for row in rows[: len(features)])
-    blank = sum(int((row["image_flags"] == 0).sum()) for row in rows)
-    return data_collator(rows, max_item_length=width, pad_id=pad_id) | {
-        "attention_mask": torch.tensor(bounds, dtype=torch.int32),
-        "loss_weight": weights,
+    padded_length = max_item_length or max(lengths)
+
+    cu_seqlens = [_compute_padded_cu_seqlens(row, padded_length) for row in rows]
+    if len({len(row) for row in cu_seqlens}) > 1:
+        nums_documents = ", ".join(str(len(row) - 1) for row in cu_seqlens)
+        raise ValueError(f"rows of {nums_documents} documents do not fit into one tensor")
+    num_documents = sum(int((row["position_ids"] == 0).sum()) for row in rows[: len(features)])
+    num_padding = len(rows) * padded_length - sum(lengths)
+    num_blank_tiles = sum(int((row["image_flags"] == 0).sum()) for row in rows)
+    return data_collator(rows, max_item_length=padded_length, pad_id=pad_id) | {
+        "attention_mask": torch.tensor(cu_seqlens, dtype=torch.int32),
+        "loss_weight": [_compute_loss_weights(row, len2weight, padded_length) for row in rows],
         "loss_reduction_all_gather": loss_reduction_all_gather,
-        "statistics": torch.tensor([documents, len(rows) * width - sum(lengths), blank]),
+        "statistics": torch.tensor([num_documents, num_padding, num_blank_tiles]),
     }
+
+
+def _compute_padded_cu_seqlens(row: dict, padded_length: int) -> list[int]:
+    """Compute the cumulative document lengths of one row, padding included."""
+    cu_seqlens = compute_cu_seqlens(row["position_ids"][None])
+    return cu_seqlens + [padded_length] if cu_seqlens[-1] < padded_length else cu_seqlens
+
+
+def _compute_loss_weights(row: dict, len2weight: Callable[[int], float], padded_length: int) -> list[float]:
+    """Compute the weight of each token of one row; 0 without loss."""
+    has_loss = row["labels"] != IGNORE_INDEX  # (L,)
+    document_ids = find_document_starts(row["position_ids"][None])[0].cumsum(0) - 1  # (L,)
+    num_loss_tokens = torch.bincount(document_ids, has_loss.float())[document_ids]  # (L,) of the token's document
+    weights = [
+        len2weight(int(count)) if has_loss_i else 0.0
+        for count, has_loss_i in zip(num_loss_tokens.tolist(), has_loss.tolist(), strict=True)
+    ]
+    return weights + [0.0] * (padded_length - len(weights))

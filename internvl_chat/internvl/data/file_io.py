@@ -1,8 +1,8 @@
-"""Opening paths: on this machine, or in whatever file system fsspec knows by a path's protocol.
+"""Read files by local path or URL; locate the cache directory.
 
-Below everything that reads data. `s3://bucket/key` needs the package s3fs, `gs://bucket/key` gcsfs, and so on; keys and
-endpoints come from where those packages look for them (environment, ~/.aws, ~/.config/fsspec). Nothing of a remote file
-system is kept between calls, so that forked and spawned workers are safe. Local paths never touch fsspec.
+URLs are opened by fsspec: `s3://bucket/key` requires the package s3fs, `gs://bucket/key` gcsfs, and so on. These
+packages look for keys and endpoints in the environment, ~/.aws and ~/.config/fsspec. No remote file system object is
+kept between calls, so forked and spawned workers are safe. Local paths never reach fsspec.
 """
 
 import hashlib
@@ -17,58 +17,72 @@ from typing import BinaryIO
 
 from internvl.constants import UnusableSample
 
-HEADER_BYTES = 1 << 16  # bytes fetched at a time where a header is all that is wanted
+HEADER_BLOCK_BYTES = 1 << 16  # fetched at a time from a remote file of which only the header is read
 
 
-class MissingPackage(ValueError):
-    """A path that cannot be opened in this environment; unlike a BadSample it ends the run."""
+class MissingPackageError(ValueError):
+    """A package that is required to open a path is missing.
+
+    Unlike UnusableSample it ends the run, because every sample of this kind would fail.
+    """
 
 
 def join_root(root: str, path: str) -> str:
-    """Where a record's `path` lies: below `root`, unless it is absolute or has a protocol of its own."""
+    """Join a record's path to its root.
+
+    An absolute path or URL is returned as it is.
+    """
     return path if is_remote(path) else os.path.join(root, path)
 
 
 def require_inside_root(root: str, path: str) -> str:
-    """`path`, of `join_root`, if it lies below `root` with all links resolved, of which the root itself may be one.
+    """Return a joined path, or raise if it lies outside the root.
 
-    Below a remote root neither `..` nor fsspec's chains (`::`) lead on. A root of "" names no folder: it bounds nothing
-    on this machine, and nothing remote lies below it.
+    Records may be untrusted. Symbolic links are resolved first; the root itself may be one. Below a remote root,
+    neither `..` nor chained URLs of fsspec (`::`) are allowed. An empty root allows every local path and no URL.
 
     Raises:
-        BadSample: it lies elsewhere; who wrote the records may be a stranger.
+        UnusableSample: the path lies outside.
     """
     if is_remote(root):
-        folder = root.rstrip("/") + "/"
-        rest = path[len(folder) :]
-        below = path.startswith(folder) and ".." not in rest.split("/") and "::" not in rest
+        prefix = root.rstrip("/") + "/"
+        below_prefix = path[len(prefix) :]
+        is_inside = path.startswith(prefix) and ".." not in below_prefix.split("/") and "::" not in below_prefix
     elif is_remote(path):
-        below = False
+        is_inside = False
     else:
-        below = not root or os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), ""))
-    if not below:
+        is_inside = not root or os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), ""))
+    if not is_inside:
         raise UnusableSample(
-            f"{path} lies outside the root {root!r} of its data set, where records may not lead: correct the root, or "
-            "say --allow_outside_root True if the records are your own"
+            f"{path} lies outside the root {root!r} of its dataset, which is not allowed: correct the root, or pass "
+            "--allow_outside_root True if you trust the records"
         )
     return path
 
 
 def is_remote(path: str | os.PathLike) -> bool:
+    """Return whether a path is a URL, to be opened by fsspec."""
     return "://" in os.fspath(path)
 
 
-def open_file(path: str | os.PathLike, header: bool = False) -> BinaryIO:
-    """A file for reading. A remote one is fetched whole, in one request, or with `header` in small pieces as read."""
+def open_file(path: str | os.PathLike, header_only: bool = False) -> BinaryIO:
+    """Open a local or remote file for reading.
+
+    Args:
+        header_only: fetch a remote file in small blocks as it is read, instead of all of it in one request.
+    """
     if not is_remote(path):
         return open(path, "rb")
-    if header:
-        return _with_filesystem(path, lambda system, inner: system.open(inner, "rb", block_size=HEADER_BYTES))
-    return io.BytesIO(_with_filesystem(path, lambda system, inner: system.cat_file(inner)))
+    if header_only:
+        return _call_filesystem(path, lambda system, key: system.open(key, "rb", block_size=HEADER_BLOCK_BYTES))
+    return io.BytesIO(_call_filesystem(path, lambda system, key: system.cat_file(key)))
 
 
-def file_stamp(path: str) -> tuple[int, int]:
-    """Size and time of a file, which tell that it has changed; zeros if it is remote or absent."""
+def get_size_and_mtime(path: str) -> tuple[int, int]:
+    """Return bytes and modification time (ns) of a local file.
+
+    Both are 0 for a remote or missing file.
+    """
     with suppress(OSError):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
@@ -76,42 +90,44 @@ def file_stamp(path: str) -> tuple[int, int]:
 
 
 def exists(path: str) -> bool:
-    return (
-        _with_filesystem(path, lambda system, inner: system.exists(inner)) if is_remote(path) else os.path.exists(path)
-    )
+    """Return whether a local or remote path exists."""
+    return _call_filesystem(path, lambda system, key: system.exists(key)) if is_remote(path) else os.path.exists(path)
 
 
 def is_dir(path: str) -> bool:
-    return _with_filesystem(path, lambda system, inner: system.isdir(inner)) if is_remote(path) else os.path.isdir(path)
+    """Return whether a local or remote path is a folder."""
+    return _call_filesystem(path, lambda system, key: system.isdir(key)) if is_remote(path) else os.path.isdir(path)
 
 
 def list_dir(path: str) -> list[str]:
-    """Names in a folder, those that begin with a dot left out."""
-    names = _with_filesystem(path, _names) if is_remote(path) else os.listdir(path)
+    """List the names in a local or remote folder, without hidden files."""
+    names = _call_filesystem(path, _list_remote_dir) if is_remote(path) else os.listdir(path)
     return [name for name in names if not name.startswith(".")]
 
 
-def _names(system, inner: str) -> list[str]:
-    entries = [entry.rstrip("/") for entry in system.ls(inner, detail=False)]
+def _list_remote_dir(system, key: str) -> list[str]:
+    entries = [entry.rstrip("/") for entry in system.ls(key, detail=False)]
     # Object stores may list the folder itself, as an empty object.
-    return [os.path.basename(entry) for entry in entries if entry != inner.rstrip("/")]
+    return [os.path.basename(entry) for entry in entries if entry != key.rstrip("/")]
 
 
 def fetch_local_copy(path: str) -> str:
-    """Path of a file on this machine with the content of `path`: that file, or a copy in the cache, fetched once.
+    """Return a local path to a file, fetching a remote one once.
+
+    The name of the cached copy changes whenever the remote file does.
 
     Raises:
-        ValueError: a remote file cannot be fetched.
+        ValueError: a remote file does not exist, or fetching it failed.
     """
     if not is_remote(path):
         return path
     try:
-        version = _with_filesystem(path, lambda system, inner: system.checksum(inner))
+        version = _call_filesystem(path, lambda system, key: system.checksum(key))
         name = hashlib.sha256(f"{path} {version}".encode()).hexdigest()[:24]
         copy = get_cache_dir() / f"copy-{name}{os.path.splitext(path)[1]}"
         if not copy.exists():
             write_atomically(
-                str(copy), lambda file: _with_filesystem(path, lambda system, inner: system.get_file(inner, file.name))
+                str(copy), lambda file: _call_filesystem(path, lambda system, key: system.get_file(key, file.name))
             )
         return str(copy)
     except FileNotFoundError as error:
@@ -120,27 +136,27 @@ def fetch_local_copy(path: str) -> str:
         raise ValueError(f"{path} cannot be fetched: {error}") from error
 
 
-def _with_filesystem(url: str | os.PathLike, question: Callable):
-    """The answer of `question(file system, path in it)`.
+def _call_filesystem(url: str | os.PathLike, call_fn: Callable):
+    """Return `call_fn(file system, key)` for the fsspec file system of a URL.
 
-    In `CLUSTER:s3://bucket/key` the cluster, a name from a petrel configuration, is dropped: which store answers is
-    said by the environment (AWS_ENDPOINT_URL).
+    The cluster in `CLUSTER:s3://bucket/key`, a name from a petrel configuration file, is ignored. The environment
+    variable AWS_ENDPOINT_URL selects the store.
 
     Raises:
-        MissingPackage: fsspec, or the protocol's package, is missing.
-        OSError: for whatever the file system raises, which may be anything: no key, no such bucket, no network.
+        MissingPackageError: fsspec or the protocol's package is missing, or the protocol is unknown.
+        OSError: any error of the file system, such as a missing bucket or no network.
     """
     try:
         from fsspec.core import url_to_fs
 
-        system, inner = url_to_fs(re.sub(r"^[\w-]+:(?=s3://)", "", os.fspath(url)))
+        system, key = url_to_fs(re.sub(r"^[\w-]+:(?=s3://)", "", os.fspath(url)))
     except (ImportError, ValueError) as error:
-        raise MissingPackage(f"{url} cannot be opened by fsspec: {error}") from error
+        raise MissingPackageError(f"{url} cannot be opened by fsspec: {error}") from error
     try:
-        return question(system, inner)
+        return call_fn(system, key)
     except OSError:
         raise
-    except Exception as error:
+    except Exception as error:  # packages for object stores raise other types, too
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
@@ -148,24 +164,30 @@ def _with_filesystem(url: str | os.PathLike, question: Callable):
 
 
 def get_cache_dir() -> Path:
-    """Where what can be made again is kept: $INTERNVL_CACHE, else ~/.cache/internvl_chat."""
+    """Return the cache directory: $INTERNVL_CACHE, else ~/.cache/internvl_chat.
+
+    Everything in it can be recomputed.
+    """
     return Path(os.environ.get("INTERNVL_CACHE") or Path.home() / ".cache" / "internvl_chat")
 
 
-def write_atomically(path: str, fill: Callable[[BinaryIO], object]) -> None:
-    """Write a file as a whole or not at all: other runs may read it, and this one may be stopped.
+def write_atomically(path: str, write_fn: Callable[[BinaryIO], object]) -> None:
+    """Write a file that other processes see complete or not at all.
+
+    It is written to a temporary folder next to `path` and then renamed. Other runs may read it at any time, and this
+    run may be killed.
 
     Raises:
-        ValueError: the folder cannot be written.
+        ValueError: the folder is not writable.
     """
     folder, name = os.path.split(path)
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            with open(os.path.join(unfinished, name), "wb") as file:
-                fill(file)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary_dir:
+            with open(os.path.join(temporary_dir, name), "wb") as file:
+                write_fn(file)
             os.replace(file.name, path)
     except OSError as error:
         raise ValueError(
-            f"the cache {path} cannot be written ({error.strerror or error}); set INTERNVL_CACHE to a folder."
+            f"the cache {path} cannot be written ({error.strerror or error}); set INTERNVL_CACHE to a writable folder."
         ) from error

@@ -1,9 +1,9 @@
-"""Records with two answers -> pairs -> batches: what preference optimisation has in place of samples.
+"""Preference pairs: records with a chosen and a rejected answer.
 
     {"question": ..., "chosen": ..., "rejected": ..., "image": ...}
 
-A pair is two conversations over the same pictures, and travels the road of a Sample: `LazySupervisedDataset` reads,
-tiles, measures and reports it, `PackedDataset` and the plan place it. `preference_loss.py` takes over from the batch.
+A pair is two conversations on the same images. Only its tokenization and its collator differ from those of other
+samples (`supervised_dataset.py`).
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from internvl.constants import UnusableSample
-from internvl.data.collators import LIST_KEYS, TILE_KEYS, concat_pad_data_collator, row_collator
+from internvl.data.collators import LIST_KEYS, TILE_KEYS, collate_rows, concat_pad_data_collator
 from internvl.data.supervised_dataset import LazySupervisedDataset
 
 SIDES = ("chosen", "rejected")
@@ -19,45 +19,46 @@ TOKEN_KEYS = ("input_ids", "labels", "position_ids")
 
 
 class PreferenceDataset(LazySupervisedDataset):
-    """Pairs of one data set: `chosen_` and `rejected_` `input_ids`, `labels`, `position_ids`, and the tiles of both.
+    """Preference pairs of one dataset.
 
-    A record has the texts `question`, `chosen`, `rejected`, optionally `system_prompt`, and `image` or `video` as
-    usual. Its length, measured and planned with, is that of both conversations together.
+    A record has the strings `question`, `chosen`, `rejected`, optionally `system_prompt`, and `image` or `video` as in
+    other records. A sample has the token tensors `chosen_*` and `rejected_*`, and one set of tiles for both. Its length
+    is the sum of both conversations' lengths.
     """
 
-    def _texts(self, record: dict, tiles: list[int]) -> dict[str, torch.Tensor]:
+    def _tokenize_record(self, record: dict, num_tiles: list[int]) -> dict[str, torch.Tensor]:
         pair = {}
         for side in SIDES:
-            conversation = record | {"conversations": conversation_with_answer(record, side)}
             try:
-                texts = super()._texts(conversation, tiles)
-            except UnusableSample as reason:
-                raise UnusableSample(f"{side}: {reason}") from reason
-            pair |= {f"{side}_{key}": value for key, value in texts.items()}
+                tokens = super()._tokenize_record(record | {"conversations": build_turns(record, side)}, num_tiles)
+            except UnusableSample as error:
+                raise UnusableSample(f"{side}: {error}") from error
+            pair |= {f"{side}_{key}": value for key, value in tokens.items()}
         return pair
 
 
-def conversation_with_answer(record: dict, side: str) -> list[dict[str, str]]:
-    """The turns that end in the `chosen` or the `rejected` answer."""
+def build_turns(record: dict, side: str) -> list[dict[str, str]]:
+    """Build the conversation that ends in the `chosen` or the `rejected` answer."""
     system_prompt = record.get("system_prompt")
     for key in ("question", side, *(["system_prompt"] if system_prompt else [])):
         if not isinstance(record.get(key), str):
-            raise UnusableSample(f"{key} must be a text, not {record.get(key)!r:.80}")
+            raise UnusableSample(f"{key} must be a string, got {record.get(key)!r:.80}")
     turns = [("human", record["question"]), ("gpt", record[side])]
     turns = [("system", system_prompt), *turns] if system_prompt else turns
     return [{"from": role, "value": text} for role, text in turns]
 
 
-def pair_collator(pairs: Sequence[dict], pad_id: int = 0) -> dict:
-    """B pairs to one batch of 2B rows: all chosen answers, then all rejected ones; the tiles of a pair stand once.
+def collate_pairs(pairs: Sequence[dict], pad_id: int = 0) -> dict:
+    """Collate B pairs to 2B rows: first all chosen, then all rejected.
 
     Args:
-        pairs: items of a `PackedDataset` over pairs. An empty row, which has no sides, stands on both.
+        pairs: items of a `PackedDataset` of pairs. An empty row has one set of token tensors, used for both sides.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` (2B, L), `pixel_values`, `image_flags` of the B pairs, `cu_seqlens`,
+        `input_ids`, `labels`, `position_ids` (2B, L), `cu_seqlens`; `pixel_values`, `image_flags`, once per pair;
         `documents`, `bad_samples`.
     """
+    # `dpo_concat_pad_data_collator` pads each side separately, as in upstream; this model takes both in one batch.
     rows = [{key: pair.get(f"{side}_{key}", pair.get(key)) for key in TOKEN_KEYS} for side in SIDES for pair in pairs]
-    rest = [{key: pair[key] for key in (*TILE_KEYS, *LIST_KEYS)} for pair in pairs]
-    return row_collator(rows, pad_id) | concat_pad_data_collator(rest)
+    tiles_and_lists = [{key: pair[key] for key in (*TILE_KEYS, *LIST_KEYS)} for pair in pairs]
+    return collate_rows(rows, pad_id) | concat_pad_data_collator(tiles_and_lists)

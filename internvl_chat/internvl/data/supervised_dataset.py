@@ -1,52 +1,56 @@
-"""One entry of a meta file as a map from (index, epoch) to a Sample.
+"""One dataset of a meta file: from (index, epoch) to a sample.
 
-    record -> pictures -> tiles -> pixel_values
-           -> turns with one `<image>` per picture -> input_ids, labels
+    annotations[17] -> record -> images or frames -> tiles -> pixel_values        annotations.py, images.py, videos.py
+                              -> turns with one `<image>` per image or frame      schema.py
+                              -> segments -> input_ids, labels                    chat_segments.py, chat_tokenization.py
 
-`get` walks both lines; `measure` walks the lower one with tile counts from image headers, which is how `lengths.py`
-knows every sample before training. A record that cannot be used raises BadSample; nothing is replaced.
+`get` does all of this. `measure` only tokenizes, with tile counts from image headers, so the length of every sample is
+known before training. An unusable record raises UnusableSample; it is never replaced by another one.
 """
 
 import random
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from internvl.arguments.training import DataTrainingArguments
+from internvl.arguments.data import DataTrainingArguments
 from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, UnusableSample
-from internvl.data.annotations import JsonlFile, TableFile, is_table
+from internvl.data.annotations import open_annotations
 from internvl.data.chat_tokenization import tokenize_turns
 from internvl.data.file_io import join_root, require_inside_root
 from internvl.data.images import (
-    NORMALIZATION,
+    NORMALIZATION_STATS,
     build_transform,
     count_tiles,
     dynamic_preprocess,
     load_image,
-    normalize,
+    normalize_tiles,
     read_image_size,
 )
-from internvl.data.schema import insert_placeholders, media_paths, read_turns, validate_meta_entry
+from internvl.data.schema import get_media, get_turns, insert_placeholders, validate_meta_entry
 from internvl.data.videos import count_frames, read_frames
 
 
 class LazySupervisedDataset(Dataset):
-    """Samples of one data set; `(seed, index, epoch)` decides each of them completely.
+    """Samples of one dataset, each determined by (seed, index, epoch).
 
     Args:
-        ds_name: name for messages.
-        meta: its entry in the meta file: `root`, `annotation`; optional `repeat_time` (0.3: a random 30 % of the
-            records, decided by `seed` and `ds_name`; 2.5: all twice and a random half), `data_augment` (JPEG
-            degradation), `max_dynamic_patch` (in place of the flag's).
-        tokenizer: knows the image tokens; its `model_max_length` is where samples are cut.
-        num_image_token: tokens of one tile.
+        ds_name: name in messages.
+        meta: entry of the meta file: `root`, `annotation`; optionally `repeat_time` (0.3: a random 30 % of the records,
+            chosen by `seed` and `ds_name`; 2.5: every record twice and a random half again), `data_augment` (JPEG
+            degradation), `max_dynamic_patch` (overrides the flag).
+        tokenizer: knows the image tokens; samples are truncated to its `model_max_length`.
+        num_image_token: context tokens per tile.
+
+    Attributes:
+        annotations: the records.
+        record_indices: the index in `annotations` of each sample.
 
     Raises:
-        ValueError: an entry that cannot be used, in one sentence.
+        ValueError: the meta entry is invalid.
     """
 
     def __init__(
@@ -64,100 +68,143 @@ class LazySupervisedDataset(Dataset):
         self.root = meta["root"]
         self.data_augment = meta.get("data_augment", False)
         self.max_dynamic_patch = meta.get("max_dynamic_patch", data_args.max_dynamic_patch)
-        path = meta["annotation"]
-        self.records = TableFile(path) if is_table(path) else JsonlFile(path)
-        self.order = _sample_order(len(self.records), meta.get("repeat_time", 1), (seed, *ds_name.encode()))
+        self.annotations = open_annotations(meta["annotation"])
+        num_records, repeat_time = len(self.annotations), meta.get("repeat_time", 1)
+        self.record_indices = _repeat_records(num_records, repeat_time, (seed, *ds_name.encode()))
         if len(self) == 0:
             raise ValueError(
-                f"data set {ds_name}: repeat_time {meta.get('repeat_time', 1)} of the {len(self.records)} records in "
-                f"{self.records.path} leaves no sample."
+                f"dataset {ds_name}: repeat_time {repeat_time} of the {num_records} records in {self.annotations.path} "
+                "leaves no sample."
             )
         self.img_context_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.record_indices)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample number `index` as upstream gives it: tiles normalised, without pictures a white one of flag 0."""
+        """Return a sample in upstream's form.
+
+        Tiles are normalized float32. A sample without images has one white tile, whose image flag is 0.
+        """
         sample = self.get(index, epoch=0)
         if len(sample["pixel_values"]) == 0:
-            white = self._transform(random.Random(0))(Image.new("RGB", (224, 224), (255, 255, 255)))
-            sample |= {"pixel_values": white[None], "image_flags": torch.tensor([0])}
-        return sample | {
-            "pixel_values": normalize(sample["pixel_values"], *NORMALIZATION[self.data_args.normalize_type])
-        }
+            # In upstream a text sample needs a tile, for the vision encoder to run. This model accepts samples without.
+            white_image = Image.new("RGB", (224, 224), (255, 255, 255))
+            white_tile = self._build_transform(random.Random(0))(white_image)
+            sample |= {"pixel_values": white_tile[None], "image_flags": torch.tensor([0])}
+        mean, std = NORMALIZATION_STATS[self.data_args.normalize_type]
+        return sample | {"pixel_values": normalize_tiles(sample["pixel_values"], mean, std)}
 
     def get(self, index: int, epoch: int) -> dict[str, torch.Tensor]:
-        """Sample number `index` as this epoch sees it.
+        """Load a sample with the random choices of this epoch.
 
         Returns:
-            `input_ids`, `labels`, `position_ids` (L,) int64, `pixel_values` (T, 3, S, S) uint8, which `normalize` makes
-            ready for the model, `image_flags` (T,) int64. A record without pictures has no tile.
+            `input_ids`, `labels`, `position_ids` (L,) int64; `pixel_values` (T, 3, S, S) uint8, to be normalized by
+            `normalize_tiles`; `image_flags` (T,) int64, all 1. A record without images has T = 0.
 
         Raises:
-            BadSample: the record cannot be used; the message says why.
+            UnusableSample: the message is the reason.
         """
-        record = self._record(index)
+        record = self.read_record(index)
+        # A string as seed: Python hashes it with SHA-512, which gives the same number in every process.
         generator = random.Random(f"{self.seed} {epoch} {index}")
-        pictures = self._pictures(record, generator)
-        texts = self._texts(record, [len(tiles) for tiles in pictures])
-        transform = self._transform(generator)
-        tiles = [transform(tile) for tiles in pictures for tile in tiles]
+        tiles_per_image = self._load_tiles(record, generator)
+        tokens = self._tokenize_record(record, [len(tiles) for tiles in tiles_per_image])
+        transform = self._build_transform(generator)
+        pixel_values = [transform(tile) for tiles in tiles_per_image for tile in tiles]
         return {
-            **texts,
-            "pixel_values": torch.stack(tiles) if tiles else self.empty_tiles(),
-            "image_flags": torch.ones(len(tiles), dtype=torch.int64),
+            **tokens,
+            "pixel_values": torch.stack(pixel_values) if pixel_values else self.make_empty_tiles(),
+            "image_flags": torch.ones(len(pixel_values), dtype=torch.int64),
         }
 
     def measure(self, index: int) -> tuple[int, int, int]:
-        """(tokens, trained tokens, tiles) of `get(index, any epoch)`, from the text and the headers of its images.
+        """Count (tokens, loss tokens, tiles) of a sample without decoding images.
+
+        The counts are the same in every epoch.
 
         Raises:
-            BadSample: as `get`, but for pictures that only decoding shows to be broken.
+            UnusableSample: see `get`. Damage that is only found while decoding pixels is not reported.
         """
-        texts, tiles = self.texts(index)
-        labels = torch.cat([values for name, values in texts.items() if name.endswith("labels")])  # a pair has two
-        return len(labels), int((labels != IGNORE_INDEX).sum()), tiles
+        tokens, num_tiles = self.tokenize(index)
+        # A preference pair has labels of both its sides.
+        labels = torch.cat([values for name, values in tokens.items() if name.endswith("labels")])  # (L,)
+        return len(labels), int((labels != IGNORE_INDEX).sum()), num_tiles
 
-    def texts(self, index: int) -> tuple[dict[str, torch.Tensor], int]:
-        """What `get` gives but for the tiles, and how many those are; raises as `measure`."""
-        record = self._record(index)
-        tiles = self._tile_counts(record)
-        return self._texts(record, tiles), sum(tiles)
+    def tokenize(self, index: int) -> tuple[dict[str, torch.Tensor], int]:
+        """Return a sample's token tensors and number of tiles, without decoding images.
 
-    def digest(self, index: int) -> int:
-        """A checksum of the record of a sample, from -2^31 to 2^31 - 1."""
-        return zlib.crc32(self.records.content(self.order[index])) - (1 << 31)
+        Raises:
+            UnusableSample: see `measure`.
+        """
+        record = self.read_record(index)
+        num_tiles = self._count_tiles(record)
+        return self._tokenize_record(record, num_tiles), sum(num_tiles)
 
-    def paths(self, index: int) -> list[str]:
-        """The files that a sample shows; BadSample when its record cannot be read."""
-        return [self._path(path) for path in media_paths(self._record(index))[1]]
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def read_record(self, index: int) -> dict:
+        """Read the record of a sample; raises UnusableSample if malformed."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} is out of range: dataset {self.ds_name} has {len(self)} samples")
+        return self.annotations[self.record_indices[index]]
+
+    def checksum_record(self, index: int) -> int:
+        """Compute a checksum (int32) of the record of a sample."""
+        return zlib.crc32(self.annotations.read_bytes(self.record_indices[index])) - (1 << 31)
+
+    def list_media_paths(self, index: int) -> list[str]:
+        """List the image or video files of a sample.
+
+        Raises:
+            UnusableSample: the record is malformed.
+        """
+        return [self._resolve_path(path) for path in get_media(self.read_record(index))[1]]
 
     def describe(self, index: int) -> str:
-        """Where a sample comes from, for messages."""
-        return f"{self.ds_name} line {self.line(index)} ({self.records.path})"
+        """Return a sample's dataset, line and file, for messages."""
+        return f"{self.ds_name} line {self.line_number(index)} ({self.annotations.path})"
 
-    def line(self, index: int) -> int:
-        """Where a sample's record stands in the annotation, counted from 1."""
-        return self.records.line(self.order[index])
+    def line_number(self, index: int) -> int:
+        """Return the line of a sample in the annotation file, from 1."""
+        return self.annotations.line_number(self.record_indices[index])
 
-    def _record(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)} in {self.ds_name}")
-        return self.records[self.order[index]]
+    # -- images and videos to tiles ------------------------------------------------------------------------------------
 
-    def _path(self, path: str) -> str:
-        return self._allowed(join_root(self.root, path))
+    def _load_tiles(self, record: dict, generator: random.Random) -> list[list[Image.Image]]:
+        """Load the tiles of each image; a video frame is one tile."""
+        kind, paths = get_media(record)
+        if kind == "video":
+            [path] = paths
+            frames = read_frames(
+                self._resolve_path(path),
+                self._choose_num_frames(path),
+                clip=record.get("clip"),
+                generator=generator,
+                check_path_fn=self._check_path,
+            )
+            return [[frame] for frame in frames]
+        images = (load_image(self._resolve_path(path)) for path in paths)  # one at a time: images may be large
+        if not self.data_args.dynamic_image_size:
+            return [[image] for image in images]
+        return [dynamic_preprocess(image, **self._get_tiling(len(paths))) for image in images]
 
-    def _allowed(self, path: str) -> str:
-        return path if self.data_args.allow_outside_root else require_inside_root(self.root, path)
+    def _count_tiles(self, record: dict) -> list[int]:
+        """Count the tiles of `_load_tiles` from the image headers."""
+        kind, paths = get_media(record)
+        if kind == "video":
+            [path] = paths
+            return [1] * count_frames(self._resolve_path(path), self._choose_num_frames(path), record.get("clip"))
+        sizes = [read_image_size(self._resolve_path(path)) for path in paths]
+        if not self.data_args.dynamic_image_size:
+            return [1] * len(sizes)
+        return [count_tiles(*size, **self._get_tiling(len(sizes))) for size in sizes]
 
-    def _frame_budget(self, path: str) -> int:
-        """Frames to ask a video for: decided by its path alone, so that measured lengths hold in every epoch."""
-        return random.Random(path).randint(self.data_args.min_num_frame, self.data_args.max_num_frame)
+    def _get_tiling(self, num_images: int) -> dict:
+        """Return the arguments of `dynamic_preprocess` for each image of a record.
 
-    def _tiling(self, num_images: int) -> dict:
-        """Keywords of `dynamic_preprocess` for each image of a record; its images share the budget of tiles."""
+        The images share the maximum number of tiles.
+        """
         return {
             "min_num": self.data_args.min_dynamic_patch,
             "max_num": max(1, self.max_dynamic_patch // num_images),
@@ -165,70 +212,82 @@ class LazySupervisedDataset(Dataset):
             "use_thumbnail": self.data_args.use_thumbnail,
         }
 
-    def _pictures(self, record: dict, generator: random.Random) -> list[list[Image.Image]]:
-        """The tiles of each picture, before the transform."""
-        kind, paths = media_paths(record)
-        if kind == "video":
-            settings = {"clip": record.get("clip"), "generator": generator, "allowed": self._allowed}
-            frames = read_frames(self._path(paths[0]), self._frame_budget(paths[0]), **settings)
-            return [[frame] for frame in frames]
-        images = (load_image(self._path(path)) for path in paths)  # one after the other: they may be large
-        if not self.data_args.dynamic_image_size:
-            return [[image] for image in images]
-        return [dynamic_preprocess(image, **self._tiling(len(paths))) for image in images]
+    def _choose_num_frames(self, path: str) -> int:
+        """Draw the number of frames of a video.
 
-    def _tile_counts(self, record: dict) -> list[int]:
-        """How many tiles `_pictures` gives for each picture; nothing is decoded."""
-        kind, paths = media_paths(record)
-        if kind == "video":
-            return [1] * count_frames(self._path(paths[0]), self._frame_budget(paths[0]), record.get("clip"))
-        sizes = [read_image_size(self._path(path)) for path in paths]
-        if not self.data_args.dynamic_image_size:
-            return [1] * len(sizes)
-        return [count_tiles(*size, **self._tiling(len(sizes))) for size in sizes]
+        Its path is the seed, so the number is the same in every epoch, as measured lengths require.
+        """
+        return random.Random(path).randint(self.data_args.min_num_frame, self.data_args.max_num_frame)
 
-    def _transform(self, generator: random.Random):
+    def _build_transform(self, generator: random.Random):
         args = self.data_args
         return build_transform(
-            self.data_augment, args.force_image_size, args.pad2square, args.normalize_type, generator, normalized=False
+            self.data_augment, args.force_image_size, args.pad2square, args.normalize_type, generator, normalize=False
         )
 
-    def empty_tiles(self) -> torch.Tensor:
+    def make_empty_tiles(self) -> torch.Tensor:
+        """Return the `pixel_values` of a sample without images."""
         side = self.data_args.force_image_size
         return torch.empty(0, 3, side, side, dtype=torch.uint8)
 
-    def _texts(self, record: dict, tiles: list[int]) -> dict[str, torch.Tensor]:
-        """What a sample has beside its tiles, for pictures of these numbers of tiles."""
-        input_ids, labels = self._tokens(record, tiles)
+    def _resolve_path(self, path: str) -> str:
+        return self._check_path(join_root(self.root, path))
+
+    def _check_path(self, path: str) -> str:
+        return path if self.data_args.allow_outside_root else require_inside_root(self.root, path)
+
+    # -- turns to tokens -----------------------------------------------------------------------------------------------
+
+    def _tokenize_record(self, record: dict, num_tiles: list[int]) -> dict[str, torch.Tensor]:
+        """Return `input_ids`, `labels` and `position_ids` (L,) of a record.
+
+        Args:
+            num_tiles: of each image or frame.
+        """
+        kind, _ = get_media(record)
+        turns = insert_placeholders(get_turns(record), kind, len(num_tiles))
+        tokens_per_image = [n * self.num_image_token for n in num_tiles]
+        input_ids, labels = tokenize_turns(
+            self.data_args.conv_style, turns, self.tokenizer, tokens_per_image, text_only=kind == "text"
+        )
+        input_ids, labels = self._truncate(input_ids, labels, num_context_tokens=sum(tokens_per_image))
         return {"input_ids": input_ids, "labels": labels, "position_ids": torch.arange(len(input_ids))}
 
-    def _tokens(self, record: dict, tiles: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`input_ids`, `labels` of a record whose pictures have these numbers of tiles, cut to the longest allowed."""
-        kind, _ = media_paths(record)
-        turns = insert_placeholders(read_turns(record), kind, len(tiles))
-        counts = [n * self.num_image_token for n in tiles]
-        input_ids, labels = tokenize_turns(
-            self.data_args.conv_style, turns, self.tokenizer, counts, text_only=kind == "text"
-        )
+    def _truncate(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, num_context_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Truncate (L,) tokens to the tokenizer's maximum length.
+
+        Raises:
+            UnusableSample: image tokens or all loss tokens are cut off.
+        """
         total, limit = len(input_ids), min(len(input_ids), self.tokenizer.model_max_length)
         input_ids, labels = input_ids[:limit], labels[:limit]
-        needed, held = sum(counts), int((input_ids == self.img_context_id).sum())
-        if held < needed and limit < total:
+        # Truncation must not cut into an image: the model needs one context token per image feature.
+        num_left = int((input_ids == self.img_context_id).sum())
+        if num_left < num_context_tokens and limit < total:
             raise UnusableSample(
-                f"its {total} tokens are cut to --max_seq_length {limit}, which leaves {held} of {needed} image "
-                f"tokens: raise --max_seq_length or lower --max_dynamic_patch (now {self.max_dynamic_patch})"
+                f"its {total} tokens are truncated to --max_seq_length {limit}, which leaves {num_left} of "
+                f"{num_context_tokens} image tokens: raise --max_seq_length or lower --max_dynamic_patch "
+                f"(now {self.max_dynamic_patch})"
             )
-        assert held == needed, f"{held} {IMG_CONTEXT_TOKEN} for {sum(tiles)} tiles of {self.num_image_token} tokens"
+        assert num_left == num_context_tokens, f"expected {num_context_tokens} {IMG_CONTEXT_TOKEN}, got {num_left}"
         if (labels == IGNORE_INDEX).all():
-            cut = f" in the first {limit} of its {total} tokens (--max_seq_length)" if limit < total else ""
-            raise UnusableSample(f"it has no answer to train on{cut}")
+            if limit < total:
+                reason = f"there is no answer in the first {limit} of its {total} tokens (--max_seq_length)"
+            else:
+                reason = "the conversation has no answer"
+            raise UnusableSample(f"no loss tokens: {reason}")
         return input_ids, labels
 
 
-def _sample_order(records: int, repeat_time: float, seed: tuple[int, ...]) -> Sequence[int]:
-    """Number of the record that each sample is: whole copies, then, in the order of the file, a random part."""
-    copies, part = divmod(int(records * repeat_time), max(1, records))
-    if (copies, part) == (1, 0):
-        return range(records)  # which costs workers no memory
-    drawn = np.random.default_rng(seed).permutation(records)[:part]
-    return np.concatenate([np.tile(np.arange(records), copies), np.sort(drawn)])
+def _repeat_records(num_records: int, repeat_time: float, seed: tuple[int, ...]) -> range | np.ndarray:
+    """Return the index of each sample's record.
+
+    These are complete copies of the file, then a random part of it, in the order of the file.
+    """
+    num_copies, num_drawn = divmod(int(num_records * repeat_time), max(1, num_records))
+    if (num_copies, num_drawn) == (1, 0):
+        return range(num_records)  # unlike an array it takes no memory in workers
+    drawn = np.random.default_rng(seed).permutation(num_records)[:num_drawn]
+    return np.concatenate([np.tile(np.arange(num_records), num_copies), np.sort(drawn)])

@@ -1,4 +1,7 @@
-"""How many FLOPs a second a device can do at most: what MFU is a share of. By its name, else measured."""
+"""Peak FLOPs per second of a device: the reference of MFU.
+
+The peaks of common GPUs are in a table. Those of other devices are measured.
+"""
 
 import time
 from functools import lru_cache
@@ -6,7 +9,7 @@ from functools import lru_cache
 import torch
 
 # Words of a device's name -> dense peak in TFLOPS of bf16 and fp16 (accumulated in fp32), of fp32 as TF32, and of fp32
-# itself, as NVIDIA's data sheets give them (those with sparsity, halved). The first row that fits counts.
+# itself, from NVIDIA's data sheets (without sparsity: half of what they list). The first matching row is used.
 DEVICE_PEAKS = [
     ("B200", 2250, 1125, 75),
     ("GH200", 989.4, 494.7, 66.9),
@@ -31,23 +34,30 @@ DEVICE_PEAKS = [
     ("RTX 4090", 165.2, 82.6, 82.6),
     ("RTX 3090", 71, 35.6, 35.6),
 ]
-HALF = (torch.bfloat16, torch.float16)
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
-def lookup_peak(name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:
-    """FLOPs a second of a device of that name; None where the table does not know it, or it is a slice of a device."""
-    words = name.replace("-", " ").split()
+def lookup_peak_flops(device_name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:
+    """Look up the FLOPs per second of a device.
+
+    Returns:
+        None if the table has no such device, or if it is a slice of one (MIG).
+    """
+    words = device_name.replace("-", " ").split()
     if "MIG" in words:
         return None
-    for known, half, with_tf32, single in DEVICE_PEAKS:
-        if set(known.split()) <= set(words):
-            return 1e12 * (half if dtype in HALF else with_tf32 if tf32 else single)
+    for known_name, half, with_tf32, single in DEVICE_PEAKS:
+        if set(known_name.split()) <= set(words):
+            return 1e12 * (half if dtype in HALF_PRECISION else with_tf32 if tf32 else single)
     return None
 
 
 @lru_cache
-def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of the fastest of some matrix products, each twice as wide until one takes 20 ms."""
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the FLOPs per second of matrix products.
+
+    Their size doubles until one takes 20 ms.
+    """
     best, size, seconds = 0.0, 128, 0.0
     while seconds < 0.02 and size < 16384:
         size *= 2
@@ -61,12 +71,12 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak of a device for products of that type, in FLOPs a second, and a sentence on where it is from."""
-    name, peak = "this processor", None
+def get_device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Return the peak FLOPs per second of a device and its description."""
+    name, peak = "this CPU", None
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        peak = lookup_peak(name, dtype, torch.backends.cuda.matmul.allow_tf32)
-    source = "its data sheet" if peak else "a matrix product, measured"
-    peak = peak or measure_peak(device, dtype)
-    return peak, f"{peak / 1e12:.4g} TFLOPS in {str(dtype).removeprefix('torch.')} on {name}, by {source}"
+        peak = lookup_peak_flops(name, dtype, bool(torch.backends.cuda.matmul.allow_tf32))
+    source = "from its data sheet" if peak else "measured with a matrix product"
+    peak = peak or measure_peak_flops(device, dtype)
+    return peak, f"{peak / 1e12:.4g} TFLOPS in {str(dtype).removeprefix('torch.')} on {name}, {source}"

@@ -1,11 +1,13 @@
-"""Which activations of a tower (vision encoder, language model) are computed again in the backward pass, not kept.
+"""Gradient checkpointing and compilation of transformer layers.
 
-Set by `train/towers.py` once the model is frozen and wrapped. Checkpoints are never reentrant: adapters get gradients
-although their input needs none, and dropout draws the same numbers again.
+The layers are those of a vision encoder or an LLM. `train/build_model.py` applies both after adapters are attached and
+parameters are frozen. Checkpointing is never reentrant: adapters get gradients even if the input of their layer needs
+none, and dropout draws the same numbers in the recomputation.
 """
 
 import re
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -15,68 +17,71 @@ from internvl.model.internvl_chat.modeling_intern_vit import InternVisionEncoder
 from internvl.model.lora import unwrap_peft
 from internvl.model.lora_linear import LoraLinear
 
-_ATTENTION = r"scaled_dot_product_\w*attention\w*|flash_attn\w*forward"
-# --checkpoint_keep -> the operators of torch whose outputs are kept in a layer that is computed again, by their names.
-# Products of batches of matrices are not among them: these may be scores of attention, L x L. Nor are those of experts,
-# which transformers adds their biases to in place.
+_ATTENTION_OPS = r"scaled_dot_product_\w*attention\w*|flash_attn\w*forward"
+# --grad_checkpoint_keep -> pattern of the torch operators whose outputs are saved in a recomputed layer.
+# Two kinds of matrix products are always recomputed: batched ones (bmm), which may be attention scores of L x L
+# elements, and those of experts, whose outputs transformers 5 modifies in place by adding biases.
 SAVED_OPS = {
     "none": None,
-    "attention": rf"\b_?({_ATTENTION})\b",
-    "matmul": rf"\b_?({_ATTENTION}|mm|addmm)\b",
+    "attention": rf"\b_?({_ATTENTION_OPS})\b",
+    "matmul": rf"\b_?({_ATTENTION_OPS}|mm|addmm)\b",
 }
 
 
-def transformer_layers(tower: nn.Module) -> list[nn.Module]:
-    """The layers of a vision encoder or of a language model, wrapped or not, from the first to the last."""
-    return [m for m in tower.modules() if isinstance(m, (InternVisionEncoderLayer, GradientCheckpointingLayer))]
+def find_transformer_layers(module: nn.Module) -> list[Any]:
+    """List the layers of a vision encoder or LLM in order."""
+    return [m for m in module.modules() if isinstance(m, (InternVisionEncoderLayer, GradientCheckpointingLayer))]
 
 
-def apply_gradient_checkpointing(tower: nn.Module, every: float = 1, keep: str = "none") -> None:
-    """Lets each `every`-th layer of a tower, the first among them, compute its activations again; 1.25: four of five;
-    0: none.
+def apply_gradient_checkpointing(module: nn.Module, ratio: float = 1.0, keep: str = "none") -> None:
+    """Set which layers of a vision encoder or LLM recompute their activations.
 
     Args:
-        keep: a key of `SAVED_OPS`.
+        ratio: share of the layers, evenly spread from the first on; 0.5 is every second layer, 0 none.
+        keep: which outputs are saved nevertheless, a key of `SAVED_OPS`.
 
     Raises:
-        ValueError: attention of this tower drops weights at random, and its outputs are to be kept: what is drawn after
-            it would be other numbers the second time.
+        ValueError: outputs are saved and attention has dropout. Recomputation skips the saved attention and its random
+            numbers, so all later dropout in the layer would draw other numbers.
     """
-    model = unwrap_peft(tower)
+    model = unwrap_peft(module)
     dropout = getattr(model.config, "attention_dropout", 0)
-    if every and dropout and keep != "none":
+    if ratio and dropout and keep != "none":
         raise ValueError(
-            f"--checkpoint_keep {keep} does not go with the attention_dropout of {dropout} in {type(model).__name__}: "
-            "random numbers would differ when activations are computed again."
+            f"--grad_checkpoint_keep {keep} is not supported with the attention_dropout of {dropout} in "
+            f"{type(model).__name__}: recomputation would draw other random numbers. Use --grad_checkpoint_keep none."
         )
-    policy = partial(_policy, SAVED_OPS[keep])
-    context = {} if keep == "none" else {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
-    layers = transformer_layers(tower)
-    again = {int(number * every) for number in range(len(layers))} if every else set()
-    for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number in again
+    context: dict[str, Any] = {}
+    if saved_ops := SAVED_OPS[keep]:
+        policy_fn = partial(_choose_policy, saved_ops)
+        context["context_fn"] = partial(create_selective_checkpoint_contexts, policy_fn)
+    layers = find_transformer_layers(module)
+    recomputed = {int(i / ratio) for i in range(len(layers))} if ratio else set()
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i in recomputed
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **context)
-    for module in tower.modules():
-        if isinstance(module, LoraLinear):
-            module.in_place = keep != "matmul"  # what is kept must stay as it was
+    for layer in module.modules():
+        if isinstance(layer, LoraLinear):
+            layer.is_in_place = keep != "matmul"  # saved outputs of `addmm` must not be modified
 
 
-def recomputed_layer_share(tower: nn.Module) -> float:
-    """Share of a tower's layers that are computed again; 0 for a module without such layers."""
-    layers = transformer_layers(tower)
+def get_recomputed_layer_share(module: nn.Module) -> float:
+    """Return the share of recomputed layers, 0 for a module without layers."""
+    layers = find_transformer_layers(module)
     return sum(layer.gradient_checkpointing for layer in layers) / max(1, len(layers))
 
 
-def _policy(kept: str, context, operator, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if re.search(kept, str(operator)) else CheckpointPolicy.PREFER_RECOMPUTE
+def _choose_policy(saved_ops: str, context, operator, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if re.search(saved_ops, str(operator)) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_layers(tower: nn.Module) -> None:
-    """Compiles the layers of a vision encoder, and of a language model the parts of its layers, for inputs of any size.
+def compile_layers(module: nn.Module) -> None:
+    """Compile the layers of a vision encoder or LLM.
 
-    Layers of transformers checkpoint themselves, and what is computed again must be what was compiled, or dropout would
-    draw other numbers the second time: so it is their attention, norms and MLP that are compiled.
+    Inputs may have any size. The vision encoder checkpoints its layers from outside, so each layer is compiled. Layers
+    of transformers checkpoint themselves: compiled together with the checkpoint, their recomputation would draw other
+    dropout masks. Their attention, norms and MLP are compiled instead.
     """
-    for layer in transformer_layers(tower):
-        for module in [layer] if isinstance(layer, InternVisionEncoderLayer) else layer.children():
-            module.compile(dynamic=True)
+    for layer in find_transformer_layers(module):
+        for child in [layer] if isinstance(layer, InternVisionEncoderLayer) else layer.children():
+            child.compile(dynamic=True)

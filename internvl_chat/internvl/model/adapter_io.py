@@ -1,7 +1,7 @@
-"""Where a LoRA run keeps its adapters on disk, read without building a model.
+"""Reading the LoRA adapters of a checkpoint from its files.
 
-One folder a part in PEFT's format, beside `config.json` or in `adapters/` there; or, in upstream's checkpoints, among
-the weights. Read by `merge` (several runs combined), `tools/export_adapters.py` and `tools/inspect_checkpoint.py`.
+Each adapted part has a folder in PEFT's format, beside `config.json` or in `adapters/`. In upstream's checkpoints the
+adapters are among the weights instead. No function here builds a model.
 """
 
 from pathlib import Path
@@ -11,74 +11,89 @@ from peft import LoraConfig
 from transformers import PretrainedConfig
 
 from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE
-from internvl.model.internvl_chat.lora_mixin import lora_settings_of
-from internvl.model.internvl_chat.safe_loading import refuse_pickles
-from internvl.model.lora import LLM_TARGETS, LORA_RANK_FIELDS, VARIANTS
-from internvl.model.safetensors_io import Checkpoint
-
-PEFT_PREFIX = "base_model.model."  # PEFT's name of the model inside a wrap
+from internvl.model.internvl_chat.lora_mixin import get_lora_settings
+from internvl.model.internvl_chat.safe_loading import ADAPTER_CONFIG_FILE, refuse_pickles
+from internvl.model.lora import LLM_TARGETS, LORA_RANK_FIELDS, LORA_VARIANTS, PEFT_PREFIX, is_adapter_parameter
+from internvl.model.safetensors_io import CheckpointTensors, abbreviate_names
 
 
-def part_folders(folder: str | Path) -> dict[str, Path]:
-    """The PEFT folder of each part that has one, whether `folder` is a run's output or its `adapters/`."""
-    places = {part: (Path(folder) / part, Path(folder) / "adapters" / part) for part in LORA_RANK_FIELDS}
-    found = {part: [p for p in paths if (p / "adapter_config.json").is_file()] for part, paths in places.items()}
-    return {part: paths[0] for part, paths in found.items() if paths}
-
-
-def read_adapters(folder: str | Path, part: str, config: PretrainedConfig) -> tuple[LoraConfig, dict] | None:
-    """Settings and tensors of a part's adapter, in PEFT's names without `base_model.model.`; None if it has none.
+def find_adapter_dirs(folder: str | Path) -> dict[str, Path]:
+    """Return the PEFT folder of each adapted part.
 
     Args:
-        config: the chat config of `folder`; its rank (and upstream's alpha, twice that) counts where the adapters lie
-            among the weights.
+        folder: a checkpoint, or the `adapters/` in one.
     """
-    if own := part_folders(folder).get(part):
-        tensors = Checkpoint(own)
-        return lora_config(own), {name.removeprefix(PEFT_PREFIX): tensors[name] for name in tensors}
+    candidates = {part: (Path(folder) / part, Path(folder) / "adapters" / part) for part in LORA_RANK_FIELDS}
+    existing = {part: [p for p in paths if (p / ADAPTER_CONFIG_FILE).is_file()] for part, paths in candidates.items()}
+    return {part: paths[0] for part, paths in existing.items() if paths}
+
+
+def read_part_adapter(
+    folder: str | Path, part: str, config: PretrainedConfig
+) -> tuple[LoraConfig, dict[str, torch.Tensor]] | None:
+    """Read settings and tensors of one part's adapter.
+
+    Returns None if the part has no adapter. Names are PEFT's without `base_model.model.`.
+
+    Args:
+        config: the chat configuration of `folder`. If the adapters are among the weights, it has their rank and alpha
+            (upstream's checkpoints have no alpha: it is twice the rank).
+    """
+    if adapter_dir := find_adapter_dirs(folder).get(part):
+        tensors = CheckpointTensors(adapter_dir)
+        return load_lora_config(adapter_dir), {name.removeprefix(PEFT_PREFIX): tensors[name] for name in tensors}
     if not (rank := getattr(config, LORA_RANK_FIELDS[part], 0)):
         return None
-    tensors, prefix = Checkpoint(folder), f"{part}.{PEFT_PREFIX}"
-    found = {name: name.removeprefix(prefix).replace(".default.", ".") for name in tensors if ".lora_" in name}
-    found = {name: short for name, short in found.items() if name.startswith(prefix)}
-    experts = LLM_TARGETS.get(config.llm_config.architectures[0]) if part == "language_model" else None
-    asked = lora_settings_of(config, part)
-    settings = LoraConfig(
+    tensors, prefix = CheckpointTensors(folder), f"{part}.{PEFT_PREFIX}"
+    lora_names = [name for name in tensors if name.startswith(prefix) and is_adapter_parameter(name)]
+    targets = LLM_TARGETS.get(config.llm_config.architectures[0]) if part == "language_model" else None
+    settings = get_lora_settings(config, part)
+    lora_config = LoraConfig(
         r=rank,
-        lora_alpha=asked.alpha,
-        target_parameters=experts.parameters if experts else None,
-        **VARIANTS[asked.variant],
+        lora_alpha=settings.alpha,  # pyrefly: ignore[bad-argument-type]  # PEFT declares int, floats work
+        target_parameters=targets.parameters if targets else None,
+        **LORA_VARIANTS[settings.variant],
     )
-    return settings, {short: tensors[name] for name, short in found.items()}
+    # The state dict of a `PeftModel` has the adapter's name ("default") in its keys; PEFT's own files do not.
+    return lora_config, {name.removeprefix(prefix).replace(".default.", "."): tensors[name] for name in lora_names}
 
 
-def lora_config(folder: Path) -> LoraConfig:
-    """The settings of a PEFT folder; ValueError if it is of another kind, or its tensors are no safetensors."""
+def load_lora_config(folder: Path) -> LoraConfig:
+    """Load the LoRA configuration of a PEFT folder.
+
+    Raises:
+        ValueError: the adapter is of another type, or its tensors are not safetensors.
+    """
     refuse_pickles(folder)
     if not (folder / ADAPTER_FILE).is_file():
         raise ValueError(f"{folder} has no {ADAPTER_FILE}")
-    config = LoraConfig.from_pretrained(folder)
-    if type(config) is not LoraConfig or config.megatron_config:  # which would have PEFT import a module by name
-        raise ValueError(f"{folder} holds an adapter of type {config.peft_type.value}, not plain LoRA")
+    config = LoraConfig.from_pretrained(str(folder))
+    if type(config) is not LoraConfig or config.megatron_config:  # PEFT would import `megatron_core` by name
+        # pyrefly: ignore[missing-attribute]  # PEFT sets the enum member
+        raise ValueError(f"{folder} holds an adapter of type {config.peft_type.value}: only plain LoRA is supported")
     return config
 
 
-def refuse_adapters(config: PretrainedConfig, path: str | Path) -> None:
-    """ValueError if the chat checkpoint `path` is not plain."""
-    if not has_plain_weights(config):
+def has_adapters(config: PretrainedConfig) -> bool:
+    """Check whether a chat checkpoint with this configuration holds adapters.
+
+    That includes adapter checkpoints, whose weights are in a base checkpoint.
+    """
+    ranks = [getattr(config, field, 0) for field in LORA_RANK_FIELDS.values()]
+    return bool(getattr(config, "base_model", None) or any(ranks))
+
+
+def require_no_adapters(config: PretrainedConfig, path: str | Path) -> None:
+    """Raise a ValueError if the chat checkpoint `path` holds adapters."""
+    if has_adapters(config):
         raise ValueError(f"{path} holds LoRA adapters, not plain weights: merge them first with tools/merge_lora.py")
 
 
-def has_plain_weights(config: PretrainedConfig) -> bool:
-    """Whether a chat checkpoint with this config holds all weights itself, and nothing beside them."""
-    return not (
-        getattr(config, "base_model", None) or any(getattr(config, rank, 0) for rank in LORA_RANK_FIELDS.values())
-    )
-
-
-def refuse_not_finite(tensors: dict[str, torch.Tensor], where: str | Path) -> None:
-    """ValueError with the names of the tensors that hold NaN or infinity."""
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        listed = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
-        raise ValueError(f"{where} holds NaN or infinite numbers in {len(broken)} tensors: {listed}")
+def require_finite(tensors: dict[str, torch.Tensor], source: str | Path) -> None:
+    """Raise a ValueError with the names of non-finite tensors."""
+    non_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if non_finite:
+        raise ValueError(
+            f"{source}: non-finite values (NaN or infinity) in {len(non_finite)} tensors: "
+            f"{abbreviate_names(non_finite)}"
+        )

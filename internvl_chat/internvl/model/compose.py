@@ -1,11 +1,13 @@
-"""What is done to a whole chat model outside training: composed from parts, tokens added, adapters merged.
+"""Composing a chat model from its parts, and adding tokens.
 
-Used by `train/build.py`, the trainer and `tools/`. Under ZeRO-3, where every rank holds a slice of each weight, all
-ranks call these functions together and each gathers what it touches.
+Under ZeRO-3, where every rank holds a slice of each weight, all ranks call these functions together; each function
+gathers the weights that it changes.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,15 +17,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from internvl.model.internvl_chat import InternVisionConfig, InternVisionModel, InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.adapter_checkpoint import strip_peft_prefix
-from internvl.model.internvl_chat.decoder import attention_of
-from internvl.model.internvl_chat.modeling_internvl_chat import llm_class_of
-from internvl.model.internvl_chat.resize import gathered_parameters, resize_image, resize_tokens
+from internvl.model.internvl_chat.decoder import select_attn_implementation
+from internvl.model.internvl_chat.modeling_internvl_chat import get_llm_class
+from internvl.model.internvl_chat.resize import resize_embeddings
 from internvl.model.internvl_chat.safe_loading import refuse_unsafe_files
+from internvl.model.internvl_chat.zero3 import gathered_parameters, get_full_shape
+from internvl.model.safetensors_io import abbreviate_names
 
-__all__ = ["add_special_tokens", "compose", "load_projector", "resize_image"]
 
-
-def compose(
+def compose_chat_model(
     vision_path: str | Path,
     llm_path: str | Path,
     *,
@@ -32,27 +34,29 @@ def compose(
     seed: int = 0,
     model_class: type[InternVLChatModel] = InternVLChatModel,
     allow_pickle: bool = False,
-    **settings,
+    **config_fields,
 ) -> InternVLChatModel:
-    """A chat model made of a vision encoder and a language model, with a fresh projector between them.
+    """Compose a chat model from a vision encoder and an LLM.
+
+    The projector between them is new.
 
     Args:
-        vision_path: an InternViT checkpoint, or a chat checkpoint, whose vision encoder is taken.
-        llm_path: a causal language model that transformers or this repository knows.
-        seed: of the projector's first weights.
-        allow_pickle: either may be `pytorch_model*.bin`, of which tensors alone are read.
-        settings: fields of InternVLChatConfig (template, select_layer, ...).
+        vision_path: an InternViT checkpoint, or a chat checkpoint to take the vision encoder from.
+        llm_path: a causal LM that transformers or this repository supports.
+        seed: seed of the projector's initialization.
+        allow_pickle: accept weights in `pytorch_model*.bin`; nothing but tensors is unpickled.
+        config_fields: fields of InternVLChatConfig (template, select_layer, ...).
 
     Raises:
-        ValueError: a checkpoint that is something else, or lacks weights.
+        ValueError: a checkpoint of another kind, with adapters, or with missing weights.
     """
     for path in (vision_path, llm_path):
         refuse_unsafe_files(path, allow_pickle)
-    safe = None if allow_pickle else True
-    vision = _load_vision(vision_path, dtype, drop_path_rate, use_safetensors=safe)
-    llm = _load_llm(llm_path, dtype, use_safetensors=safe)
-    # Copies: the chat model notes in its configuration what a model yet to be built shall do, and these are built.
-    config = InternVLChatConfig(vision.config.to_dict(), llm.config.to_dict(), **settings)
+    use_safetensors = None if allow_pickle else True
+    vision = _load_vision_encoder(vision_path, dtype, drop_path_rate, use_safetensors=use_safetensors)
+    llm = _load_llm(llm_path, dtype, use_safetensors=use_safetensors)
+    # Copies: InternVLChatModel writes into its sub-configurations, which would change those of the loaded parts.
+    config = InternVLChatConfig(vision.config.to_dict(), llm.config.to_dict(), **config_fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config, vision, llm)
@@ -60,93 +64,107 @@ def compose(
     return model
 
 
-def _load_vision(path: str | Path, dtype: torch.dtype, drop_path_rate: float, **kwargs) -> InternVisionModel:
+def _load_vision_encoder(path: str | Path, dtype: torch.dtype, drop_path_rate: float, **kwargs) -> InternVisionModel:
+    """Load a vision encoder from its own or a chat checkpoint."""
     fields = PretrainedConfig.get_config_dict(path)[0]
     if fields.get("use_backbone_lora") or fields.get("base_model"):
         raise ValueError(f"{path} holds LoRA adapters, not plain weights: merge them first with tools/merge_lora.py")
     config = InternVisionConfig.from_pretrained(path)
     config.drop_path_rate = drop_path_rate
-    model, missing = _load(InternVisionModel, path, config, dtype, key_mapping={r"^vision_model\.": ""}, **kwargs)
-    _complain(path, "vision encoder", missing)
+    # In a chat checkpoint the names of the vision encoder have this prefix; other names are ignored.
+    key_mapping = {r"^vision_model\.": ""}
+    model, missing = _load_part(InternVisionModel, path, config, dtype, key_mapping=key_mapping, **kwargs)
+    _require_complete(path, "vision encoder", missing)
     return model
 
 
 def _load_llm(path: str | Path, dtype: torch.dtype, **kwargs) -> PreTrainedModel:
+    """Load a causal LM with its own weight for the LM head."""
     fields = PretrainedConfig.get_config_dict(path)[0]
     config = InternVLChatConfig(llm_config=dict(fields)).llm_config
-    name = config.architectures[0]
-    llm_class = llm_class_of(name)
-    kwargs["attn_implementation"] = attention_of(llm_class, dtype)
-    model, missing = _load(llm_class, path, config, dtype, **kwargs)
+    architecture = config.architectures[0]
+    llm_class = get_llm_class(architecture)
+    kwargs["attn_implementation"] = select_attn_implementation(llm_class, dtype)
+    model, missing = _load_part(llm_class, path, config, dtype, **kwargs)
     head = model.get_output_embeddings()
-    tied = {f"{name}.weight" for name, module in model.named_modules() if module is head}
-    if missing == tied and fields.get("tie_word_embeddings") is not False:
-        # The checkpoint's head is its input embedding; a chat model has both, and they go apart from here on.
+    head_names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    if missing == head_names and fields.get("tie_word_embeddings") is not False:
+        # A tied LM head is not in the file. A chat model has both weights, and training may make them differ.
         with gathered_parameters(head.weight, model.get_input_embeddings().weight), torch.no_grad():
             head.weight.copy_(model.get_input_embeddings().weight)
     else:
-        _complain(path, name, missing)
+        _require_complete(path, architecture, missing)
     return model
 
 
-def _load(cls: type[PreTrainedModel], path, config, dtype, **kwargs) -> tuple[PreTrainedModel, set[str]]:
-    """The model and the names of weights that `path` lacks or has in another shape."""
-    model, info = cls.from_pretrained(
+def _load_part(cls: type[PreTrainedModel], path, config, dtype, **kwargs) -> tuple[Any, set[str]]:
+    """Load a part; also return the names of missing or mismatched weights."""
+    model, info = cls.from_pretrained(  # pyrefly: ignore[not-iterable]  # a pair with output_loading_info
         path,
         config=config,
         dtype=dtype,
-        ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),
+        ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),  # ZeRO-3 partitions parameters: no shapes to compare
         output_loading_info=True,
         **kwargs,
     )
     return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
 
-def _complain(path, what: str, missing: set[str]):
+def _require_complete(path: str | Path, part: str, missing: set[str]) -> None:
     if missing:
-        listed = ", ".join(sorted(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(f"{path} is no {what} of its configuration; it lacks, or has in another shape: {listed}")
+        raise ValueError(
+            f"the weights in {path} do not match its configuration ({part}): missing or of another shape: "
+            f"{abbreviate_names(missing)}"
+        )
 
 
-def load_projector(model: InternVLChatModel, path: str | Path):
-    """Loads the projector from a state dict: a file of `torch.save` (nothing but tensors is read) or of safetensors.
+def load_projector(model: InternVLChatModel, path: str | Path) -> None:
+    """Load the projector's weights from a state dict file.
+
+    Args:
+        path: written by `torch.save` (nothing but tensors is unpickled) or a safetensors file.
 
     Raises:
-        ValueError: it is no such file, or does not fit; the message has both lists of names and shapes.
+        ValueError: the file is unreadable, or its names and shapes are not the projector's.
     """
     try:
-        safe = Path(path).suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        is_safetensors = Path(path).suffix == ".safetensors"
+        state = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     except (OSError, RuntimeError, EOFError, AttributeError, UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"the projector file {path} cannot be read as a state dict ({error})") from error
-    own = dict(model.mlp1.named_parameters())
-    wanted = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in own.items()}
-    if found != wanted:
-        raise ValueError(f"the projector file {path} holds {found}, but the model's projector is {wanted}")
-    with gathered_parameters(*own.values()), torch.no_grad():
-        for name, parameter in own.items():
+        raise ValueError(f"the projector file {path} is not readable as a state dict ({error})") from error
+    parameters = dict(model.mlp1.named_parameters())
+    expected = {name: get_full_shape(parameter) for name, parameter in parameters.items()}
+    if shapes != expected:
+        raise ValueError(f"the projector file {path} does not fit the model: expected {expected}, got {shapes}")
+    with gathered_parameters(*parameters.values()), torch.no_grad():
+        for name, parameter in parameters.items():
             parameter.copy_(state[name])
 
 
-def add_special_tokens(model: InternVLChatModel, tokenizer, tokens: list[str]) -> int:
-    """Adds those of `tokens` that the tokenizer lacks, and their rows to both embeddings: the mean of the old rows.
+def add_special_tokens(model: InternVLChatModel, tokenizer, tokens: Sequence[str]) -> int:
+    """Add missing tokens to the tokenizer and to both embeddings.
 
-    Embeddings of published models have more rows than the tokenizer has tokens; they are resized, as upstream's, only
-    if something was added (or a token has no row), and then to the length of the tokenizer. Returns the number of
-    tokens added.
+    A new row is the mean of the old rows. Embeddings of published models have more rows than the tokenizer has tokens.
+    As in upstream, they are resized only if a token was added or has no row, and then to the tokenizer's length.
+
+    Returns:
+        the number of tokens added.
     """
-    added = tokenizer.add_tokens(list(tokens), special_tokens=True)
-    old_rows = min(model.get_input_embeddings().num_embeddings, len(tokenizer) - added)
-    if old_rows == len(tokenizer):
+    num_added = tokenizer.add_tokens(list(tokens), special_tokens=True)
+    embeddings: Any = model.get_input_embeddings()
+    num_old_rows = min(embeddings.num_embeddings, len(tokenizer) - num_added)
+    if num_old_rows == len(tokenizer):
         return 0
-    resize_tokens(model, len(tokenizer), old_rows)
-    if (
-        model.base_checkpoint and "known_tokens" in model.base_checkpoint
-    ):  # grown before: now the rows themselves must be saved
-        ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-        names = {strip_peft_prefix(name) for name, p in model.named_parameters() if any(p is end for end in ends)}
-        model.previously_trained |= names
-    elif model.base_checkpoint:
-        model.base_checkpoint = {**model.base_checkpoint, "known_tokens": old_rows}
-    return added
+    resize_embeddings(model, len(tokenizer), num_old_rows)
+    if not model.base_checkpoint:
+        return num_added
+    if "known_tokens" not in model.base_checkpoint:
+        # Loading recomputes the new rows from the base checkpoint's first `known_tokens` rows; they are not saved.
+        model.base_checkpoint = {**model.base_checkpoint, "known_tokens": num_old_rows}
+    else:
+        # Tokens were added twice. The rows no longer follow from the base checkpoint, so both embeddings are saved.
+        embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        names = [name for name, p in model.named_parameters() if any(p is weight for weight in embeddings)]
+        model.previously_trained |= {strip_peft_prefix(name) for name in names}
+    return num_added

@@ -1,7 +1,7 @@
-"""Liger's Triton kernels (Hsu et al. 2024, arXiv 2410.10989), for `--use_liger`.
+"""Liger's Triton kernels for `--use_liger` (Hsu et al. 2024, arXiv 2410.10989).
 
-RMS norms, SwiGLU and rotary embeddings in language models that Liger knows, and the cross entropy in any whose logits
-are what comes out of its head. Called by `train/build.py` on a loaded model.
+They replace RMS norms, SwiGLU and rotary embeddings in LLMs that Liger supports, and the cross entropy in any LLM whose
+head computes the logits directly, without scaling.
 """
 
 import logging
@@ -17,59 +17,67 @@ logger = logging.getLogger(__name__)
 
 
 def use_liger_kernels(model: InternVLChatModel) -> None:
-    """Lets the language model of this chat model, and its loss, be computed with Liger's kernels.
+    """Replace layers of the LLM, and the loss, by Liger's kernels.
 
     Raises:
-        ValueError: liger-kernel is not installed, or there is nothing that its kernels could run on.
+        ValueError: liger-kernel is not installed, or there is no device that can run its kernels.
     """
     try:
         import triton
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
-        raise ValueError(f"--use_liger True needs the package liger-kernel: {error}.") from error
+        raise ValueError(f"--use_liger True requires the package liger-kernel: {error}.") from error
     if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
-        raise ValueError("--use_liger True needs a CUDA device: Liger's kernels are written in Triton.")
+        raise ValueError("--use_liger True requires a CUDA device: Liger's kernels are written in Triton.")
     llm = unwrap_peft(model.language_model)
     if llm.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        experts = hasattr(llm.config, "num_experts_per_tok")  # stay as they are: their adapters are made for these
-        own_loss = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-        _apply_liger_kernel_to_instance(model=llm, swiglu=not experts, **own_loss)
+        # Modules of experts are not replaced: LoRA adapts their parameters.
+        has_experts = hasattr(llm.config, "num_experts_per_tok")
+        # The loss is `compute_liger_loss` below. Liger would compute it in the LLM's `forward`, but the chat model
+        # calls decoder and head apart.
+        no_loss = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+        _apply_liger_kernel_to_instance(model=llm, swiglu=not has_experts, **no_loss)
     else:
-        logger.info("Liger has no layers for %s: the loss alone is computed by its kernels", llm.config.model_type)
+        logger.info("Liger kernels: %s is not supported, only the loss uses them", llm.config.model_type)
     probe = torch.empty(0)
-    if scale_logits(llm, probe) is probe:
-        llm.get_output_embeddings().sweep = sweep
+    if scale_logits(llm, probe) is probe:  # this LLM does not scale its logits, as Liger's loss assumes
+        llm.get_output_embeddings().fused_loss_fn = compute_liger_loss
 
 
-def sweep(
+def compute_liger_loss(
     head: nn.Linear,
     states: torch.Tensor,
     targets: torch.Tensor,
     weights: torch.Tensor,
-    count: int,
-    through_states: bool,
-    trained: list[nn.Parameter],
+    num_chunks: int,
+    needs_states_grad: bool,
+    head_weights: list[nn.Parameter],
 ) -> tuple:
-    """What `token_loss._sweep` returns, in about `count` chunks; logits and their gradients share memory and type."""
+    """Compute the result of `token_loss.compute_loss_and_gradients` by Liger.
+
+    states (n, C), targets (n,), weights (n,), in about `num_chunks` chunks. Liger keeps the gradients of logits in the
+    memory and dtype of the logits.
+    """
     from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
 
-    vocabulary, width = head.weight.shape
+    vocab_size, hidden_size = head.weight.shape
     with torch.no_grad():
-        losses, _, _, _, in_states, in_weight, in_bias = fused_linear_cross_entropy_forward(
+        losses, _, _, _, states_grad, weight_grad, bias_grad = fused_linear_cross_entropy_forward(
             states,
             head.weight,
             targets,
             bias=head.bias,
             reduction="none",
-            token_grad_output=weights if trained else None,
-            compute_gradients=through_states or bool(trained),
-            weight_requires_grad=bool(trained),
+            token_grad_output=weights if head_weights else None,
+            compute_gradients=needs_states_grad or bool(head_weights),
+            weight_requires_grad=bool(head_weights),
             accum_dtype=torch.float32,
-            chunk_mem_const=-(-vocabulary // (count * width)),
+            # Liger splits n tokens into about vocab_size / (hidden_size * chunk_mem_const) chunks.
+            chunk_mem_const=-(-vocab_size // (num_chunks * hidden_size)),
         )
-        if not trained:
-            in_states *= weights[:, None]  # in float32: Liger rounds weights to the type of the logits
-    found = {id(head.weight): in_weight, id(head.bias): in_bias}
-    in_states = in_states if through_states else states[:0]
-    return (losses * weights).sum(), in_states, *(found[id(weight)] for weight in trained)
+        if not head_weights:
+            states_grad *= weights[:, None]  # in float32; Liger would round the weights to the dtype of the logits
+    gradients = {id(head.weight): weight_grad, id(head.bias): bias_grad}
+    states_grad = states_grad if needs_states_grad else states[:0]
+    return (losses * weights).sum(), states_grad, *(gradients[id(weight)] for weight in head_weights)

@@ -1,8 +1,9 @@
-"""Dropout for CPUs, which spend more time on a random number for each element than on the layers around it.
+"""Dropout that draws random numbers for dropped elements only.
 
-Used by `lora_linear.py`. Random numbers are drawn for dropped elements only: darts are thrown at all elements, so many
-that each is hit with the probability `rate`. Where the number of darts is a Poisson variable, those that hit one
-element are so many whatever hits the others (Kingman, Poisson Processes, 1993): elements are dropped independently.
+On a CPU, `nn.Dropout` spends more time on drawing one random number for each element than the layers around it. Here a
+random number of indices is drawn: `n` uniform indices with repetition, `n` Poisson distributed. Then the number of
+times that each index occurs is Poisson distributed, too, and independent of the other indices (Kingman, Poisson
+Processes, 1993). So elements are dropped independently, as `nn.Dropout` does it.
 """
 
 import math
@@ -11,35 +12,44 @@ import torch
 from torch import nn
 
 
-def drop(x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
-    """What `dropout(x)` gives, or, for `nn.Dropout` on a CPU, something of the same distribution."""
-    sparse = type(dropout) is nn.Dropout and dropout.training and 0 < dropout.p <= 0.5 and x.is_contiguous()
-    if not sparse or x.device.type != "cpu" or torch.compiler.is_compiling():
+def apply_dropout(x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
+    """Apply `dropout`, on a CPU by sampling only the dropped elements.
+
+    The distribution is that of `nn.Dropout`; the random numbers are others.
+    """
+    # At a rate of 0.5 there are 0.69 draws for each element, at 0.64 there is more than one.
+    is_sparse = type(dropout) is nn.Dropout and dropout.training and 0 < dropout.p <= 0.5 and x.is_contiguous()
+    if not is_sparse or x.device.type != "cpu" or torch.compiler.is_compiling():
         return dropout(x)
-    return _Dropped.apply(x, dropout.p)
+    return _SparseDropout.apply(x, dropout.p)
 
 
-def dropped_places(count: int, rate: float) -> torch.Tensor:
-    """Which of `count` elements are dropped: their numbers, in no order, some more than once; int64."""
-    # No dart hits an element with probability exp(-darts / count) = 1 - rate.
-    darts = torch.poisson(torch.tensor(-count * math.log1p(-rate), dtype=torch.float64))
-    return torch.randint(count, (int(darts),))
+def sample_dropped_indices(num_elements: int, rate: float) -> torch.Tensor:
+    """Draw the indices of dropped elements.
+
+    int64, unordered, possibly with duplicates.
+    """
+    # An index is not drawn with probability exp(-mean / num_elements) = 1 - rate.
+    mean = -num_elements * math.log1p(-rate)
+    num_draws = torch.poisson(torch.tensor(mean, dtype=torch.float64))
+    return torch.randint(num_elements, (int(num_draws),))
 
 
-class _Dropped(torch.autograd.Function):
+class _SparseDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, rate: float) -> torch.Tensor:
-        places = dropped_places(x.numel(), rate)
+        indices = sample_dropped_indices(x.numel(), rate)
         ctx.rate = rate
-        ctx.save_for_backward(places)
-        return _without(x, places, rate)
+        ctx.save_for_backward(indices)
+        return _scale_and_zero(x, indices, rate)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
-        return _without(gradient.contiguous(), *ctx.saved_tensors, ctx.rate), None
+        (dropped,) = ctx.saved_tensors
+        return _scale_and_zero(gradient.contiguous(), dropped, ctx.rate), None
 
 
-def _without(x: torch.Tensor, places: torch.Tensor, rate: float) -> torch.Tensor:
+def _scale_and_zero(x: torch.Tensor, indices: torch.Tensor, rate: float) -> torch.Tensor:
     scaled = x * (1 / (1 - rate))
-    scaled.view(-1).index_fill_(0, places, 0)
+    scaled.view(-1).index_fill_(0, indices, 0)
     return scaled

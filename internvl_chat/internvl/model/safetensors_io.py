@@ -1,7 +1,6 @@
-"""The tensors of a checkpoint folder's safetensors files: read one by one, written shard by shard.
+"""Reading and writing the safetensors files of a checkpoint folder.
 
-What `hf_format` converts comes from here and goes back here; a model of any size passes through the
-memory of one shard.
+Tensors are read one by one and written shard by shard. A model of any size needs the memory of one shard only.
 """
 
 import json
@@ -14,66 +13,88 @@ from safetensors.torch import save_file
 
 from internvl.model.internvl_chat.safe_loading import refuse_pickles
 
-Tensors = Mapping[str, torch.Tensor]
+StateDict = Mapping[str, torch.Tensor]
 
 
-class Checkpoint(Mapping):
-    """The tensors of a folder's safetensors files, each read when it is asked for; `rename` changes their names."""
+class CheckpointTensors(Mapping):
+    """The tensors in a folder's safetensors files, each read on access.
 
-    def __init__(self, folder: str | Path, rename: Callable[[str], str] = str):
-        files = sorted(Path(folder).glob("*.safetensors"))
-        if not files:
+    Args:
+        rename_fn: name in a file -> key in this mapping.
+
+    Raises:
+        ValueError: the folder holds no safetensors file.
+    """
+
+    def __init__(self, folder: str | Path, rename_fn: Callable[[str], str] = str):
+        paths = sorted(Path(folder).glob("*.safetensors"))
+        if not paths:
             refuse_pickles(Path(folder))
             raise ValueError(f"no *.safetensors file in {str(folder)!r}")
-        opened = [safe_open(file, framework="pt") for file in files]
-        self._found = {rename(name): (file, name) for file in opened for name in file.keys()}  # noqa: SIM118 (no dict)
+        files = [safe_open(path, framework="pt") for path in paths]
+        # `safe_open` objects have `keys()`, but are not iterable.
+        self._locations = {rename_fn(name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        file, stored = self._found[name]
-        return file.get_tensor(stored)
+    def __getitem__(self, key: str) -> torch.Tensor:
+        file, name = self._locations[key]
+        return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
+        return iter(self._locations)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._locations)
 
 
-def save_tensors(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = 5 * 10**9) -> None:
-    """Writes `model*.safetensors`, and an index if there are several; never holds more than one shard in memory."""
-    shard, size, names, total = {}, 0, [], 0
+def abbreviate_names(names: Iterable[str], max_names: int = 5) -> str:
+    """Join names of tensors for a message, in order, at most `max_names`."""
+    ordered = sorted(names)
+    num_more = len(ordered) - max_names
+    return ", ".join(ordered[:max_names]) + (f" and {num_more} more" if num_more > 0 else "")
+
+
+def save_tensors(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Save tensors as `model*.safetensors`, with an index for several files.
+
+    At most one shard is in memory. A tensor larger than `max_shard_bytes` gets its own file.
+    """
+    shard, shard_bytes, total_bytes, names_by_shard = {}, 0, 0, []
     for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_bytes:
-            names.append(_save_shard(shard, folder, len(names)))
-            shard, size = {}, 0
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            names_by_shard.append(_save_shard(shard, folder, len(names_by_shard)))
+            shard, shard_bytes = {}, 0
         shard[name] = tensor.contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    names.append(_save_shard(shard, folder, len(names)))
-    files = ["model.safetensors"] if len(names) == 1 else _numbered(len(names))
-    for number, file in enumerate(files):
-        (folder / f"{number}.part").rename(folder / file)
-    if len(files) > 1:
-        index = {name: file for file, inside in zip(files, names, strict=True) for name in inside}
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        shard_bytes, total_bytes = shard_bytes + tensor.nbytes, total_bytes + tensor.nbytes
+    names_by_shard.append(_save_shard(shard, folder, len(names_by_shard)))
+    # File names contain the number of shards, which is known only now.
+    num_shards = len(names_by_shard)
+    if num_shards == 1:
+        file_names = ["model.safetensors"]
+    else:
+        file_names = [f"model-{number:05}-of-{num_shards:05}.safetensors" for number in range(1, num_shards + 1)]
+    for index, file_name in enumerate(file_names):
+        (folder / f"{index}.part").rename(folder / file_name)
+    if num_shards > 1:
+        weight_map = {n: file_name for file_name, names in zip(file_names, names_by_shard, strict=True) for n in names}
+        text = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text + "\n")
 
 
-def _numbered(count: int) -> list[str]:
-    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-
-
-def _save_shard(shard: dict[str, torch.Tensor], folder: Path, number: int) -> list[str]:
-    save_file(shard, folder / f"{number}.part", metadata={"format": "pt"})
+def _save_shard(shard: dict[str, torch.Tensor], folder: Path, index: int) -> list[str]:
+    save_file(shard, folder / f"{index}.part", metadata={"format": "pt"})
     return list(shard)
 
 
-def compute_l2_distance(tensors: Tensors, reference: Tensors) -> dict[str, float]:
-    """Prints, and returns by name, the L2 distance of every tensor that both have; prints that of all together."""
+def compute_l2_distance(tensors: StateDict, reference: StateDict) -> dict[str, float]:
+    """Print and return the L2 distance of each common tensor.
+
+    Tensors that are in one mapping only or differ in shape are counted, not compared.
+    """
     common = [name for name in tensors if name in reference and tensors[name].shape == reference[name].shape]
     distances = {name: (tensors[name].float() - reference[name].float()).norm().item() for name in common}
     for name, distance in distances.items():
         print(f"{name}: {distance:.6g}")
     total = sum(distance**2 for distance in distances.values()) ** 0.5
-    others = len({*tensors, *reference}) - len(common)
-    print(f"L2 distance of {len(common)} common tensors: {total:.6g}; {others} are in one only or of another shape")
+    num_others = len({*tensors, *reference}) - len(common)
+    print(f"L2 distance of {len(common)} common tensors: {total:.6g} ({num_others} missing in one or of another shape)")
     return distances

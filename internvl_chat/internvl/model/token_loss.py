@@ -1,12 +1,15 @@
-"""Cross entropy over trained tokens only: decoder states -> language model head -> loss.
+"""Cross entropy over loss tokens only, without the full logits.
 
-A vocabulary is large and most tokens of a batch are not trained on (prompts, image tokens, padding). Only the states of
-trained tokens go through the head, in chunks, and each chunk leaves its loss and its gradients behind: the full logits
-never exist, and nothing is computed again in the backward pass (Wijmans et al. 2024, arXiv 2411.09009; Hsu et al. 2024,
-arXiv 2410.10989).
+The vocabulary is large and most tokens of a batch have no loss (prompts, image tokens, padding). Only the hidden states
+of loss tokens go through the LM head, in chunks. Each chunk yields its loss and the gradients at once: the full
+logits (B, L, V) never exist, and nothing is recomputed in the backward pass (Wijmans et al. 2024, arXiv 2411.09009; Hsu
+et al. 2024, arXiv 2410.10989).
+
+Shapes: n loss tokens, C hidden size, V vocabulary size.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,13 +18,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from internvl.model.internvl_chat.documents import loss_positions
+from internvl.model.internvl_chat.documents import get_loss_mask
+from internvl.model.internvl_chat.zero3 import is_partitioned
 
-# The float32 logits of a chunk are at most this large; about twice as much is in use at a time.
+# Maximum size of the float32 logits of a chunk; peak memory is about twice that.
 CHUNK_BYTES = 2**28
 
-
-# What some families do to their logits after the head: (start of the model type, field of the config, function).
+# Scaling of logits after the head: (prefix of the model type, field of the configuration, function).
 LOGIT_SCALES = [
     ("cohere", "logit_scale", torch.mul),
     ("granite", "logits_scaling", torch.div),
@@ -31,12 +34,8 @@ LOGIT_SCALES = [
 ]
 
 
-def keep_logits(logits: torch.Tensor) -> torch.Tensor:
-    return logits
-
-
 def scale_logits(llm: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
-    """What comes out of the head -> the logits of this language model, of the same shape."""
+    """Scale the output of the head to the logits of this LLM."""
     for family, field, function in LOGIT_SCALES:
         if llm.config.model_type.startswith(family) and (value := getattr(llm.config, field, None)):
             logits = function(logits, value)
@@ -44,46 +43,50 @@ def scale_logits(llm: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
 
 
 def compute_logits(llm: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
-    """Decoder states (..., C) -> logits (..., V), as the language model computes them itself."""
-    return scale_logits(llm, llm.get_output_embeddings()(states))
+    """Compute logits (..., V) from hidden states (..., C)."""
+    head: Any = llm.get_output_embeddings()
+    return scale_logits(llm, head(states))
 
 
-def balance_loss(llm: PreTrainedModel, router_logits: tuple, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """What a mixture of experts adds to its loss for tokens spread unevenly, times its `router_aux_loss_coef`."""
+def compute_router_aux_loss(llm: Any, router_logits: tuple, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Compute the load balancing loss of experts, times its coefficient."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     loss = load_balancing_loss_func(router_logits, llm.num_experts, llm.num_experts_per_tok, attention_mask)
     return llm.router_aux_loss_coef * loss
 
 
-def token_loss(
+def compute_token_loss(
     hidden_states: torch.Tensor,
     head: nn.Module,
     labels: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     loss_weight=None,
     average_weight_over_ranks: bool = False,
-    scale: Callable[[torch.Tensor], torch.Tensor] = keep_logits,
+    scale_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Weighted mean cross entropy, a float32 scalar; exactly 0, with a graph, when there is nothing to train on.
+    """Compute the weighted mean cross entropy, a float32 scalar.
+
+    Without loss tokens it is exactly 0 and still has a graph: every rank can run its backward pass.
 
     Args:
-        hidden_states: (B, L, C) of the decoder. The full logits (B, L, V) may stand in, with `nn.Identity()` as head.
-        head: module, states (n, C) -> (n, V); called as such once, and chunk by chunk through its `forward`.
-        labels: (B, L), -100 where nothing is trained. position_ids: (B, L), 0 where a document begins.
-        loss_weight: (B, L) tensor or nested list, a weight for each label; default 1 each.
-        average_weight_over_ranks: divide by the mean over all ranks of the summed weights instead of this rank's sum.
-        scale: what becomes of the head's output before it is logits (`scale_logits`).
+        hidden_states: (B, L, C) of the decoder; or the full logits (B, L, V), with `nn.Identity()` as head.
+        head: module, (n, C) -> (n, V). It is called once; the chunks go through its `forward`.
+        labels: (B, L), -100 where there is no loss.
+        position_ids: (B, L), 0 where a document begins.
+        loss_weight: (B, L) tensor or nested list, a weight for each label; default: 1 each.
+        average_weight_over_ranks: divide by the mean over ranks of the summed weights, not by this rank's sum.
+        scale_fn: function from the output of the head to logits, see `scale_logits`; default: none.
     """
-    trained = loss_positions(labels, position_ids)
-    states, targets = hidden_states[:, :-1][trained], labels[:, 1:][trained]
+    loss_mask = get_loss_mask(labels, position_ids)  # (B, L - 1)
+    states, targets = hidden_states[:, :-1][loss_mask], labels[:, 1:][loss_mask]  # (n, C), (n,)
     if loss_weight is None:
         weights = torch.ones_like(targets, dtype=torch.float32)
     else:
         loss_weight = torch.as_tensor(loss_weight, dtype=torch.float32, device=labels.device)
-        weights = loss_weight[:, 1:][trained]
+        weights = loss_weight[:, 1:][loss_mask]
 
-    total = _weighted_sum(head, scale, states, targets, weights)
+    total = _compute_weighted_loss_sum(head, scale_fn or nn.Identity(), states, targets, weights)
     normalizer = weights.sum()
     if average_weight_over_ranks:
         dist.all_reduce(normalizer)
@@ -91,41 +94,52 @@ def token_loss(
     return total / torch.where(normalizer == 0, 1.0, normalizer)
 
 
-def target_log_probs(
-    head: nn.Module, scale: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, targets: torch.Tensor
+def compute_target_log_probs(
+    head: nn.Module,
+    scale_fn: Callable[[torch.Tensor], torch.Tensor] | None,
+    states: torch.Tensor,
+    targets: torch.Tensor,
 ) -> torch.Tensor:
-    """Log-probability of each of n targets, (n,) float32, for losses that are no sum with weights known beforehand.
+    """Compute the log-probability (n,), float32, of each target.
 
-    How much a gradient counts is known in the backward pass alone: chunks are computed again there.
+    states (n, C), targets (n,). This is for losses such as preference losses, which are not a weighted sum over tokens.
+    Their gradients are known only in the backward pass, which recomputes the logits chunk by chunk.
     """
+    scale_fn = scale_fn or nn.Identity()
 
-    def of_chunk(states, targets):
-        return -F.cross_entropy(scale(head.forward(states)).float(), targets, reduction="none")
+    def compute_chunk(states, targets):
+        return -F.cross_entropy(scale_fn(head.forward(states)).float(), targets, reduction="none")
 
-    def of_chunks(states, count):
-        chunks = zip(states.tensor_split(count), targets.tensor_split(count), strict=True)
-        return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+    def compute_all_chunks(states, num_chunks):
+        chunks = zip(states.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
+        return torch.cat([checkpoint(compute_chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
-    return _in_one_call(head, states, of_chunks)
+    return _call_head_once(head, states, compute_all_chunks)
 
 
-def _in_one_call(head: nn.Module, states: torch.Tensor, work: Callable[[torch.Tensor, int], torch.Tensor | tuple]):
-    """What `work(states, number of chunks)` returns, called within one call of `head`; there, call `head.forward`.
+# -- one call of the head ----------------------------------------------------------------------------------------------
 
-    So the hooks of the head run once, whatever the number of chunks, which may differ between ranks: under ZeRO-3 they
-    gather its weight before the call and before its backward pass, and let go of it afterwards.
+
+def _call_head_once(
+    head: nn.Module, states: torch.Tensor, chunks_fn: Callable[[torch.Tensor, int], torch.Tensor | tuple]
+):
+    """Return `chunks_fn(states, num_chunks)`, run inside one call of `head`.
+
+    The hooks of the head then run once, whatever the number of chunks, which may differ between ranks. Under ZeRO-3
+    these hooks gather its weight before the call and before its backward pass, and release it afterwards. `chunks_fn`
+    must use `head.forward`, which runs no hooks.
     """
-    inside = []
+    received_states = []
 
-    def enter(module, args):
-        inside.append(args[0])  # after DeepSpeed's hook, which puts a node of its own into the graph
+    def replace_input(module, args):
+        received_states.append(args[0])  # runs after DeepSpeed's hook, which has added a node to the graph
         return args[0][:0]
 
-    def leave(module, args, no_logits):
-        states = inside.pop()
-        return work(states, _count_chunks(head, states, no_logits.shape[-1]))
+    def replace_output(module, args, empty_logits):
+        states = received_states.pop()
+        return chunks_fn(states, _count_chunks(head, states, empty_logits.shape[-1]))
 
-    hooks = head.register_forward_pre_hook(enter), head.register_forward_hook(leave, prepend=True)
+    hooks = head.register_forward_pre_hook(replace_input), head.register_forward_hook(replace_output, prepend=True)
     try:
         return head(states)
     finally:
@@ -133,93 +147,123 @@ def _in_one_call(head: nn.Module, states: torch.Tensor, work: Callable[[torch.Te
             hook.remove()
 
 
-def _count_chunks(head: nn.Module, states: torch.Tensor, vocabulary: int) -> int:
-    count = max(1, -(-len(states) * vocabulary * 4 // CHUNK_BYTES))
-    if _is_gathered_in_parts(head):  # whose hooks run for each chunk: on all ranks equally often
-        highest = torch.tensor(count, device=states.device)
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
-        count = int(highest)
-    return count
+def _count_chunks(head: nn.Module, states: torch.Tensor, vocab_size: int) -> int:
+    num_chunks = max(1, -(-len(states) * vocab_size * 4 // CHUNK_BYTES))
+    if _is_adapted_under_zero3(head):
+        # ZeRO-3's hooks on its children gather weights for each chunk, so all ranks need the same number of chunks.
+        maximum = torch.tensor(num_chunks, device=states.device)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        num_chunks = int(maximum)
+    return num_chunks
 
 
-def _is_gathered_in_parts(head: nn.Module) -> bool:
-    """Whether this is an adapted head under ZeRO-3."""
-    return any(hasattr(weight, "ds_id") for child in head.children() for weight in child.parameters())
+def _is_adapted_under_zero3(head: nn.Module) -> bool:
+    """Return whether the head has LoRA adapters and ZeRO-3 partitions its weights."""
+    return any(is_partitioned(weight) for child in head.children() for weight in child.parameters())
 
 
-def _weighted_sum(
-    head: nn.Module, scale: Callable, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+# -- loss and gradients in one pass ------------------------------------------------------------------------------------
+
+
+def _compute_weighted_loss_sum(
+    head: nn.Module, scale_fn: Callable, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Sum of weight times cross entropy over states (n, C) and targets (n,), a float32 scalar."""
-    if _is_gathered_in_parts(head):  # and only the parts' hooks in the backward pass let their weights have gradients
-        return -(target_log_probs(head, scale, states, targets) * weights).sum()
-    learning = torch.is_grad_enabled()
-    trained = [weight for weight in head.parameters() if learning and weight.requires_grad]
-    through_states = learning and states.requires_grad
+    """Compute the sum of weight times cross entropy, a float32 scalar.
 
-    def sweep(states, count):
-        if len(states) and hasattr(head, "sweep"):  # a kernel for it (`liger.py`)
-            return head.sweep(head, states, targets, weights, count, through_states, trained)
-        chunks = zip(*(whole.tensor_split(count) for whole in (states, targets, weights)), strict=True)
-        return _sweep(lambda chunk: scale(head.forward(chunk)), chunks, through_states, trained)
+    states (n, C), targets (n,), weights (n,).
+    """
+    if _is_adapted_under_zero3(head):
+        # ZeRO-3 reduces the gradients of its weights by hooks on its children, which need an ordinary backward pass.
+        return -(compute_target_log_probs(head, scale_fn, states, targets) * weights).sum()
+    is_training = torch.is_grad_enabled()
+    head_weights = [weight for weight in head.parameters() if is_training and weight.requires_grad]
+    needs_states_grad = is_training and states.requires_grad
 
-    if trained:
-        return _in_one_call(head, states, lambda states, count: _Swept.apply(sweep(states, count), states, *trained))
-    with torch.no_grad():  # the backward pass needs no frozen head: let no hook gather it there
-        swept = _in_one_call(head, states, sweep)
-    return _Swept.apply(swept, states)
+    def compute_all_chunks(states, num_chunks):
+        if len(states) and hasattr(head, "fused_loss_fn"):  # set by `liger_kernels.use_liger_kernels`
+            fused_loss_fn: Any = head.fused_loss_fn
+            return fused_loss_fn(head, states, targets, weights, num_chunks, needs_states_grad, head_weights)
+        chunks = zip(*(tensor.tensor_split(num_chunks) for tensor in (states, targets, weights)), strict=True)
+        return compute_loss_and_gradients(
+            lambda chunk: scale_fn(head.forward(chunk)), chunks, needs_states_grad, head_weights
+        )
+
+    if not head_weights:
+        # The gradients of the states are known already, so the backward pass does not need a frozen head. Without a
+        # graph, ZeRO-3 does not gather its weight there.
+        with torch.no_grad():
+            loss_and_gradients = _call_head_once(head, states, compute_all_chunks)
+        return _PrecomputedGradients.apply(loss_and_gradients, states)
+    return _call_head_once(
+        head,
+        states,
+        lambda states, num_chunks: _PrecomputedGradients.apply(
+            compute_all_chunks(states, num_chunks), states, *head_weights
+        ),
+    )
 
 
-class _Swept(torch.autograd.Function):
-    """Puts what `_sweep` found, a scalar and its gradients, into the graph."""
+class _PrecomputedGradients(torch.autograd.Function):
+    """A graph node for a loss whose gradients are known already."""
 
     @staticmethod
-    def forward(ctx, swept: tuple, states: torch.Tensor, *trained: nn.Parameter) -> torch.Tensor:
-        total, *gradients = swept
+    def forward(ctx, loss_and_gradients: tuple, states: torch.Tensor, *head_weights: nn.Parameter) -> torch.Tensor:
+        loss, *gradients = loss_and_gradients
         ctx.save_for_backward(*gradients)
-        return total
+        return loss
 
     @staticmethod
-    def backward(ctx, factor: torch.Tensor) -> tuple:
-        of_states, *of_trained = (gradient * factor for gradient in ctx.saved_tensors)
-        return None, of_states if ctx.needs_input_grad[1] else None, *of_trained
+    def backward(ctx, loss_gradient: torch.Tensor) -> tuple:
+        states_grad, *weight_grads = (gradient * loss_gradient for gradient in ctx.saved_tensors)
+        return None, states_grad if ctx.needs_input_grad[1] else None, *weight_grads
 
 
 @torch.no_grad()
-def _sweep(logits_of: Callable, chunks: Iterable, through_states: bool, trained: list[nn.Parameter]) -> tuple:
-    """Sum of weighted losses, and its gradients in the states (empty unless `through_states`) and in trained weights.
+def compute_loss_and_gradients(
+    logits_fn: Callable, chunks: Iterable, needs_states_grad: bool, head_weights: list[nn.Parameter]
+) -> tuple:
+    """Compute the weighted loss and its gradients chunk by chunk.
 
     Gradients of weights are summed over chunks in float32.
+
+    Args:
+        logits_fn: states (m, C) -> logits (m, V).
+        chunks: tuples of states (m, C), targets (m,) and weights (m,).
+        head_weights: the trainable weights that `logits_fn` uses.
+
+    Returns:
+        The scalar loss, its gradient for the states (n, C) (empty unless `needs_states_grad`), and one gradient for
+        each of `head_weights`.
     """
-    total, in_states, in_trained = 0.0, [], []
-    for states, *targets_and_weights in chunks:
-        states = states.detach().requires_grad_(through_states)
-        inputs = [*[states] * through_states, *trained]
-        loss, gradients = _chunk(logits_of, states, *targets_and_weights, inputs)
-        total = total + loss
-        in_states += gradients[: len(inputs) - len(trained)]
-        new = gradients[len(inputs) - len(trained) :]
-        if in_trained:
-            new = [sum.add_(gradient) for sum, gradient in zip(in_trained, new, strict=True)]
-        in_trained = [gradient.float() for gradient in new]
-    in_trained = [gradient.to(weight.dtype) for gradient, weight in zip(in_trained, trained, strict=True)]
-    return total, torch.cat(in_states or [states[:0]]), *in_trained
+    loss, states_grads, weight_grads = 0.0, [], []
+    for states, targets, weights in chunks:
+        states = states.detach().requires_grad_(needs_states_grad)
+        inputs: list[torch.Tensor] = [states, *head_weights] if needs_states_grad else [*head_weights]
+        chunk_loss, gradients = _compute_chunk(logits_fn, states, targets, weights, inputs)
+        loss = loss + chunk_loss
+        if needs_states_grad:
+            states_grads.append(gradients.pop(0))
+        if weight_grads:
+            gradients = [total.add_(gradient) for total, gradient in zip(weight_grads, gradients, strict=True)]
+        weight_grads = [gradient.float() for gradient in gradients]
+    weight_grads = [gradient.to(weight.dtype) for gradient, weight in zip(weight_grads, head_weights, strict=True)]
+    return loss, torch.cat(states_grads or [states[:0]]), *weight_grads
 
 
-def _chunk(
-    logits_of: Callable, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, inputs: list[torch.Tensor]
+def _compute_chunk(
+    logits_fn: Callable, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, inputs: list[torch.Tensor]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Sum of weighted losses of one chunk, and its gradients in `inputs`."""
+    """Compute the weighted loss of one chunk and its gradients for `inputs`."""
     with torch.set_grad_enabled(bool(inputs)):
-        logits = logits_of(states)
+        logits = logits_fn(states)  # (m, V)
     log_probs = logits.detach().log_softmax(-1, dtype=torch.float32)
     loss = -(log_probs.gather(1, targets[:, None])[:, 0] * weights).sum()
     if not inputs:
         return loss, []
-    # The gradient in the logits, in the memory of the log-probabilities: weight times (probability - 1 at the target).
-    slopes = log_probs.exp_()
-    slopes[torch.arange(len(targets), device=targets.device), targets] -= 1
-    slopes *= weights[:, None]
-    found = torch.autograd.grad(logits, inputs, slopes.to(logits.dtype), allow_unused=True)
-    unused = torch.zeros_like  # an adapter that is switched off
-    return loss, [unused(x) if gradient is None else gradient for x, gradient in zip(inputs, found, strict=True)]
+    # d loss / d logits = weight * (softmax(logits) - one_hot(target)), in the memory of the log-probabilities.
+    logits_grad = log_probs.exp_()
+    logits_grad[torch.arange(len(targets), device=targets.device), targets] -= 1
+    logits_grad *= weights[:, None]
+    gradients = torch.autograd.grad(logits, inputs, logits_grad.to(logits.dtype), allow_unused=True)
+    # A disabled adapter has the gradient None.
+    return loss, [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]

@@ -1,8 +1,10 @@
-"""Attention on rows of several documents without flash-attn and without an L x L mask: torch's own kernels, a document
-at a time.
+"""Attention within the documents of a packed row, by torch's own kernels.
 
-Registered with transformers' attention interface, so that every language model that goes through it can use it.
-`decoder.py` hands down where documents begin.
+It needs neither flash-attn nor an L x L mask: the kernel is called for one document at a time. It is registered in
+transformers' attention interface and works in every LLM that supports that interface. `internvl_chat/decoder.py` passes
+the boundaries of documents.
+
+Shapes: B rows, H heads, L queries, S keys, D head dimension.
 """
 
 import torch
@@ -11,31 +13,31 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "varlen_torch"
-BLOCK = 1024  # queries at a time where a window slides over a longer document
+VARLEN_ATTENTION = "varlen_torch"  # its name in the attention interface
+QUERY_BLOCK_SIZE = 1024  # number of queries at a time if a sliding window is shorter than the document
 
 
 def use_varlen_attention(llm: PreTrainedModel, packed: bool) -> None:
-    """Let a language model that does not run on flash-attn compute attention here.
+    """Switch an LLM to this attention, unless it uses flash-attn.
 
     Args:
-        packed: rows will hold several documents: the model must keep them apart.
+        packed: whether rows will hold several documents, which the LLM must keep apart.
 
     Raises:
-        ValueError: it cannot, because it has recurrent layers or computes attention in a way of its own.
+        ValueError: `packed`, and the LLM has recurrent layers or does not support the attention interface.
     """
-    able = llm._supports_attention_backend and not llm._is_stateful
-    if able and llm.config._attn_implementation != "flash_attention_2":
-        llm.set_attn_implementation(NAME)
-    if packed and not able:
+    is_supported = llm._supports_attention_backend and not llm._is_stateful
+    if is_supported and llm.config._attn_implementation != "flash_attention_2":
+        llm.set_attn_implementation(VARLEN_ATTENTION)
+    if packed and not is_supported:
         raise ValueError(
-            f"--use_packed_ds True: in language models of type {llm.config.model_type} the documents of a row see each "
-            "other; train without it."
+            f"--use_packed_ds True is not supported for LLMs of type {llm.config.model_type}: the documents of a row "
+            "would attend to each other. Train with --use_packed_ds False."
         )
 
 
-@torch.compiler.disable  # a loop over numbers that are only known when it runs
-def varlen_attention(
+@torch.compiler.disable  # the document boundaries of the loop are known only at run time
+def compute_varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -49,76 +51,92 @@ def varlen_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each document; an attention function as transformers calls it.
+    """Compute causal attention within each document.
+
+    It has the signature of attention functions in transformers 5.
 
     Args:
-        query: (B, H, L, D). key, value: (B, H', L, D), H' a divisor of H.
-        cu_seq_lens_q: (documents + 1,) on the CPU: where each document of the one row begins, and L. Without it there
-            is one document, and `attention_mask` says what is seen.
-        s_aux: (H,) a logit for looking at nothing.
+        query: (B, H, L, D).
+        key, value: (B, H', L, D), H a multiple of H'.
+        cu_seq_lens_q: (documents + 1,) on the CPU, the start of each document of the only row, and L. Without it, as in
+            generation, there is one document, and `attention_mask` applies.
+        s_aux: (H,) attention sinks: logits of a key that has no value.
 
     Returns:
-        (B, L, H, D) and None.
+        The attention output (B, L, H, D), and None for the attention weights.
     """
-    score = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
+    options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
     if cu_seq_lens_q is None:
         if module.training:
-            raise ValueError(f"{type(module).__name__} was not told where documents begin: it cannot keep them apart")
+            raise ValueError(
+                f"{type(module).__name__} got no cu_seq_lens_q: varlen attention requires the boundaries of documents "
+                "in training."
+            )
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        if attention_mask is None and query.shape[2] == 1:
+        if attention_mask is None and query.shape[2] == 1:  # one new token attends to all cached tokens
             attention_mask = query.new_ones(1, key.shape[2], dtype=torch.bool)
-        return _attend(query, key, value, attention_mask, **score).transpose(1, 2), None
+        return _compute_attention(query, key, value, attention_mask, **options).transpose(1, 2), None
     bounds = cu_seq_lens_q.tolist()
-    parts = []
+    outputs = []
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        document = [states[:, :, start:end] for states in (query, key, value)]
+        q, k, v = (states[:, :, start:end] for states in (query, key, value))
         if sliding_window is not None and end - start > sliding_window:
-            parts += _windows(*document, sliding_window, score)
+            outputs += _compute_window_blocks(q, k, v, sliding_window, options)
         else:
-            parts.append(_attend(*document, None, **score))
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+            outputs.append(_compute_attention(q, k, v, None, **options))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _windows(query, key, value, window: int, score: dict) -> list[torch.Tensor]:
-    """Attention of a document whose tokens see the last `window` tokens, themselves included, in blocks."""
-    length, parts = query.shape[2], []
-    for start in range(0, length, BLOCK):
-        end, first = min(start + BLOCK, length), max(0, start - window + 1)
-        distance = torch.arange(start, end, device=query.device)[:, None] - torch.arange(
-            first, end, device=query.device
-        )
-        seen = (distance >= 0) & (distance < window)
-        parts.append(_attend(query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], seen, **score))
-    return parts
+def _compute_window_blocks(query, key, value, window: int, options: dict) -> list[torch.Tensor]:
+    """Compute sliding-window attention of one document in blocks of queries.
+
+    A token sees the last `window` tokens, including itself. The mask of a block has QUERY_BLOCK_SIZE rows and at most
+    QUERY_BLOCK_SIZE + window - 1 columns.
+    """
+    length, outputs = query.shape[2], []
+    for start in range(0, length, QUERY_BLOCK_SIZE):
+        end, first_key = min(start + QUERY_BLOCK_SIZE, length), max(0, start - window + 1)
+        query_positions = torch.arange(start, end, device=query.device)
+        key_positions = torch.arange(first_key, end, device=query.device)
+        distance = query_positions[:, None] - key_positions
+        mask = (distance >= 0) & (distance < window)
+        block = query[:, :, start:end], key[:, :, first_key:end], value[:, :, first_key:end]
+        outputs.append(_compute_attention(*block, mask, **options))
+    return outputs
 
 
-def _attend(query, key, value, seen, *, scaling, dropout, softcap, sinks) -> torch.Tensor:
-    """(B, H, L, D); `seen` (..., L, S) bool, None for causal."""
-    groups = query.shape[1] // key.shape[1]
+def _compute_attention(query, key, value, mask, *, scaling, dropout, softcap, sinks) -> torch.Tensor:
+    """Compute attention (B, H, L, D) of one document or block.
+
+    `mask` (..., L, S) is True for visible keys; None means causal.
+    """
+    num_groups = query.shape[1] // key.shape[1]
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
-            query, key, value, seen, dropout, is_causal=seen is None, scale=scaling, enable_gqa=groups > 1
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=num_groups > 1
         )
-    if seen is None:
-        seen = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    # torch's kernels have neither a soft cap (Gemma 2) nor sinks (GPT-OSS).
+    if mask is None:
+        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    key, value = (states.repeat_interleave(num_groups, dim=1) for states in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # (B, H, L, S)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+        sinks = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
     return F.dropout(weights, dropout) @ value
 
 
-def varlen_mask(batch_size, q_length, kv_length, *args, attention_mask=None, **kwargs) -> torch.Tensor | None:
-    """No mask where attention is causal or by document; transformers' own for padding and for cached tokens."""
+def create_varlen_mask(batch_size, q_length, kv_length, *args, attention_mask=None, **kwargs) -> torch.Tensor | None:
+    """Create a mask only for padding or cached tokens, as `sdpa_mask` does."""
     if attention_mask is None and q_length == kv_length:
         return None
     return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
 
 
-AttentionInterface.register(NAME, varlen_attention)
-AttentionMaskInterface.register(NAME, varlen_mask)
+AttentionInterface.register(VARLEN_ATTENTION, compute_varlen_attention)
+AttentionMaskInterface.register(VARLEN_ATTENTION, create_varlen_mask)

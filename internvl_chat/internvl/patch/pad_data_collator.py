@@ -1,4 +1,4 @@
-"""Upstream's place of the collators; they live in `internvl/data/collators.py`."""
+"""Upstream's module of collators, which are in `internvl/data/collators.py` here."""
 
 from internvl.data.collators import concat_pad_data_collator, dpo_concat_pad_data_collator, pad_data_collator
 

@@ -1,30 +1,32 @@
-"""Upstream's sampler of samples of similar length, for code that uses it by itself.
+"""Upstream's sampler that groups samples of similar length.
 
-Training here does not: `--group_by_length` is a plan (`internvl/planning/epoch_plan.py`), whose ranks
-wait less for each other.
+For code written for upstream. Training does not use it: `--group_by_length` is an epoch plan here
+(`internvl/planning/epoch_plan.py`), with less load imbalance between ranks.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 
 def split_to_even_chunks(indices: Sequence[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
-    """Deal indices to chunks of equal size, each to the chunk of least total length that is not full yet.
+    """Split indices into chunks of equal size and similar total length.
 
-    Where the numbers do not divide, chunk k gets every `num_chunks`-th index from the k-th on.
+    Each index goes to the shortest chunk that is not full yet. If the number of indices is not divisible by
+    `num_chunks`, chunk k gets every `num_chunks`-th index, starting with the k-th.
     """
     if len(indices) % num_chunks:
         return [list(indices[k::num_chunks]) for k in range(num_chunks)]
-    size = len(indices) // num_chunks
-    chunks, totals = [[] for _ in range(num_chunks)], [0.0] * num_chunks
+    chunk_size = len(indices) // num_chunks
+    chunks, total_lengths = [[] for _ in range(num_chunks)], [0.0] * num_chunks
     for index in indices:
-        lightest = totals.index(min(totals))
-        chunks[lightest].append(index)
-        totals[lightest] += lengths[index]
-        if len(chunks[lightest]) == size:
-            totals[lightest] = float("inf")
+        shortest = total_lengths.index(min(total_lengths))
+        chunks[shortest].append(index)
+        total_lengths[shortest] += lengths[index]
+        if len(chunks[shortest]) == chunk_size:
+            total_lengths[shortest] = float("inf")  # full: never the shortest again
     return chunks
 
 
@@ -35,38 +37,44 @@ def get_length_grouped_indices(
     generator: torch.Generator | None = None,
     merge: bool = True,
 ) -> list[int]:
-    """All indices, in random runs of `world_size * batch_size`, each sorted by length and dealt evenly to the ranks.
+    """Order all indices at random, in groups of similar length.
+
+    Each group of `world_size * batch_size` random indices is sorted by length, longest first, and split evenly between
+    the ranks.
 
     Args:
-        generator: draws the permutation; by default torch's shared one.
-        merge: accepted; changes nothing.
+        generator: draws the permutation; by default torch's global one.
+        merge: ignored.
     """
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    run = world_size * batch_size
-    runs = [order[start : start + run] for start in range(0, len(order), run)]
-    runs = [sorted(run, key=lambda index: lengths[index], reverse=True) for run in runs]
-    return [index for run in runs for chunk in split_to_even_chunks(run, lengths, world_size) for index in chunk]
+    permutation = torch.randperm(len(lengths), generator=generator).tolist()
+    group_size = world_size * batch_size
+    groups = [permutation[start : start + group_size] for start in range(0, len(permutation), group_size)]
+    groups = [sorted(group, key=lambda index: lengths[index], reverse=True) for group in groups]
+    return [index for group in groups for chunk in split_to_even_chunks(group, lengths, world_size) for index in chunk]
 
 
 class LengthGroupedSampler(Sampler):
-    """Gives the indices of `get_length_grouped_indices`.
+    """Sampler over `get_length_grouped_indices`.
 
     Args:
-        lengths: length of each sample; by default counted in `dataset`, under the key `model_input_name`.
+        lengths: length of each sample; by default that of `dataset[index][model_input_name]`.
         model_input_name: by default `input_ids`.
+
+    Raises:
+        ValueError: neither `dataset` nor `lengths` is given.
     """
 
     def __init__(
         self,
         batch_size: int,
         world_size: int,
-        dataset: Dataset | None = None,
+        dataset: Any = None,
         lengths: Sequence[int] | None = None,
         model_input_name: str | None = None,
         generator: torch.Generator | None = None,
     ):
         if dataset is None and lengths is None:
-            raise ValueError("LengthGroupedSampler needs a dataset or lengths.")
+            raise ValueError("LengthGroupedSampler requires a dataset or lengths.")
         if lengths is None:
             lengths = [len(dataset[index][model_input_name or "input_ids"]) for index in range(len(dataset))]
         self.batch_size, self.world_size = batch_size, world_size

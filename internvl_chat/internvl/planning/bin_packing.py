@@ -1,11 +1,25 @@
-"""Samples to rows: which samples share a row, so that rows are full and alike. Pure numpy, below `plan.py`.
+"""Bin packing of samples into rows, in two dimensions: tokens and tiles.
 
-A row has room for so many tokens and so many tiles. Samples of equal size are exchangeable, so rows are composed of
-sizes (a histogram) and only then filled with samples: the time taken grows with the number of different sizes, not of
-samples. Composing is first fit decreasing, a row at a time, with two refinements: text and pictures alternate so that
-every row gets its share of tiles, and the last two samples of a row are chosen together, to fill it to the brim. In
-between chance has a say, so that a sample meets others in every epoch.
-After "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027), with a second dimension.
+A row has at most `max_tokens` and `max_tiles`. Samples of equal size (tokens, tiles) are interchangeable, so rows are
+first composed of sizes, from a histogram of all sizes, and then samples are assigned to them. The run time grows with
+the number of different sizes, not of samples: a million samples take half a second.
+
+Rows are composed one at a time by first fit decreasing, with three refinements:
+
+- Samples with and without tiles alternate, so tiles are spread evenly over the rows.
+- The choice among sizes that fit is random, so a sample has other neighbors in every epoch.
+- The last two samples of a row are chosen together, to leave as little room as possible.
+
+Example: `max_tokens` 10, `max_tiles` 4, and the six samples (6, 2), (6, 2), (3, 0), (3, 0), (1, 0), (1, 0).
+
+1. The longest size opens the row: (6, 2). It leaves 4 tokens and 2 tiles.
+2. All samples together have 4 tiles in 20 tokens, 0.2 per token. The row has 2 tiles in 6 tokens, more than its share,
+   so the next sample is one without tiles. The longest that fits is (3, 0). As two of that size do not fit, this sample
+   and the last one are chosen together: (3, 0) and (1, 0) leave no room.
+3. The row [(6, 2), (3, 0), (1, 0)] is full. There are two samples of each of its sizes, so two such rows are made, and
+   all samples are packed.
+
+After "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027), with tiles as a second dimension.
 """
 
 from bisect import bisect_right
@@ -14,145 +28,192 @@ from collections.abc import Iterator
 
 import numpy as np
 
-SPREAD = 0.5  # among what share of the sizes that fit chance chooses
-PAIRS = 24  # candidates for the last but one sample of a row
+RANDOM_SHARE = 0.5  # a size is drawn from this share of the sizes that fit, the longest ones
+MAX_LAST_PAIRS = 24  # candidates for the second to last sample of a row
+
+Size = tuple[int, int]  # tokens, tiles
 
 
 def pack_samples(
     tokens: np.ndarray, tiles: np.ndarray, max_tokens: int, max_tiles: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lay samples into rows.
+    """Pack samples into rows.
 
     Args:
         tokens, tiles: (N,) integers; no sample is larger than a row.
 
     Returns:
         order: (N,) the samples of the first row, then those of the second, ...
-        starts: (R + 1,) where in `order` each row starts; the last is N.
+        row_starts: (R + 1,) where in `order` each row starts; the last entry is N.
     """
     assert (tokens <= max_tokens).all() and (tiles <= max_tiles).all(), "a sample is larger than a row"
-    wide = max_tiles + 1
-    sizes = tokens.astype(np.int64) * wide + tiles
-    counts = np.bincount(sizes, minlength=1)
-    kinds = np.flatnonzero(counts)
-    label = np.cumsum(counts > 0)[sizes] - 1
-    shuffled = rng.permutation(len(sizes)).astype(np.int32 if len(sizes) < 2**31 else np.int64)
-    # A stable sort of 16-bit numbers takes linear time.
-    narrow = np.uint16 if len(kinds) < 1 << 16 else np.int32
-    by_kind = shuffled[np.argsort(label[shuffled].astype(narrow), kind="stable")]
-    following = np.concatenate([[0], np.cumsum(counts[kinds])])  # next sample of each kind in `by_kind`
-    number = dict(zip(kinds.tolist(), range(len(kinds)), strict=True))
-    rows, lengths = [], []
-    sizes_left = _Sizes(kinds // wide, kinds % wide, counts[kinds])
-    for row, times in _compose(sizes_left, max_tokens, max_tiles, rng):
-        block = np.empty((times, len(row)), by_kind.dtype)
-        for column, (length, pictures) in zip(rng.permutation(len(row)), row, strict=True):
-            kind = number[length * wide + pictures]
-            block[:, column] = by_kind[following[kind] : following[kind] + times]
-            following[kind] += times
-        rows.append(block.ravel())
-        lengths.append(np.full(times, len(row)))
-    starts = np.concatenate([[0], *lengths]).cumsum()
-    return np.concatenate([by_kind[:0], *rows]), starts
+    # One integer per size: tokens * (max_tiles + 1) + tiles.
+    radix = max_tiles + 1
+    codes = tokens.astype(np.int64) * radix + tiles
+    code_counts = np.bincount(codes, minlength=1)
+    size_codes = np.flatnonzero(code_counts)  # ascending: (K,) the sizes that occur
+    size_counts = code_counts[size_codes]
+    size_ids = np.cumsum(code_counts > 0)[codes] - 1  # (N,) of each sample, from 0 to K - 1
+    # Group samples by size, in random order within a size. numpy sorts 16-bit integers in linear time.
+    shuffled = rng.permutation(len(codes)).astype(np.int32 if len(codes) < 2**31 else np.int64)
+    sort_dtype = np.uint16 if len(size_codes) < 1 << 16 else np.int32
+    by_size = shuffled[np.argsort(size_ids[shuffled].astype(sort_dtype), kind="stable")]
+    next_sample = np.concatenate([[0], np.cumsum(size_counts)])  # the first unused sample of each size in `by_size`
+    id_of_code = dict(zip(size_codes.tolist(), range(len(size_codes)), strict=True))
+
+    blocks, row_lengths = [], []
+    histogram = _SizeHistogram(size_codes // radix, size_codes % radix, size_counts)
+    for row, times in _compose_rows(histogram, max_tokens, max_tiles, rng):
+        block = np.empty((times, len(row)), by_size.dtype)  # `times` rows of the same sizes
+        for column, (num_tokens, num_tiles) in zip(rng.permutation(len(row)), row, strict=True):
+            size_id = id_of_code[num_tokens * radix + num_tiles]
+            block[:, column] = by_size[next_sample[size_id] : next_sample[size_id] + times]
+            next_sample[size_id] += times
+        blocks.append(block.ravel())
+        row_lengths.append(np.full(times, len(row)))
+    row_starts = np.concatenate([[0], *row_lengths]).cumsum()
+    return np.concatenate([by_size[:0], *blocks]), row_starts
 
 
-class _Sizes:
-    """A multiset of sizes (tokens, tiles), from which the largest that fits is found by bisection."""
+class _SizeHistogram:
+    """How many unpacked samples there are of each size, searchable by bisection."""
 
     def __init__(self, tokens: np.ndarray, tiles: np.ndarray, counts: np.ndarray):
         sizes = list(zip(tokens.tolist(), tiles.tolist(), strict=True))
-        self.counts = dict(zip(sizes, counts.tolist(), strict=True))
-        self.lengths: dict[int, list[int]] = {}  # by number of tiles, ascending
-        for length, pictures in sizes:
-            self.lengths.setdefault(pictures, []).append(length)
-        self.tiles = sorted(self.lengths)
+        self.counts: dict[Size, int] = dict(zip(sizes, counts.tolist(), strict=True))
+        self.tokens_by_tiles: dict[int, list[int]] = {}  # number of tiles -> numbers of tokens, ascending
+        for num_tokens, num_tiles in sizes:
+            self.tokens_by_tiles.setdefault(num_tiles, []).append(num_tokens)
+        self.tile_counts = sorted(self.tokens_by_tiles)
 
-    def largest(self, tokens: int, tiles: int, least: int = 0) -> tuple[int, int] | None:
-        """The longest size of at most `tokens` and of `least` to `tiles` tiles; the one of more tiles among equals."""
+    def find_longest(self, max_tokens: int, max_tiles: int, min_tiles: int = 0) -> Size | None:
+        """Find the longest size within the limits.
+
+        Of several with the same number of tokens it is the one with most tiles.
+        """
         best = None
-        for pictures in self.tiles:
-            if least <= pictures <= tiles:
-                lengths = self.lengths[pictures]
-                place = bisect_right(lengths, tokens)
-                if place and (best is None or lengths[place - 1] >= best[0]):
-                    best = lengths[place - 1], pictures
+        for num_tiles in self.tile_counts:
+            if min_tiles <= num_tiles <= max_tiles:
+                tokens = self.tokens_by_tiles[num_tiles]
+                end = bisect_right(tokens, max_tokens)
+                if end and (best is None or tokens[end - 1] >= best[0]):
+                    best = tokens[end - 1], num_tiles
         return best
 
-    def random(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
-        """One of as many tiles, not longer, more often the nearer."""
-        lengths = self.lengths[size[1]]
-        place = bisect_right(lengths, size[0])
-        return lengths[place - 1 - int(place * SPREAD * rng.random() ** 2)], size[1]
+    def draw_similar(self, size: Size, rng: np.random.Generator) -> Size:
+        """Draw a size with as many tiles and about as many tokens.
 
-    def below(self, size: tuple[int, int]) -> list[int]:
-        """Some lengths of as many tiles, descending from the given one."""
-        lengths = self.lengths[size[1]]
-        place = bisect_right(lengths, size[0])
-        return lengths[max(0, place - PAIRS) : place][::-1]
+        It has at most as many tokens; sizes close to the given one are drawn more often.
+        """
+        tokens = self.tokens_by_tiles[size[1]]
+        end = bisect_right(tokens, size[0])
+        return tokens[end - 1 - int(end * RANDOM_SHARE * rng.random() ** 2)], size[1]
 
-    def remove(self, row: Counter, times: int) -> None:
+    def list_shorter(self, size: Size) -> list[Size]:
+        """List this size and shorter ones of as many tiles, longest first."""
+        tokens = self.tokens_by_tiles[size[1]]
+        end = bisect_right(tokens, size[0])
+        return [(num_tokens, size[1]) for num_tokens in tokens[max(0, end - MAX_LAST_PAIRS) : end][::-1]]
+
+    def remove(self, row: Counter[Size], times: int) -> None:
+        """Remove the samples of `times` equal rows."""
         for size, uses in row.items():
             self.counts[size] -= uses * times
             if not self.counts[size]:
-                lengths = self.lengths[size[1]]
-                del lengths[bisect_right(lengths, size[0]) - 1]
-                if not lengths:
-                    self.tiles.remove(size[1])
+                tokens = self.tokens_by_tiles[size[1]]
+                del tokens[bisect_right(tokens, size[0]) - 1]
+                if not tokens:
+                    self.tile_counts.remove(size[1])
 
 
-def _compose(
-    left: _Sizes, max_tokens: int, max_tiles: int, rng: np.random.Generator
-) -> Iterator[tuple[list[tuple[int, int]], int]]:
-    """Rows as lists of sizes, each with the number of times that it can be had, until nothing is left."""
-    total_tokens = sum(length * n for (length, _), n in left.counts.items())
-    total_tiles = sum(pictures * n for (_, pictures), n in left.counts.items())
-    while left.tiles:
-        row = _fill(left, max_tokens, max_tiles, total_tiles / total_tokens, rng)
+def _compose_rows(
+    histogram: _SizeHistogram, max_tokens: int, max_tiles: int, rng: np.random.Generator
+) -> Iterator[tuple[list[Size], int]]:
+    """Compose rows until no sample is left.
+
+    Yields:
+        The sizes in a row, and the number of such rows.
+    """
+    tokens_left = sum(num_tokens * n for (num_tokens, _), n in histogram.counts.items())
+    tiles_left = sum(num_tiles * n for (_, num_tiles), n in histogram.counts.items())
+    while histogram.tile_counts:
+        row = _compose_row(histogram, max_tokens, max_tiles, tiles_left / tokens_left, rng)
         uses = Counter(row)
-        times = min(left.counts[size] // n for size, n in uses.items())
-        total_tokens -= times * sum(length for length, _ in row)
-        total_tiles -= times * sum(pictures for _, pictures in row)
-        left.remove(uses, times)
+        # Repeat the row as often as there are samples of its sizes: this makes the run time independent of the number
+        # of samples.
+        times = min(histogram.counts[size] // n for size, n in uses.items())
+        tokens_left -= times * sum(num_tokens for num_tokens, _ in row)
+        tiles_left -= times * sum(num_tiles for _, num_tiles in row)
+        histogram.remove(uses, times)
         yield row, times
 
 
-def _fill(left: _Sizes, tokens: int, tiles: int, density: float, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """One row, begun with the longest size there is; `density`: tiles a token that it should have."""
-    row, used = [], Counter()
-    ahead = 0.0  # tiles that the row has beyond its share
+class _Row:
+    """A row under construction, with the room that is left in it."""
 
-    def largest(room: int, space: int, least: int = 0) -> tuple[int, int] | None:
-        """The largest size that fits and is not used up by this very row."""
-        while (size := left.largest(room, space, least)) and used[size] >= left.counts[size]:
-            room = size[0] - 1
+    def __init__(self, histogram: _SizeHistogram, max_tokens: int, max_tiles: int):
+        self.histogram = histogram
+        self.tokens_left, self.tiles_left = max_tokens, max_tiles
+        self.sizes: list[Size] = []
+        self.used: Counter[Size] = Counter()
+
+    def add(self, size: Size) -> None:
+        self.sizes.append(size)
+        self.used[size] += 1
+        self.tokens_left -= size[0]
+        self.tiles_left -= size[1]
+
+    def is_available(self, size: Size) -> bool:
+        # The histogram is updated after each row, so it still contains what this row has used.
+        return self.used[size] < self.histogram.counts[size]
+
+    def find_longest(self, max_tokens: int, max_tiles: int, min_tiles: int = 0) -> Size | None:
+        """Find the longest available size within the limits."""
+        while (size := self.histogram.find_longest(max_tokens, max_tiles, min_tiles)) and not self.is_available(size):
+            max_tokens = size[0] - 1
         return size
 
-    def take(size: tuple[int, int]) -> None:
-        nonlocal tokens, tiles, ahead
-        row.append(size)
-        used[size] += 1
-        tokens, tiles, ahead = tokens - size[0], tiles - size[1], ahead + size[1] - density * size[0]
+    def choose_with_partner(self, size: Size) -> Size:
+        """Choose the second to last size: `size`, or a shorter one.
 
-    size = largest(tokens, tiles)
+        Together with the longest size that fits after it, it leaves the least room.
+        """
+        candidates = []
+        for first in self.histogram.list_shorter(size):
+            if self.is_available(first):
+                self.used[first] += 1  # the partner may be of the same size
+                second = self.find_longest(self.tokens_left - first[0], self.tiles_left - first[1])
+                self.used[first] -= 1
+                filled = first[0] + (second[0] if second else 0)
+                candidates.append((filled, first))
+                if filled == self.tokens_left:
+                    break
+        return max(candidates)[1]
+
+
+def _compose_row(
+    histogram: _SizeHistogram, max_tokens: int, max_tiles: int, tiles_per_token: float, rng: np.random.Generator
+) -> list[Size]:
+    """Compose one row, starting with the longest size.
+
+    Args:
+        tiles_per_token: of all samples that are not packed yet, the target ratio of the row.
+    """
+    row = _Row(histogram, max_tokens, max_tiles)
+    excess_tiles = 0.0  # tiles of the row beyond its share
+    size = row.find_longest(max_tokens, max_tiles)
     while size:
-        take(size)
-        longest = largest(tokens, tiles)
+        row.add(size)
+        excess_tiles += size[1] - tiles_per_token * size[0]
+        longest = row.find_longest(row.tokens_left, row.tiles_left)
         if longest is None:
             break
-        size = (largest(tokens, tiles, 1) if ahead <= 0 else largest(tokens, 0)) or longest
-        if tokens - size[0] >= size[0]:
-            drawn = left.random(size, rng)
-            size = drawn if used[drawn] < left.counts[drawn] else size
-        else:  # two more at most of this kind: the pair that leaves least room
-            pairs = []
-            for length in left.below(size):
-                first = (length, size[1])
-                if used[first] < left.counts[first]:
-                    used[first] += 1
-                    second = largest(tokens - length, tiles - size[1])
-                    used[first] -= 1
-                    pairs.append((length + (second[0] if second else 0), first))
-                    if pairs[-1][0] == tokens:
-                        break
-            size = max(pairs)[1]
-    return row
+        # Prefer text if the row has more than its share of tiles, else a sample with tiles. Otherwise take what fits.
+        fewest, most = (1, row.tiles_left) if excess_tiles <= 0 else (0, 0)
+        size = row.find_longest(row.tokens_left, most, fewest) or longest
+        if 2 * size[0] <= row.tokens_left:  # room for more than one of this size
+            drawn = histogram.draw_similar(size, rng)
+            size = drawn if row.is_available(drawn) else size
+        else:
+            size = row.choose_with_partner(size)
+    return row.sizes

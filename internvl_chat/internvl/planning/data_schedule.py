@@ -1,8 +1,9 @@
-"""The steps of a whole run, wherever it begins: plans epoch after epoch, and what a checkpoint keeps of them.
+"""Data schedule: the epoch plans of a run, and resuming from one.
 
-The state of the data is (which data, epoch, layout, step). Going on in the same layout reads the same plan from that
-step on. In another layout (other ranks, batch size, accumulation, packing) the old plan tells what has been seen, and
-what has not is planned anew. Pure: nothing here knows of files, ranks or torch.
+The position in the data is (data, epoch, layout, step). A run that resumes in the same layout continues the same plan
+at that step. In another layout (ranks, batch size, gradient accumulation, packing) the old plan determines which
+samples have been seen, and the rest of the epoch is planned again. If the data has changed, samples that have been seen
+are recognized by a digest of their content. This module reads no files, does not communicate and does not import torch.
 """
 
 import hashlib
@@ -13,147 +14,210 @@ from typing import NamedTuple
 
 import numpy as np
 
-from internvl.planning.epoch_plan import EpochPlan, PlanLayout, SampleCost, SampleLengths, plan_epoch
+from internvl.planning.epoch_plan import EpochPlan, PlanLayout, SampleCost, plan_epoch
 
 
 @dataclass(frozen=True)
 class PlanSegment:
-    """Steps of an epoch that were read in one layout."""
+    """Consecutive steps of an epoch, planned in one layout."""
 
     layout: PlanLayout
-    steps: int
+    num_steps: int
 
 
 class PartialEpoch(NamedTuple):
-    """An epoch of which something was read already: in other layouts, or before the data changed."""
+    """An epoch that earlier runs have trained in part.
+
+    Attributes:
+        segments: the steps trained on the current data.
+        state_before_change: the last `state_dict` before the data changed in this epoch; None if it did not change.
+        seen_before_change: (N,) how often each current sample was seen before the change; None without a change.
+        steps_before_change: number of steps before the change.
+    """
 
     epoch: int = 0
-    stretches: tuple[PlanSegment, ...] = ()
-    earlier: dict | None = None  # the state at which the data was exchanged
-    seen: np.ndarray | None = None  # (N,) how often each sample had been seen by then,
-    steps: int = 0  # in how many steps
+    segments: tuple[PlanSegment, ...] = ()
+    state_before_change: dict | None = None
+    seen_before_change: np.ndarray | None = None
+    steps_before_change: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the epoch that are done."""
+        return self.steps_before_change + sum(segment.num_steps for segment in self.segments)
 
 
 class DataSchedule:
-    """Plans by epoch.
+    """The epoch plans of a run on some samples in some layout.
 
     Args:
-        digests: (N,) one integer a sample that changes with its content.
-        weights: as of `plan_epoch`.
+        lengths: (N,) of SAMPLE_LENGTHS.
+        digests: (N,) one integer per sample that changes with its content.
+        weights: (N,) or None, as for `plan_epoch`.
     """
 
-    def __init__(
-        self, lengths: SampleLengths, digests: np.ndarray, layout: PlanLayout, weights: np.ndarray | None = None
-    ):
+    def __init__(self, lengths: np.ndarray, digests: np.ndarray, layout: PlanLayout, weights: np.ndarray | None = None):
         self.lengths, self.digests, self.layout, self.weights = lengths, digests, layout, weights
-        self.begun = PartialEpoch()
+        self.partial_epoch = PartialEpoch()  # the position that the run started from
         self.plan = lru_cache(maxsize=2)(self._plan)
-        self._steps: dict[int | None, int] = {}
+        self._num_steps: dict[int | None, int] = {}
 
     def _plan(self, epoch: int) -> EpochPlan:
-        """The epoch as this run reads it; steps that were read before it stand in it as empty ones."""
-        seen, before = self._seen(self.begun) if epoch == self.begun.epoch else (None, 0)
-        plan = plan_epoch(self.lengths, self._layout_of(epoch), epoch, weights=self.weights, seen=seen)
-        read = np.full((before, *plan.steps.shape[1:]), -1)
-        return EpochPlan(plan.samples, plan.starts, np.concatenate([read, plan.steps]))
+        """Plan an epoch for this run; steps of earlier runs are empty."""
+        seen, num_done = None, 0
+        if epoch == self.partial_epoch.epoch:
+            seen, num_done = self.count_seen(self.partial_epoch), self.partial_epoch.num_steps
+        plan = plan_epoch(self.lengths, self._get_epoch_layout(epoch), epoch, weights=self.weights, seen=seen)
+        done = np.full((num_done, *plan.steps.shape[1:]), -1)
+        return replace(plan, steps=np.concatenate([done, plan.steps]))
 
-    def _layout_of(self, epoch: int) -> PlanLayout:
-        """This run's layout, with the seed that the epoch began with: it decided which samples are drawn."""
-        began = self.begun.stretches if epoch == self.begun.epoch else ()
-        return replace(self.layout, seed=began[0].layout.seed) if began else self.layout
+    def _get_epoch_layout(self, epoch: int) -> PlanLayout:
+        """Return this run's layout, with the seed of the epoch's first step.
 
-    def _seen(self, begun: PartialEpoch) -> tuple[np.ndarray | None, int]:
-        """(N,) how often each sample was seen in an epoch, None for never, and in how many steps."""
-        seen, steps = begun.seen, begun.steps
-        for stretch in begun.stretches:
-            plan = plan_epoch(self.lengths, stretch.layout, begun.epoch, weights=self.weights, seen=seen)
-            now = plan.seen(stretch.steps, len(self.digests))
-            seen, steps = now if seen is None else seen + now, steps + stretch.steps
-        return seen, steps
+        That seed has determined which samples are drawn in the epoch.
+        """
+        segments = self.partial_epoch.segments if epoch == self.partial_epoch.epoch else ()
+        return replace(self.layout, seed=segments[0].layout.seed) if segments else self.layout
 
-    def steps(self, epoch: int) -> int:
-        """Number of steps of an epoch, those already read included."""
-        # Without packing, whole epochs are equally long.
-        name = epoch if self.layout.packed or epoch == self.begun.epoch else None
-        if name not in self._steps:
-            self._steps[name] = len(self.plan(epoch))
-        return self._steps[name]
+    def count_seen(self, partial_epoch: PartialEpoch) -> np.ndarray | None:
+        """Count how often each sample was seen in a partial epoch.
+
+        Returns:
+            (N,), or None if no step of the epoch is done.
+        """
+        seen = partial_epoch.seen_before_change
+        for segment in partial_epoch.segments:
+            # Each segment was planned for the samples that the earlier ones had left.
+            plan = plan_epoch(self.lengths, segment.layout, partial_epoch.epoch, weights=self.weights, seen=seen)
+            seen_in_segment = plan.count_seen(segment.num_steps, len(self.digests))
+            seen = seen_in_segment if seen is None else seen + seen_in_segment
+        return seen
+
+    def count_epoch_steps(self, epoch: int) -> int:
+        """Return the number of steps of an epoch, earlier runs included."""
+        # Without packing, all complete epochs have the same number of steps.
+        key = epoch if self.layout.packed or epoch == self.partial_epoch.epoch else None
+        if key not in self._num_steps:
+            self._num_steps[key] = len(self.plan(epoch))
+        return self._num_steps[key]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Name of the data: its samples in their order, with their sizes and weights."""
+    def data_id(self) -> str:
+        """Hash of the samples in their order, with their lengths and weights."""
         content = hashlib.sha256()
-        for array in (*self.lengths, self.digests, *([] if self.weights is None else [self.weights])):
-            content.update(np.ascontiguousarray(array))
+        for array in (self.lengths, self.digests, *([] if self.weights is None else [self.weights])):
+            content.update(np.ascontiguousarray(array).view(np.uint8).data)
         return content.hexdigest()[:24]
 
-    def state(self, epoch: int, step: int) -> dict:
-        """What a checkpoint after so many steps of an epoch keeps, for `json`."""
-        begun = self.begun if epoch == self.begun.epoch else PartialEpoch(epoch)
-        read = step - begun.steps - sum(stretch.steps for stretch in begun.stretches)
-        stretches = [asdict(stretch) for stretch in (*begun.stretches, PlanSegment(self._layout_of(epoch), read))]
-        return {"data": self.fingerprint, "epoch": epoch, "stretches": stretches, "earlier": begun.earlier}
+    def state_dict(self, epoch: int, step: int) -> dict:
+        """Return the position after `step` steps of an epoch, JSON-serializable."""
+        partial = self.partial_epoch if epoch == self.partial_epoch.epoch else PartialEpoch(epoch)
+        segments = (*partial.segments, PlanSegment(self._get_epoch_layout(epoch), step - partial.num_steps))
+        return {
+            "data_id": self.data_id,
+            "epoch": epoch,
+            "segments": [asdict(segment) for segment in segments],
+            "state_before_change": partial.state_before_change,
+        }
 
-    def go_on(self, state: dict, data_of: Callable[[str], "DataSchedule"] | None = None) -> tuple[int, int]:
-        """Let the run begin where a checkpoint was made.
+    def resume_from(
+        self, state: dict, load_schedule_fn: Callable[[str], "DataSchedule"] | None = None
+    ) -> tuple[int, int]:
+        """Start the run at the position of a checkpoint.
 
         Args:
-            data_of: the schedule, in any layout, of the data of a fingerprint; asked where data was exchanged.
+            state: what `state_dict` returned.
+            load_schedule_fn: data_id -> schedule of that data, in any layout. Called if the data has changed.
 
         Returns:
-            The epoch, and how many of its steps are behind.
+            The epoch, and the number of its steps that are done.
         """
-        exchanged = state["data"] != self.fingerprint
-        begun = PartialEpoch(state["epoch"], () if exchanged else tuple(map(_stretch, state["stretches"])))
-        if earlier := state if exchanged else state["earlier"]:
-            before = data_of(earlier["data"])
-            _, steps = before.go_on(earlier, data_of)
-            if before.begun.epoch > begun.epoch:  # its last step was the epoch's last
-                begun = PartialEpoch(before.begun.epoch, begun.stretches)
-            else:
-                began = before.begun._replace(stretches=tuple(map(_stretch, earlier["stretches"])))
-                seen = self._recognised(before.digests, before._seen(began)[0])
-                begun = begun._replace(earlier=earlier, seen=seen, steps=steps)
-        steps = begun.steps + sum(stretch.steps for stretch in begun.stretches)
-        self._begin(begun)
-        if begun.stretches and begun.stretches[-1].layout == self._layout_of(begun.epoch):
-            self._begin(begun._replace(stretches=begun.stretches[:-1]))
-            if self._layout_of(begun.epoch) != begun.stretches[-1].layout:  # the seed is told by this stretch alone
-                self._begin(begun)
-        if steps >= self.steps(begun.epoch):
-            self._begin(PartialEpoch(begun.epoch + 1))
-            steps = 0
-        return self.begun.epoch, steps
+        has_changed = state["data_id"] != self.data_id
+        partial = PartialEpoch(state["epoch"], () if has_changed else _read_segments(state))
+        if state_before := state if has_changed else state["state_before_change"]:
+            partial = self._resume_from_other_data(partial, state_before, load_schedule_fn)
+        self._set_partial_epoch(partial)
 
-    def _begin(self, begun: PartialEpoch) -> None:
-        self.begun = begun
-        self._steps.clear()
+        # If the last segment has this run's layout, the run continues its plan. Drop the segment: its steps are the
+        # first ones of this run's own plan.
+        if partial.segments and partial.segments[-1].layout == self._get_epoch_layout(partial.epoch):
+            self._set_partial_epoch(partial._replace(segments=partial.segments[:-1]))
+            # If it was the only segment, it also held the epoch's seed. Keep it if this run has another seed.
+            if self._get_epoch_layout(partial.epoch) != partial.segments[-1].layout:
+                self._set_partial_epoch(partial)
+
+        if partial.num_steps >= self.count_epoch_steps(partial.epoch):
+            self._set_partial_epoch(PartialEpoch(partial.epoch + 1))
+            return partial.epoch + 1, 0
+        return partial.epoch, partial.num_steps
+
+    def _resume_from_other_data(
+        self, partial: PartialEpoch, state_before: dict, load_schedule_fn: Callable[[str], "DataSchedule"] | None
+    ) -> PartialEpoch:
+        """Add what was seen before the data changed to a partial epoch."""
+        assert load_schedule_fn is not None, "data has changed"
+        schedule_before = load_schedule_fn(state_before["data_id"])
+        _, num_steps = schedule_before.resume_from(state_before, load_schedule_fn)
+        partial_before = schedule_before.partial_epoch
+        if partial_before.epoch > partial.epoch:  # the data changed after the last step of the epoch
+            return PartialEpoch(partial_before.epoch, partial.segments)
+        seen = schedule_before.count_seen(partial_before._replace(segments=_read_segments(state_before)))
+        assert seen is not None  # `state_before` has at least one segment
+        return partial._replace(
+            state_before_change=state_before,
+            seen_before_change=self.match_seen(schedule_before.digests, seen),
+            steps_before_change=num_steps,
+        )
+
+    def _set_partial_epoch(self, partial_epoch: PartialEpoch) -> None:
+        self.partial_epoch = partial_epoch
+        self._num_steps.clear()
         self.plan.cache_clear()
 
-    def _recognised(self, digests: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """(N,) how often each of these samples was seen as one of the same content of other data."""
-        content, times = np.unique(np.repeat(digests, seen), return_counts=True)
+    def match_seen(self, digests: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Count how often equal samples were seen in other data.
+
+        Args:
+            digests, seen: (M,) of the samples of the other data.
+
+        Returns:
+            (N,) for the samples of this schedule; samples of equal content share the count.
+        """
+        seen_digests, times = np.unique(np.repeat(digests, seen), return_counts=True)
         order = np.argsort(self.digests, kind="stable")
-        ours, first, ours_times = np.unique(self.digests[order], return_index=True, return_counts=True)
-        place = np.minimum(np.searchsorted(content, ours), max(0, len(content) - 1))
-        known = np.where(content[place] == ours, times[place], 0) if len(content) else np.zeros(len(ours), np.int64)
-        each, more = np.divmod(known, ours_times)  # equal samples share what their content was seen
-        rank = np.arange(len(order)) - np.repeat(first, ours_times)
-        recognised = np.empty(len(order), np.int64)
-        recognised[order] = np.repeat(each, ours_times) + (rank < np.repeat(more, ours_times))
-        return recognised
+        # Groups of samples of equal content: digest, first position in `order`, number of samples.
+        group_digests, group_starts, group_sizes = np.unique(self.digests[order], return_index=True, return_counts=True)
+        group_seen = np.zeros(len(group_digests), np.int64)
+        if len(seen_digests):
+            places = np.minimum(np.searchsorted(seen_digests, group_digests), len(seen_digests) - 1)
+            group_seen = np.where(seen_digests[places] == group_digests, times[places], 0)
+        # Spread the count of a group evenly over its samples; the first ones take the remainder.
+        quotients, remainders = np.divmod(group_seen, group_sizes)
+        place_in_group = np.arange(len(order)) - np.repeat(group_starts, group_sizes)
+        matched = np.empty(len(order), np.int64)
+        matched[order] = np.repeat(quotients, group_sizes) + (place_in_group < np.repeat(remainders, group_sizes))
+        return matched
 
-    def differences(self, other: "DataSchedule") -> str:
-        """What is new and what is gone, compared with other data, for a sentence."""
-        content, index = np.unique(np.concatenate([self.digests, other.digests]), return_inverse=True)
+    def describe_changes(self, previous: "DataSchedule") -> str:
+        """Describe how the data differs from that of a previous run."""
+        content, index = np.unique(np.concatenate([self.digests, previous.digests]), return_inverse=True)
         ours, theirs = (np.bincount(part, minlength=len(content)) for part in np.split(index, [len(self.digests)]))
-        new, gone = int(np.maximum(ours - theirs, 0).sum()), int(np.maximum(theirs - ours, 0).sum())
-        if not new and not gone:
-            return "its samples are the same in another order, size (flags, tokenizer) or weight"
-        return f"{new} of its {len(self.digests)} samples are new, {gone} of the {len(other.digests)} before are gone"
+        num_new, num_removed = int(np.maximum(ours - theirs, 0).sum()), int(np.maximum(theirs - ours, 0).sum())
+        if not num_new and not num_removed:
+            return "same samples in another order, of other lengths (flags, tokenizer) or other weights"
+        return (
+            f"{num_new} of {len(self.digests)} samples are new, "
+            f"{num_removed} of the previous {len(previous.digests)} are removed"
+        )
 
 
-def _stretch(state: dict) -> PlanSegment:
-    return PlanSegment(PlanLayout(**{**state["layout"], "cost": SampleCost(*state["layout"]["cost"])}), state["steps"])
+def _read_segments(state: dict) -> tuple[PlanSegment, ...]:
+    """Read the segments of a `state_dict` that went through JSON."""
+    segments = []
+    for segment in state["segments"]:
+        # JSON turns the named tuple into a list.
+        layout = PlanLayout(**segment["layout"] | {"sample_cost": SampleCost(*segment["layout"]["sample_cost"])})
+        segments.append(PlanSegment(layout, segment["num_steps"]))
+    return tuple(segments)

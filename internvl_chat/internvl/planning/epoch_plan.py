@@ -1,8 +1,9 @@
-"""Which samples form each row and which rows form each step of an epoch: a pure function of sizes and a seed.
+"""Epoch plans: the samples of each row, the rows of each step.
 
-Stands between `lengths.py` and the dataloader. No torch, no clock, no ranks that talk to each other: every rank
-computes the whole plan and reads its own column, so the number of steps is exact before the first one and resuming is
-"epoch e, step s". A padded batch, batches of similar length and packed rows are three settings of it.
+A plan is a pure function of sample lengths, layout, seed and epoch: no torch, no clock, no communication. Every rank
+computes the complete plan and reads its own column of it. The number of steps is therefore known before the first one,
+and a position in the data is just "epoch e, step s". Padded batches, batches of similar length and packed sequences
+are three layouts of the same plan.
 """
 
 from dataclasses import dataclass
@@ -12,161 +13,193 @@ import numpy as np
 
 from internvl.planning.bin_packing import pack_samples
 
+# Lengths of samples are an (N,) structured array of this type. A sample of 0 tokens is unusable.
+SAMPLE_LENGTHS = np.dtype([("tokens", np.int32), ("loss_tokens", np.int32), ("tiles", np.int32)])
 
-class SampleLengths(NamedTuple):
-    """Sizes of samples, (N,) integers each: tokens, trained tokens, tiles. A sample of 0 tokens cannot be used."""
 
-    tokens: np.ndarray
-    trained: np.ndarray
-    tiles: np.ndarray
+def make_sample_lengths(tokens: np.ndarray, loss_tokens: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+    """Combine three (N,) columns into an (N,) array of SAMPLE_LENGTHS."""
+    lengths = np.empty(len(tokens), SAMPLE_LENGTHS)
+    lengths["tokens"], lengths["loss_tokens"], lengths["tiles"] = tokens, loss_tokens, tiles
+    return lengths
 
 
 class SampleCost(NamedTuple):
-    """FLOPs of a sample: those of a token, of a trained token, of a tile, and of a pair of tokens (attention)."""
+    """FLOPs of a sample in a training step, by what causes them."""
 
-    token: float = 1.0
-    trained: float = 0.0
-    tile: float = 0.0
-    pair: float = 0.0
+    per_token: float = 1.0
+    per_loss_token: float = 0.0
+    per_tile: float = 0.0
+    per_token_pair: float = 0.0  # attention: n tokens have n^2 pairs
 
-    def of(self, lengths: SampleLengths) -> np.ndarray:
-        """(N,) float32."""
-        tokens = lengths.tokens.astype(np.float32)
-        linear = tokens * (self.token + self.pair * tokens)
-        return linear + np.float32(self.trained) * lengths.trained + np.float32(self.tile) * lengths.tiles
+    def compute(self, lengths: np.ndarray) -> np.ndarray:
+        """Return the (N,) costs of samples."""
+        tokens = lengths["tokens"].astype(np.float32)
+        linear = tokens * (self.per_token + self.per_token_pair * tokens)
+        # Sums over loss tokens and tiles are in float64: a float32 scalar times an int32 array.
+        return (
+            linear
+            + np.float32(self.per_loss_token) * lengths["loss_tokens"]
+            + np.float32(self.per_tile) * lengths["tiles"]
+        )
 
 
 @dataclass(frozen=True)
 class PlanLayout:
-    """What a plan is made for.
+    """Sizes of steps and rows that a plan is made for.
 
     Attributes:
-        micro_batch: rows of one forward pass. accumulation: forward passes of a step.
-        group_by_length: ranks get rows of similar length at the same time, in nearly equal numbers of tokens.
-        packed: rows hold as many samples as fit into `max_tokens` and `max_tiles`, and ranks get rows of nearly equal
-            `cost` at the same time; otherwise a row holds one sample.
+        micro_batch_size: rows of one forward pass on one rank.
+        gradient_accumulation: forward passes of a rank in one step.
+        group_by_length: in each forward pass, ranks process rows of similar length and nearly equal numbers of tokens.
+        packed: a row holds as many samples as fit into `max_tokens` and `max_tiles`, and in each forward pass ranks
+            process rows of nearly equal `sample_cost`. Otherwise a row holds one sample.
     """
 
     seed: int
     world_size: int
-    micro_batch: int
-    accumulation: int
+    micro_batch_size: int
+    gradient_accumulation: int
     group_by_length: bool = False
     packed: bool = False
     max_tokens: int = 0
     max_tiles: int = 0
-    cost: SampleCost = SampleCost()
+    sample_cost: SampleCost = SampleCost()
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows of one step on all ranks."""
+        return self.world_size * self.micro_batch_size * self.gradient_accumulation
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """An epoch. Row r holds the samples `samples[starts[r]:starts[r + 1]]`.
+    """The rows and steps of an epoch.
 
     Attributes:
-        steps: (steps, accumulation, world_size, micro_batch) numbers of rows; -1 marks an empty slot.
+        samples: (S,) sample ids, row after row. Row r holds `samples[row_starts[r] : row_starts[r + 1]]`.
+        row_starts: (R + 1,)
+        steps: (num_steps, gradient_accumulation, world_size, micro_batch_size) row ids; -1 marks an empty slot.
     """
 
     samples: np.ndarray
-    starts: np.ndarray
+    row_starts: np.ndarray
     steps: np.ndarray
 
     def __len__(self) -> int:
-        """Number of steps."""
+        """Return the number of steps."""
         return len(self.steps)
 
-    def row(self, number: int) -> list[int]:
-        """The samples of a row; none of row -1."""
-        return self.samples[self.starts[number] : self.starts[number + 1]].tolist() if number >= 0 else []
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_starts) - 1
 
-    def seen(self, steps: int, samples: int) -> np.ndarray:
-        """(samples,) how often each sample is in the first so many steps."""
-        rows = self.steps[:steps].ravel()
-        lengths = np.zeros(len(self.starts), np.int64)  # row -1 has none
-        lengths[:-1] = np.diff(self.starts)
-        first = np.repeat(self.starts[rows] - np.cumsum(lengths[rows]) + lengths[rows], lengths[rows])
-        return np.bincount(self.samples[first + np.arange(len(first))], minlength=samples)
+    def get_row_samples(self, row: int) -> list[int]:
+        """List the samples of a row; none for the empty row -1."""
+        return self.samples[self.row_starts[row] : self.row_starts[row + 1]].tolist() if row >= 0 else []
 
-    def totals(self, values: np.ndarray) -> np.ndarray:
-        """Sums over the samples of each row: (N,) values -> (R,)."""
-        return np.add.reduceat(values[self.samples], self.starts[:-1]) if len(self.samples) else values[:0]
+    def count_seen(self, num_steps: int, num_samples: int) -> np.ndarray:
+        """Count how often each sample is in the first `num_steps` steps: (num_samples,)."""
+        rows = self.steps[:num_steps].ravel()
+        row_sizes = np.zeros(len(self.row_starts), np.int64)
+        row_sizes[:-1] = np.diff(self.row_starts)  # the last entry, which row -1 indexes, stays 0
+        sizes = row_sizes[rows]
+        # Positions in `samples`, row after row, without a loop over rows.
+        offsets = np.repeat(self.row_starts[rows] - np.cumsum(sizes) + sizes, sizes)
+        return np.bincount(self.samples[offsets + np.arange(len(offsets))], minlength=num_samples)
+
+    def sum_per_row(self, values: np.ndarray) -> np.ndarray:
+        """Add up (N,) values of samples over each row, to (R,)."""
+        return np.add.reduceat(values[self.samples], self.row_starts[:-1]) if len(self.samples) else values[:0]
 
 
 def plan_epoch(
-    lengths: SampleLengths,
+    lengths: np.ndarray,
     layout: PlanLayout,
     epoch: int,
     *,
     weights: np.ndarray | None = None,
     seen: np.ndarray | None = None,
 ) -> EpochPlan:
-    """Lay out one epoch.
+    """Plan the rows and steps of one epoch.
 
     Args:
-        lengths: of N samples; those of 0 tokens are left out.
-        weights: (N,) float64 >= 0; how often a sample is to be drawn, relative to the others. Neighbours of equal
-            weight count as one data set. It gets its share of the draws, rounded by largest remainder, and deals them
-            out without replacement: no two of its samples differ by more than one draw.
-        seen: (N,) how often a sample has been seen in this epoch already: what is left is planned.
+        lengths: (N,) of SAMPLE_LENGTHS. Samples of 0 tokens are skipped.
+        weights: (N,) float64 >= 0, how often a sample is drawn relative to the others. Neighbors of equal weight form
+            one dataset. A dataset gets its share of the draws, rounded by largest remainder, and draws its samples
+            without replacement: the counts of two of its samples differ by at most 1.
+        seen: (N,) how often each sample has been seen in this epoch already. Only the rest is planned.
 
     Returns:
-        The plan; every usable sample is in it once, with `weights` as many draws as there are usable samples; steps are
-        as few as the rows allow. Only the last step has empty slots, spread evenly over ranks and micro-batches.
+        The plan. Without `weights` every usable sample is in it once; with `weights` there are as many draws as usable
+        samples. All steps are full except the last one, whose empty slots are spread evenly over ranks and
+        micro-batches.
     """
-    ids = np.flatnonzero(lengths.tokens).astype(np.int32)
+    # A column of a structured array is a strided view, on which repeated gathers are slow.
+    tokens = np.ascontiguousarray(lengths["tokens"])
+    ids = np.flatnonzero(tokens).astype(np.int32)
     if weights is not None:
-        # Whatever the number of ranks: the rest of an epoch is the rest of the same draws.
-        ids = _draw(ids, np.asarray(weights, np.float64)[ids], np.random.default_rng((layout.seed, epoch)))
+        # The draws do not depend on the layout, so a run that resumes in another layout continues the same draws.
+        ids = _draw_samples(ids, np.asarray(weights, np.float64)[ids], np.random.default_rng((layout.seed, epoch)))
     if seen is not None:
-        left = np.maximum(np.bincount(ids, minlength=len(lengths.tokens)) - seen, 0)
-        ids = np.repeat(np.arange(len(left), dtype=np.int32), left)
+        num_left = np.maximum(np.bincount(ids, minlength=len(tokens)) - seen, 0)
+        ids = np.repeat(np.arange(len(num_left), dtype=np.int32), num_left)
     rng = np.random.default_rng((layout.seed, epoch, 1))
     if layout.packed:
-        order, starts = pack_samples(lengths.tokens[ids], lengths.tiles[ids], layout.max_tokens, layout.max_tiles, rng)
-        ids, size = ids[order], layout.cost.of(lengths)
+        order, row_starts = pack_samples(tokens[ids], lengths["tiles"][ids], layout.max_tokens, layout.max_tiles, rng)
+        ids, sample_sizes = ids[order], layout.sample_cost.compute(lengths)
     else:
-        ids, starts = rng.permutation(ids), np.arange(len(ids) + 1)
-        size = lengths.tokens if layout.group_by_length else None
-    plan = EpochPlan(ids, starts, np.empty((0, 1, 1, 1), np.int64))
-    return EpochPlan(ids, starts, _steps(len(starts) - 1, None if size is None else plan.totals(size), layout, rng))
+        ids, row_starts = rng.permutation(ids), np.arange(len(ids) + 1)
+        sample_sizes = tokens if layout.group_by_length else None
+    rows = EpochPlan(ids, row_starts, np.empty((0, 1, 1, 1), np.int64))
+    row_sizes = None if sample_sizes is None else rows.sum_per_row(sample_sizes)
+    return EpochPlan(ids, row_starts, _arrange_steps(rows.num_rows, row_sizes, layout, rng))
 
 
-def _draw(ids: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As many ids as given, each run of equal weights by its share of the whole, in no particular order."""
+def _draw_samples(ids: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw len(ids) ids; each run of equal weights gets its share."""
     assert (weights >= 0).all() and weights.any(), "weights must be at least 0, and not all 0"
-    starts = np.flatnonzero(np.diff(weights, prepend=np.nan))  # nan differs from everything
-    exact = np.add.reduceat(weights, starts) * (len(ids) / weights.sum())
+    run_starts = np.flatnonzero(np.diff(weights, prepend=np.nan))  # nan differs from everything
+    exact = np.add.reduceat(weights, run_starts) * (len(ids) / weights.sum())
     draws = np.floor(exact).astype(np.int64)
-    draws[np.argsort(draws - exact, kind="stable")[: len(ids) - draws.sum()]] += 1
-    runs = np.split(ids, starts[1:])
+    draws[np.argsort(draws - exact, kind="stable")[: len(ids) - draws.sum()]] += 1  # largest remainders
+    runs = np.split(ids, run_starts[1:])
     return np.concatenate([np.resize(rng.permutation(run), n) for run, n in zip(runs, draws, strict=True)])
 
 
-def _steps(rows: int, size: np.ndarray | None, layout: PlanLayout, rng: np.random.Generator) -> np.ndarray:
-    """Rows in random order; with a `size` of each, those that ranks get at the same time are of nearly equal size."""
-    together = layout.micro_batch * layout.world_size
-    step = layout.accumulation * together
-    left_over = rows % step
-    order = rng.permutation(rows)
-    start = rows - left_over
-    if size is not None:
-        # Lengths within 5 %, costs within 0.2 %, are the same: neighbours change from epoch to epoch.
-        spread = 0.002 if layout.packed else 0.05
-        order = order[np.argsort(-size[order] * rng.uniform(1 - spread, 1 + spread, rows), kind="stable")]
-        # The incomplete step at the end takes its rows from a random place, not always the longest or the shortest.
-        start = together * int(rng.integers((rows - left_over) // together + 1))
-    rest = order[start : start + left_over]
-    deals = np.delete(order, np.s_[start : start + left_over]).reshape(-1, together)
-    if size is not None:
-        deals = rng.permutation(deals)
-        deals = np.take_along_axis(deals, np.argsort(-size[deals], axis=1, kind="stable"), axis=1)
-        # Rows descend: deal them to the ranks there and back, as cards.
-        deals = deals.reshape(-1, layout.micro_batch, layout.world_size)
-        deals[:, 1::2] = deals[:, 1::2, ::-1].copy()
-    steps = deals.reshape(-1, layout.accumulation, layout.micro_batch, layout.world_size)
-    if left_over:
-        last = np.full(step, -1)
-        last[:left_over] = rest
-        # Filled rank by rank, then micro-batch by micro-batch, so that the empty slots are everyone's.
-        last = last.reshape(layout.micro_batch, layout.accumulation, layout.world_size).swapaxes(0, 1)
+def _arrange_steps(
+    num_rows: int, row_sizes: np.ndarray | None, layout: PlanLayout, rng: np.random.Generator
+) -> np.ndarray:
+    """Arrange rows into steps, in random order.
+
+    Args:
+        row_sizes: (R,) tokens or cost. If given, all ranks process rows of nearly equal size in each forward pass.
+    """
+    concurrent = layout.micro_batch_size * layout.world_size  # rows of one forward pass on all ranks
+    num_last = num_rows % layout.global_batch_size  # rows of the incomplete last step
+    order = rng.permutation(num_rows)
+    last_start = num_rows - num_last
+    if row_sizes is not None:
+        # Noise on the sort key changes neighbors from epoch to epoch. Lengths within 5 % and costs within 0.2 % count
+        # as equal.
+        noise = 0.002 if layout.packed else 0.05
+        order = order[np.argsort(-row_sizes[order] * rng.uniform(1 - noise, 1 + noise, num_rows), kind="stable")]
+        # The incomplete step takes its rows from a random place, not always the longest or the shortest ones.
+        last_start = concurrent * int(rng.integers((num_rows - num_last) // concurrent + 1))
+    last_rows = order[last_start : last_start + num_last]
+    groups = np.delete(order, np.s_[last_start : last_start + num_last]).reshape(-1, concurrent)
+    if row_sizes is not None:
+        groups = rng.permutation(groups)
+        groups = np.take_along_axis(groups, np.argsort(-row_sizes[groups], axis=1, kind="stable"), axis=1)
+        # Rows descend in size. Ranks get them in the order 0..n-1, n-1..0, 0..n-1, ..., which balances their sums.
+        groups = groups.reshape(-1, layout.micro_batch_size, layout.world_size)
+        groups[:, 1::2] = groups[:, 1::2, ::-1].copy()
+    shape = layout.gradient_accumulation, layout.micro_batch_size, layout.world_size
+    steps = groups.reshape(-1, *shape)
+    if num_last:
+        last = np.full(layout.global_batch_size, -1)
+        last[:num_last] = last_rows
+        # Filled rank by rank, then forward pass by forward pass, which spreads empty slots over all of them.
+        last = last.reshape(layout.micro_batch_size, layout.gradient_accumulation, layout.world_size).swapaxes(0, 1)
         steps = np.concatenate([steps, last[None]])
     return np.ascontiguousarray(steps.swapaxes(2, 3).astype(np.int64, copy=False))

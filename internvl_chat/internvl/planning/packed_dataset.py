@@ -1,8 +1,8 @@
-"""Samples to rows: what a dataloader reads when its sampler follows a plan.
+"""Packed sequences: the dataset of a DataLoader that follows an epoch plan.
 
-A row is samples laid end to end and still a Sample; `position_ids` that start again at 0 are the only mark of a
-boundary. Here, and only here, an unusable sample is left out during training: its place stays empty and its reason
-travels with the row.
+A row is one or more samples, concatenated, with the keys of a sample. `position_ids` restart at 0 for each of them,
+which is the only mark of a boundary. Unusable samples that are found during training are skipped only here: the row is
+shorter then, and carries the reason in `bad_samples`.
 """
 
 from bisect import bisect_right
@@ -19,65 +19,84 @@ from internvl.planning.oversized_samples import SamplePiece
 
 
 class PackedDataset(Dataset):
-    """Rows over several data sets, whose samples are numbered on: those of the first, then those of the second, ...
+    """Rows of samples of several datasets.
+
+    Sample ids count the samples of the first dataset, then those of the second, ..., then the pieces of split samples.
 
     Attributes:
-        parts: (sample, Part) of samples that are split, numbered on behind the whole samples.
+        ends: for each dataset, its last sample id plus one.
+        pieces: (sample id, piece) of oversized samples that are split.
     """
 
     def __init__(self, datasets: Sequence[LazySupervisedDataset]):
         self.datasets = list(datasets)
         self.ends = list(accumulate(len(dataset) for dataset in self.datasets))
-        self.parts: list[tuple[int, SamplePiece]] = []
+        self.pieces: list[tuple[int, SamplePiece]] = []
+
+    @property
+    def num_unsplit(self) -> int:
+        """Number of samples without the pieces; the id of the first piece."""
+        return self.ends[-1]
 
     def __len__(self) -> int:
-        """Number of samples and parts."""
-        return self.ends[-1] + len(self.parts)
+        """Return the number of samples and pieces."""
+        return self.num_unsplit + len(self.pieces)
 
-    def origin(self) -> np.ndarray:
-        """(len,) the sample that each sample or part is of."""
-        return np.append(np.arange(self.ends[-1]), np.array([sample for sample, _ in self.parts], np.int64))
+    def get_source_samples(self) -> np.ndarray:
+        """Return the original sample of each sample or piece: (len,) ids."""
+        return np.append(np.arange(self.num_unsplit), np.array([sample for sample, _ in self.pieces], np.int64))
 
     def locate(self, sample: int) -> tuple[LazySupervisedDataset, int]:
-        """The data set of a sample, or of a part's, and its index there."""
+        """Find the dataset of a sample or piece, and its index there."""
         assert 0 <= sample < len(self), f"sample {sample} of {len(self)}"
-        if sample >= self.ends[-1]:
-            sample, _ = self.parts[sample - self.ends[-1]]
+        if sample >= self.num_unsplit:
+            sample, _ = self.pieces[sample - self.num_unsplit]
         position = bisect_right(self.ends, sample)
         dataset = self.datasets[position]
         return dataset, sample - self.ends[position] + len(dataset)
 
     def __getitem__(self, key: tuple[int, ...]) -> dict:
-        """The row of samples `key[1:]` as epoch `key[0]` sees them; -1 is an empty slot.
+        """Load the row of the samples `key[1:]` in epoch `key[0]`.
+
+        Args:
+            key: (epoch, *sample ids); -1 is an empty slot.
 
         Returns:
-            A Sample; `documents`, the number of tokens of each conversation in it; and `bad_samples`, a sentence on
-            each sample that had to be left out. Nothing left: `empty_row`.
+            The tensors of a sample; `documents`, the number of tokens of each conversation; and `bad_samples`, location
+            and reason of each skipped sample. If no sample is left, the tensors are those of `make_empty_row`.
         """
-        epoch, *ids = key
-        samples, bad_samples = [], []
-        for number in (number for number in ids if number >= 0):
-            dataset, index = self.locate(number)
+        epoch, *sample_ids = key
+        samples, skipped = [], []
+        for sample_id in sample_ids:
+            if sample_id < 0:
+                continue
+            dataset, index = self.locate(sample_id)
             try:
                 sample = dataset.get(index, epoch)
-                samples.append(sample if number < self.ends[-1] else self.parts[number - self.ends[-1]][1].of(sample))
-            except UnusableSample as reason:
-                bad_samples.append(f"{dataset.describe(index)}: {reason}")
-        row = (
-            {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
-            if samples
-            else self.empty_row()
-        )
-        documents = [len(sample[key]) for sample in samples for key in sample if key.endswith("input_ids")]
-        return {**row, "documents": documents, "bad_samples": bad_samples}
+            except UnusableSample as error:
+                skipped.append(f"{dataset.describe(index)}: {error}")
+                continue
+            if sample_id >= self.num_unsplit:
+                sample = self.pieces[sample_id - self.num_unsplit][1].extract_from(sample)
+            samples.append(sample)
+        if samples:
+            row = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+        else:
+            row = self.make_empty_row()
+        # A preference pair has two conversations: chosen_input_ids and rejected_input_ids.
+        documents = [len(sample[name]) for sample in samples for name in sample if name.endswith("input_ids")]
+        return {**row, "documents": documents, "bad_samples": skipped}
 
-    def empty_row(self) -> dict[str, torch.Tensor]:
-        """A row that trains nothing and yet runs through the whole model, so that ranks stay in step."""
+    def make_empty_row(self) -> dict[str, torch.Tensor]:
+        """Make a row without loss tokens.
+
+        A rank without samples runs it through the model, because every rank must take part in every step.
+        """
         dataset = self.datasets[0]
         return {
             "input_ids": torch.full((2,), dataset.tokenizer.pad_token_id),
             "labels": torch.full((2,), IGNORE_INDEX),
             "position_ids": torch.arange(2),
-            "pixel_values": dataset.empty_tiles(),
+            "pixel_values": dataset.make_empty_tiles(),
             "image_flags": torch.ones(0, dtype=torch.int64),
         }

@@ -1,59 +1,79 @@
-"""What a plan promises: how full rows are, how long ranks wait for each other, where the time goes.
+"""Report on an epoch plan: packing efficiency, load imbalance, FLOPs shares.
 
-Printed before the first step and by `tools/check_data.py`; `tools/benchmark_plan.py` measures planners with it.
+Logged before the first step and printed by `tools/check_data.py`. `tools/benchmark_plan.py` compares planners with it.
 """
 
 import numpy as np
 
-from internvl.planning.epoch_plan import EpochPlan, PlanLayout, SampleLengths
+from internvl.planning.epoch_plan import EpochPlan, PlanLayout
 
 
-def packing_efficiency(plan: EpochPlan, lengths: SampleLengths, layout: PlanLayout) -> float:
-    """Share of the positions of a batch that hold a sample's token: of full rows, or of rows padded to the longest."""
-    tokens = _by_slot(plan, lengths.tokens)
+def compute_packing_efficiency(plan: EpochPlan, lengths: np.ndarray, layout: PlanLayout) -> float:
+    """Compute the share of non-padding tokens.
+
+    Packed rows are padded to `max_tokens`, others to the longest row of their micro-batch.
+    """
+    tokens = _sum_per_slot(plan, lengths["tokens"])
     if layout.packed:
         return tokens.sum() / (np.count_nonzero(tokens) * layout.max_tokens)
     return tokens.sum() / (tokens.max(axis=-1) * np.count_nonzero(tokens, axis=-1)).sum()
 
 
-def load_imbalance(plan: EpochPlan, cost: np.ndarray) -> float:
-    """Share of their time that ranks wait for the slowest of each forward and backward pass; (N,) cost of samples."""
-    load = _by_slot(plan, cost).sum(axis=-1, dtype=np.float64)
+def compute_load_imbalance(plan: EpochPlan, cost: np.ndarray) -> float:
+    """Compute 1 - mean / max cost over ranks.
+
+    This is the share of time that ranks wait for the slowest one, summed over forward passes.
+
+    Args:
+        cost: (N,) of samples.
+    """
+    load = _sum_per_slot(plan, cost).sum(axis=-1, dtype=np.float64)  # (steps, gradient accumulation, ranks)
     return 1 - load.sum() / (load.max(axis=-1) * load.shape[-1]).sum()
 
 
-def _by_slot(plan: EpochPlan, values: np.ndarray) -> np.ndarray:
-    """Sum over the samples of the row in each slot: (N,) -> the shape of `plan.steps`; 0 where a slot is empty."""
-    return np.append(plan.totals(values), 0)[plan.steps]
+def _sum_per_slot(plan: EpochPlan, values: np.ndarray) -> np.ndarray:
+    """Add up (N,) values per slot of `plan.steps`; empty slots are 0."""
+    return np.append(plan.sum_per_row(values), 0)[plan.steps]  # the appended 0 is what -1 indexes
 
 
-def flops_shares(lengths: SampleLengths, layout: PlanLayout) -> dict[str, float]:
-    """Share of the FLOPs of an epoch by what they are for."""
-    tokens, cost = lengths.tokens.astype(np.float64), layout.cost
+def compute_flops_shares(lengths: np.ndarray, layout: PlanLayout) -> dict[str, float]:
+    """Compute the share of an epoch's FLOPs by part of the model."""
+    tokens, cost = lengths["tokens"].astype(np.float64), layout.sample_cost
     flops = {
-        "vision": cost.tile * lengths.tiles.sum(dtype=np.float64),
-        "language": cost.token * tokens.sum(),
-        "attention": cost.pair * (tokens**2).sum(),
-        "head": cost.trained * lengths.trained.sum(dtype=np.float64),
+        "vision encoder": cost.per_tile * lengths["tiles"].sum(dtype=np.float64),
+        "LLM": cost.per_token * tokens.sum(),
+        "attention": cost.per_token_pair * (tokens**2).sum(),
+        "LLM head": cost.per_loss_token * lengths["loss_tokens"].sum(dtype=np.float64),
     }
     return {part: value / sum(flops.values()) for part, value in flops.items()}
 
 
-def format_plan(lengths: SampleLengths, plan: EpochPlan, layout: PlanLayout, left_out: int) -> str:
-    """A table of an epoch, in lines."""
-    tokens = plan.totals(lengths.tokens)
-    tiles = plan.totals(lengths.tiles)
-    longest, filled = int(tokens.argmax()), packing_efficiency(plan, lengths, layout)
-    slots = f"{layout.world_size} ranks x {layout.micro_batch} rows x {layout.accumulation} accumulated"
-    shares = ", ".join(f"{part} {share:.0%}" for part, share in flops_shares(lengths, layout).items())
+def format_epoch_plan(lengths: np.ndarray, plan: EpochPlan, layout: PlanLayout, num_skipped: int) -> str:
+    """Format a table of an epoch's samples, rows and steps."""
+    tokens, tiles = plan.sum_per_row(lengths["tokens"]), plan.sum_per_row(lengths["tiles"])
+    longest = int(tokens.argmax())
+    num_samples, num_loss_tokens = len(plan.samples), lengths["loss_tokens"][plan.samples].sum()
+    factors = (
+        f"{_format_count(layout.world_size, 'rank')} x {layout.micro_batch_size} micro-batch "
+        f"x {layout.gradient_accumulation} gradient accumulation"
+    )
+    shares = compute_flops_shares(lengths, layout)
     lines = {
-        "samples": f"{len(plan.samples):,} an epoch ({left_out:,} left out)",
-        "tokens": f"{tokens.sum():,}, {lengths.trained[plan.samples].sum():,} of them trained",
+        "samples": f"{num_samples:,} ({num_skipped:,} skipped)",
+        "tokens": f"{tokens.sum():,}, of them {num_loss_tokens:,} loss tokens",
         "tiles": f"{tiles.sum():,}",
-        "rows": f"{len(tokens):,} of {len(plan.samples) / len(tokens):.1f} samples, filled to {filled:.1%}",
-        "steps": f"{len(plan):,} an epoch: {slots}",
-        "waiting": f"{load_imbalance(plan, layout.cost.of(lengths)):.2%} of a rank's time, expected",
-        "longest row": f"{tokens[longest]:,} tokens, {tiles[longest]} tiles; most tiles in a row: {tiles.max()}",
-        "time goes to": shares,
+        "rows": f"{plan.num_rows:,} ({num_samples / plan.num_rows:.1f} samples per row)",
+        "longest row": (
+            f"{tokens[longest]:,} tokens, {_format_count(tiles[longest], 'tile')} (most tiles in a row: {tiles.max()})"
+        ),
+        "packing efficiency": f"{compute_packing_efficiency(plan, lengths, layout):.1%}",
+        "global batch size": f"{_format_count(layout.global_batch_size, 'row')} = {factors}",
+        "steps per epoch": f"{len(plan):,}",
+        "load imbalance": f"{compute_load_imbalance(plan, layout.sample_cost.compute(lengths)):.2%} (estimated)",
+        "FLOPs (estimated)": ", ".join(f"{part} {share:.0%}" for part, share in shares.items()),
     }
-    return "\n".join(f"  {name:13}{text}" for name, text in lines.items())
+    return "\n".join(f"  {name:20}{text}" for name, text in lines.items())
+
+
+def _format_count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

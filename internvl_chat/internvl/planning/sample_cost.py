@@ -1,51 +1,54 @@
-"""FLOPs of a chat model's parts in one forward pass, from its configuration alone, and what a plan makes of them.
+"""Cost of a sample in a training step, from FLOPs.
 
-A multiplication and an addition are two. Attention is counted by document, as it is computed.
+Epoch plans balance the load of ranks by it. The unit is the FLOPs of a forward pass: one for the forward pass, one for
+gradients of inputs, one for gradients of weights, and one if activations are recomputed.
 """
 
-from typing import NamedTuple
+import torch
+from torch import nn
 
-from internvl.model.internvl_chat.configuration_internvl_chat import InternVLChatConfig
+from internvl.metrics.model_flops import ModelFlops, count_model_flops
+from internvl.model.activation_checkpointing import get_recomputed_layer_share
+from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.planning.epoch_plan import SampleCost
 
 
-class Passes(NamedTuple):
-    """How many forward passes' worth of work a step does: 1 forward, 1 for gradients of inputs, 1 of weights, 1 to
-    compute activations again."""
+def compute_sample_cost(model: InternVLChatModel) -> SampleCost:
+    """Compute the cost of a sample for this model.
 
-    vision: float
-    llm: float
-
-
-def forward_flops(config: InternVLChatConfig) -> dict[str, float]:
-    """FLOPs of a `tile` (vision encoder and projector), a `token`, a `pair` of tokens (attention) and of the `head` (a
-    token's logits)."""
-    vision, llm = config.vision_config, config.llm_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    width, length = vision.hidden_size, patches + 1
-    layer = length * (4 * width**2 + 2 * width * vision.intermediate_size) + 2 * length**2 * width
-    tile = vision.num_hidden_layers * layer + patches * 3 * vision.patch_size**2 * width
-    merged = round(1 / config.downsample_ratio) ** 2
-    tile += patches / merged * llm.hidden_size * (width * merged + llm.hidden_size)
-
-    hidden, heads = llm.hidden_size, llm.num_attention_heads
-    head_dim = getattr(llm, "head_dim", None) or hidden // heads
-    key_heads = getattr(llm, "num_key_value_heads", None) or heads
-    attention = 2 * hidden * head_dim * (heads + key_heads)
-    experts = getattr(llm, "num_experts_per_tok", None) or 1
-    inner = getattr(llm, "intermediate_size", 4 * hidden)
-    inner = getattr(llm, "moe_intermediate_size", inner) if experts > 1 else inner
-    token = llm.num_hidden_layers * (attention + 3 * experts * hidden * inner)
-    pair = llm.num_hidden_layers * 2 * heads * head_dim
-    return {"tile": 2.0 * tile, "token": 2.0 * token, "pair": 2.0 * pair, "head": 2.0 * hidden * llm.vocab_size}
+    It depends on which parts are trainable, which have adapters, and which layers recompute their activations. FLOPs of
+    adapters are not counted.
+    """
+    vision_passes = count_passes(model.vision_model)
+    # Gradients always pass through the LLM: to the projector or the vision encoder, even if the LLM is frozen.
+    llm_passes = max(count_passes(model.language_model), vision_passes, 2)
+    return scale_to_training(count_model_flops(model, backward=False, adapters=False), vision_passes, llm_passes)
 
 
-def step_cost(config: InternVLChatConfig, passes: Passes) -> SampleCost:
-    """FLOPs of a sample in a training step, as a plan weighs it. Attention is causal: n tokens are n^2 / 2 pairs."""
-    flops = forward_flops(config)
+def count_passes(part: nn.Module) -> float:
+    """Count the FLOPs of a part per step, in forward passes."""
+    trainable = [name for name, parameter in part.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        return 1
+    # Adapters need gradients of inputs, but none of the frozen weights.
+    has_weight_gradients = any("lora_" not in name for name in trainable)
+    return 1 + get_recomputed_layer_share(part) + 1 + has_weight_gradients
+
+
+def scale_to_training(forward: ModelFlops, vision_passes: float, llm_passes: float) -> SampleCost:
+    """Scale the FLOPs of a forward pass to a training step.
+
+    Sliding windows are ignored: every layer attends to all tokens of a document.
+    """
     return SampleCost(
-        token=flops["token"] * passes.llm,
-        trained=flops["head"] * 2,  # forward, and gradients of its inputs; never computed again
-        tile=flops["tile"] * passes.vision,
-        pair=flops["pair"] / 2 * passes.llm,
+        per_token=forward.per_token * llm_passes,
+        per_loss_token=forward.per_loss_token * 2,  # forward, and gradients of inputs; the head is never recomputed
+        per_tile=forward.per_tile * vision_passes,
+        per_token_pair=sum(forward.per_token_pair.values()) / 2 * llm_passes,  # causal: half of the n^2 pairs
     )
+
+
+def count_forward_flops(config: InternVLChatConfig) -> ModelFlops:
+    """Count the FLOPs of a forward pass from a configuration, without weights."""
+    with torch.device("meta"):
+        return count_model_flops(InternVLChatModel(config), backward=False)

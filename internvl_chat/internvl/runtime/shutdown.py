@@ -1,8 +1,7 @@
-"""How a rank joins the others, and how it ends: together with them, and with one message if something went wrong.
+"""Start and exit all ranks together, with one message for a failure.
 
-An entry point runs inside `abort_all_ranks_on_error`. What the user, the data or the machine did wrong is a
-ValueError or an OSError
-and told in one sentence; any other error is the program's, and shows once where it happened.
+An entry point runs inside `abort_all_ranks_on_error`. Errors of the user, the data or the machine are a ValueError or
+an OSError and are printed in one line. Any other error is a bug and is printed with its traceback.
 """
 
 import argparse
@@ -19,47 +18,60 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from internvl.dist_utils import init_dist, is_collective_error, timeout, world_size
-from internvl.runtime.rank_monitor import ExitReport, RankMonitorClient, reports_for_rank_0
-from internvl.runtime.rank_monitor_server import write_stderr
+from internvl.dist_utils import get_world_size, init_dist, is_collective_error, timeout
+from internvl.runtime.rank_monitor import RankMonitorClient, reports_for_rank_0
+from internvl.runtime.rank_monitor_server import ExitReport, format_error, write_stderr
 from internvl.runtime.signals import preemption
+from internvl.torch_internals import is_raised_in_dataloader_wait
 
-FEWER_WORKERS = "fewer --dataloader_num_workers need less"
-# What ends a run though the program has no error, by class -> what to do.
+# Errors that are not bugs, by class -> advice.
 ADVICE_BY_ERROR = [
-    (torch.OutOfMemoryError, "smaller micro-batches or rows, --grad_checkpoint True or ZeRO-3 need less"),
-    (MemoryError, FEWER_WORKERS),
+    (
+        torch.OutOfMemoryError,
+        "to use less memory: smaller micro-batches or packed sequences, --grad_checkpoint True, or ZeRO-3",
+    ),
+    (MemoryError, "to use less memory: fewer --dataloader_num_workers"),
 ]
-DEAD_WORKER_ADVICE = f"a process that reads data has ended; if memory ran out, {FEWER_WORKERS} (measuring: fewer CPUs)"
-rank_monitor: RankMonitorClient | None = None  # of this process, as the process group is
+DEAD_WORKER_ADVICE = (
+    "a DataLoader worker died; if memory ran out: fewer --dataloader_num_workers (while measuring lengths: fewer CPUs)"
+)
+monitor_client: RankMonitorClient | None = None  # one per process, like the default process group
 
 
 class RendezvousError(OSError):
-    """There is no process group."""
+    """Failure to form the process group."""
 
 
 def join_process_group(argv: Sequence[str] | None = None) -> None:
-    """Join the process group that LAUNCHER, or whoever it was, started; from now on the ranks end together.
+    """Join the launcher's process group and start the rank monitor.
 
-    --ddp_timeout is read ahead of the other flags, whose parser must find the process group.
+    Args:
+        argv: the command line, by default this process's. --ddp_timeout is read from it before all other flags,
+            because TrainingArguments requires the process group.
+
+    Raises:
+        RendezvousError: not all ranks connected within --ddp_timeout.
     """
-    global lifeline
+    global monitor_client
     seconds = read_ddp_timeout(sys.argv[1:] if argv is None else argv)
     try:
         init_dist(os.environ.get("LAUNCHER"), timeout=timedelta(seconds=seconds))
     except dist.DistError as error:
-        here = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        this_rank = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RendezvousError(
-            f"{here} did not find all others at {place} in {seconds} s: {first_line(error)}"
+            f"{this_rank}: not all ranks connected to {address} within {seconds} s: {extract_first_line(error)}"
         ) from error
-    if world_size() > 1:
-        rank_monitor = RankMonitorClient()
-        preemption.farewell = lambda: rank_monitor.leave(", as a signal told it to,")
+    if get_world_size() > 1:
+        monitor_client = RankMonitorClient()
+        preemption.before_exit_fn = lambda: monitor_client.leave("on a preemption signal")
 
 
 def read_ddp_timeout(argv: Sequence[str]) -> int:
-    """The value of --ddp_timeout; the default where there is none, or none that its own parser will accept."""
+    """Read --ddp_timeout in seconds; the default if it is missing or invalid.
+
+    An invalid value is rejected later, by the parser of all flags.
+    """
     if len(argv) == 1 and argv[0].endswith(".json"):
         with contextlib.suppress(OSError, ValueError):
             argv = ["--ddp_timeout", str(json.loads(Path(argv[0]).read_text()).get("ddp_timeout", ""))]
@@ -71,67 +83,85 @@ def read_ddp_timeout(argv: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def abort_all_ranks_on_error() -> Iterator[None]:
-    """Whatever ends this rank ends the others too, and is told once; INTERNVL_TRACEBACK=1 tells where it came from."""
+    """Exit all ranks, with one message, when this rank fails.
+
+    INTERNVL_TRACEBACK=1 prints a traceback for every error.
+    """
     try:
         yield
     except SystemExit as error:
         if isinstance(error.code, str):
             exit_with_report(ExitReport("error", error.code), 1)
-        if rank_monitor is not None:
-            rank_monitor.leave(f" with exit status {error.code or 0}")
+        if monitor_client is not None:
+            monitor_client.leave(f"with exit status {error.code or 0}")
         raise
     except BaseException as error:
-        exit_with_report(describe_error(error), 130 if isinstance(error, KeyboardInterrupt) else 1)
+        exit_with_report(make_exit_report(error), 130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
-def exit_with_report(report: ExitReport, status: int) -> None:
-    preemption.end()  # whatever signal comes now, this end is not its
-    if rank_monitor is not None:
-        rank_monitor.fail(report, status)
-    here = os.environ.get("RANK", "0")
-    where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" on rank {here}"
-    if report.kind == "error" or here == "0" or reports_for_rank_0():
-        write_stderr(f"{report.trace}error{where}: {report.words}")
-    sys.exit(status)
+def exit_with_report(report: ExitReport, exit_status: int) -> None:
+    """Report a failure to all ranks and exit.
+
+    Without a rank monitor (one rank, or no process group yet) this rank prints it.
+    """
+    preemption.ignore_further_signals()  # a later signal must not replace the exit status
+    if monitor_client is not None:
+        monitor_client.report_failure(report, exit_status)
+    rank = os.environ.get("RANK", "0")
+    is_only_rank = os.environ.get("WORLD_SIZE", "1") == "1"
+    if report.kind == "error" or rank == "0" or reports_for_rank_0():
+        write_stderr(format_error(report, None if is_only_rank else int(rank)))
+    sys.exit(exit_status)
 
 
-def describe_error(error: BaseException) -> ExitReport:
-    """What to tell about an error."""
-    cut = isinstance(error, RendezvousError) or is_collective_error(error)
-    advice = (
-        DEAD_WORKER_ADVICE
-        if is_dead_dataloader_worker(error)
-        else next((a for kind, a in ADVICE_BY_ERROR if isinstance(error, kind)), None)
-    )
-    meant = isinstance(error, (ValueError, OSError, KeyboardInterrupt)) or advice is not None
-    trace = "".join(
-        traceback.format_exception(type(error), error, error.__traceback__.tb_next)
-    )  # without `abort_all_ranks_on_error`
-    if meant and os.environ.get("INTERNVL_TRACEBACK") != "1":
-        trace = ""
-    if is_dead_dataloader_worker(error.__cause__):
-        error = error.__cause__  # which tells the signal
+def make_exit_report(error: BaseException) -> ExitReport:
+    """Describe an error in one sentence, with advice if there is any.
+
+    A traceback is included only for bugs, or with INTERNVL_TRACEBACK=1.
+    """
+    is_collective = isinstance(error, RendezvousError) or is_collective_error(error)
+    if is_dead_dataloader_worker(error):
+        advice = DEAD_WORKER_ADVICE
+    else:
+        advice = next((text for kind, text in ADVICE_BY_ERROR if isinstance(error, kind)), None)
+    is_bug = advice is None and not isinstance(error, (ValueError, OSError, KeyboardInterrupt))
+    trace = ""
+    if is_bug or os.environ.get("INTERNVL_TRACEBACK") == "1":
+        # Without the frame of `abort_all_ranks_on_error`.
+        outer_frame = error.__traceback__ and error.__traceback__.tb_next
+        trace = "".join(traceback.format_exception(type(error), error, outer_frame))
+    if error.__cause__ is not None and is_dead_dataloader_worker(error.__cause__):
+        error = error.__cause__  # raised by torch's signal handler; it names the signal
     name = type(error).__name__
-    # A dataloader worker's error comes with its whole trace as its text.
+    # torch puts the traceback of a DataLoader worker's error into its text (ExceptionWrapper): keep the last part.
     text = re.sub(rf"(?ms)\ACaught \w+ in DataLoader worker .*^[\w.]*{name}: ", "", str(error)).strip()
-    words = text if isinstance(error, (ValueError, OSError)) else f"{name}: {first_line(text)}".rstrip(": ")
-    return ExitReport("cut" if cut else "error", f"{words.rstrip('. ')}; {advice}." if advice else words, trace)
+    message = text if isinstance(error, (ValueError, OSError)) else f"{name}: {extract_first_line(text)}".rstrip(": ")
+    if advice:
+        message = f"{message.rstrip('. ')}; {advice}."
+    return ExitReport("collective_failed" if is_collective else "error", message, trace)
 
 
 def is_dead_dataloader_worker(error: BaseException | None) -> bool:
-    """Whether a DataLoader's worker ended, by any of the errors that come of it where torch was waiting for the worker,
-    was taking a tensor from it, or did something else."""
-    frames = traceback.walk_tb(error.__traceback__) if isinstance(error, (ConnectionError, EOFError)) else ()
-    return "DataLoader worker (pid" in str(error) or any(f.f_code.co_name == "_try_get_data" for f, _ in frames)
+    """Check whether an error means that a DataLoader worker died.
+
+    torch's signal handler raises an error with the worker's pid. While torch receives a tensor from the worker, it is a
+    connection error instead.
+    """
+    if isinstance(error, (ConnectionError, EOFError)) and is_raised_in_dataloader_wait(error):
+        return True
+    return "DataLoader worker (pid" in str(error)
 
 
-def first_line(error: BaseException | str) -> str:
-    """Of its text, without the place in C++ that gloo and c10d put in front, and gloo's guess about the cause."""
+def extract_first_line(error: BaseException | str) -> str:
+    """Extract the first line of an error's text.
+
+    Removes the prefix `[file.cc:12] ` of gloo and c10d (torch 2.14), and gloo's guess about the cause.
+    """
     line = str(error).strip().partition("\n")[0]
     return re.sub(r"^\[\S+:\d+\] ", "", line.partition(". This is typically caused by")[0])
 
 
 def leave_rank_monitor() -> None:
-    """The work of this rank is done: from now on its end is no failure."""
-    if rank_monitor is not None:
-        rank_monitor.leave()
+    """Report that this rank has finished without an error."""
+    if monitor_client is not None:
+        monitor_client.leave()

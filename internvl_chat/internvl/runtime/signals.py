@@ -1,7 +1,9 @@
-"""What SIGUSR1, SIGTERM and Ctrl-C do to a process of a run: it ends its step, saves, and leaves with status 85.
+"""Preemption signals: SIGUSR1, SIGTERM and Ctrl-C stop a run gracefully.
 
-An entry point calls `listen` before it imports torch, which takes seconds. Until the first step a signal ends the
-process at once; from then on it is noted here, and `stopping.py` acts on it where all ranks are at the same place.
+Before the first step a signal ends the process immediately. From then on `preemption` records it. At the end of each
+step the trainer combines the signals of all ranks. After a signal it saves a checkpoint and exits with status 85, and
+the same command resumes the run. An entry point calls `preemption.listen()` before it imports torch, which takes
+seconds.
 """
 
 import multiprocessing
@@ -10,122 +12,152 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
-PREEMPTED_EXIT_STATUS = 85  # exit status: the run was told to leave, and the same command goes on with it
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+PREEMPTED_EXIT_STATUS = 85  # the run was interrupted, and the same command resumes it
+PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 class PreemptionListener:
-    """What this process was told, and since when.
+    """Recorder of this process's preemption signals.
 
-    A signal's own handler runs only when the main thread is back in Python, which a step on a GPU or a collective can
-    keep it from for minutes. So handlers do nothing, and a thread reads which signals came from the wake-up pipe.
+    Python runs a signal's handler only once the main thread is back in Python, which a GPU step or a collective can
+    delay for minutes. Therefore the handlers do nothing, and a thread reads the signal numbers from Python's wake-up
+    file descriptor.
+
+    Attributes:
+        signal: the first signal after the first step began, of this or another rank; None without one.
+        before_exit_fn: called before an immediate exit; disconnects from the rank monitor.
+        resume_hint: end of the message when the time limit is exceeded, such as "the same command resumes from ...".
     """
 
     def __init__(self):
-        self.listening = self.training = self.over = False
+        self.is_training = self.is_finished = False
         self.signal: signal.Signals | None = None
-        self.heard_at = 0.0  # of time.monotonic()
-        self.bound = 0.0  # seconds from the signal to the end of the process, 0 for as long as it takes
-        self.farewell = lambda: None  # tells the other ranks that this one leaves (ending.py)
-        self.goes_on_from = ""  # what the last line of a run that runs out of time says
+        self.received_at = 0.0  # time.monotonic()
+        self.grace_seconds = 0.0
+        self.before_exit_fn: Callable[[], None] = lambda: None
+        self.resume_hint = ""
 
     def listen(self) -> None:
+        """Install the signal handlers and start the thread that reads the signals."""
         read_end, write_end = os.pipe()
-        os.set_blocking(write_end, False)
+        os.set_blocking(write_end, False)  # required by set_wakeup_fd
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, _noted)
-        os.register_at_fork(after_in_child=_let_children_be)
-        threading.Thread(target=self._watch, args=(read_end,), daemon=True, name="signals").start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # shell/torchrun.py holds them back until somebody listens
-        self.listening = True
+        for number in PREEMPTION_SIGNALS:
+            signal.signal(number, _do_nothing)
+        os.register_at_fork(after_in_child=_reset_signals_in_child)
+        threading.Thread(target=self._read_signals, args=(read_end,), daemon=True, name="signals").start()
+        # shell/torchrun.py starts ranks with these signals blocked.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PREEMPTION_SIGNALS)
 
-    def begin(self, bound: float) -> None:
-        """The first step comes: from now on signals are noted.
+    def start_training(self, grace_seconds: float) -> None:
+        """Start to record signals instead of exiting immediately.
 
         Args:
-            bound: how many seconds behind a signal the process ends in any case; 0 for no bound.
+            grace_seconds: time limit from a signal to the exit of the process; 0 for no limit.
         """
-        self.bound, self.training = bound, True
+        self.grace_seconds, self.is_training = grace_seconds, True
 
-    def end(self) -> None:
-        """The last step, or the last save, is done: what is left takes its time, whatever is heard."""
-        self.over = True
+    def ignore_further_signals(self) -> None:
+        """Ignore signals and the time limit while the run ends."""
+        self.is_finished = True
 
     @property
-    def waited(self) -> float:
-        """Seconds since the signal; negative if there was none."""
-        return time.monotonic() - self.heard_at if self.signal else -1.0
+    def seconds_since_signal(self) -> float:
+        """Seconds since the signal; -1 without one."""
+        return time.monotonic() - self.received_at if self.signal else -1.0
 
-    def _watch(self, read_end: int) -> None:
-        while number := os.read(read_end, 1):
-            if number[0] in SIGNALS and not self.over:
-                self._hear(signal.Signals(number[0]))
+    def record_signal(self, number: signal.Signals, received_at: float) -> None:
+        """Set `signal`, this or another rank's, and start the time limit.
 
-    def _hear(self, number: signal.Signals) -> None:
-        if not self.training:
-            told = f"{number.name} before the first step: nothing to save; the same command starts again"
-            exit_now(told, exit_status_of(number))
-        elif self.signal is None:
-            self.note(number, time.monotonic())
-        elif number == signal.SIGINT and self.waited > 1:  # Ctrl-C, once more
-            exit_now(f"{number.name} again: leaving without saving", 128 + number)
-
-    def note(self, number: signal.Signals, heard_at: float) -> None:
-        """That a signal came to this rank, or to another."""
-        self.signal, self.heard_at = number, heard_at
-        if self.bound:
-            timer = threading.Timer(max(0.0, heard_at + self.bound - time.monotonic()), self._out_of_time)
+        Args:
+            received_at: seconds of `time.monotonic()`.
+        """
+        self.signal, self.received_at = number, received_at
+        if self.grace_seconds:
+            timer = threading.Timer(
+                max(0.0, received_at + self.grace_seconds - time.monotonic()), self._exit_on_time_limit
+            )
             timer.daemon = True
             timer.start()
 
-    def _out_of_time(self) -> None:
-        if not self.over:
-            exit_now(
-                f"{self.signal.name}: the {self.bound:g} s of --save_on_signal_seconds are over before a checkpoint is "
-                f"whole; {self.goes_on_from}",
-                exit_status_of(self.signal),
+    def _read_signals(self, read_end: int) -> None:
+        while number := os.read(read_end, 1):
+            if number[0] in PREEMPTION_SIGNALS and not self.is_finished:
+                self._handle_signal(signal.Signals(number[0]))
+
+    def _handle_signal(self, number: signal.Signals) -> None:
+        if not self.is_training:
+            message = (
+                f"{number.name} received before the first step: nothing to save; run the same command to start again"
+            )
+            exit_immediately(message, choose_exit_status(number))
+        elif self.signal is None:
+            self.record_signal(number, time.monotonic())
+        elif number == signal.SIGINT and self.seconds_since_signal > 1:  # the user pressed Ctrl-C again
+            exit_immediately(f"{number.name} received again: exiting without saving", 128 + number)
+
+    def _exit_on_time_limit(self) -> None:
+        if not self.is_finished:
+            assert self.signal is not None  # the timer starts with the signal
+            exit_immediately(
+                f"{self.signal.name}: --save_on_signal_seconds {self.grace_seconds:g} elapsed before a checkpoint was "
+                f"saved; {self.resume_hint}",
+                choose_exit_status(self.signal),
             )
 
 
-preemption = PreemptionListener()  # signals are a process's, and so is this
+preemption = PreemptionListener()  # one per process, as signals are
 
 
-def exit_status_of(number: signal.Signals) -> int:
-    """What a run that could not save leaves with. srun sends SIGTERM also when another task failed, and returns the
-    highest status: it must not look as if the same command could go on."""
-    return 128 + number if number == signal.SIGTERM and os.environ.get("LAUNCHER") == "slurm" else PREEMPTED_EXIT_STATUS
+def choose_exit_status(number: signal.Signals) -> int:
+    """Choose the exit status of a run that could not save.
+
+    srun also sends SIGTERM if another task has failed, and returns the highest status of all tasks. Status 85 would
+    hide the failure.
+    """
+    is_slurm_task = os.environ.get("LAUNCHER") == "slurm"
+    return 128 + number if number == signal.SIGTERM and is_slurm_task else PREEMPTED_EXIT_STATUS
 
 
-def exit_now(sentence: str, status: int) -> None:
-    """End the process from any thread, whatever the others do; rank 0 says why."""
+def exit_immediately(message: str, exit_status: int) -> None:
+    """Exit immediately, from any thread; rank 0 prints the message."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        os.write(sys.stdout.fileno(), f"{sentence} (exit status {status})\n".encode())
-    preemption.farewell()
+        os.write(sys.stdout.fileno(), f"{message} (exit status {exit_status})\n".encode())
+    preemption.before_exit_fn()
     for child in multiprocessing.active_children():
         child.kill()
-    os._exit(status)
+    os._exit(exit_status)
 
 
 def ignore_signals() -> None:
-    """The status is decided: while Python ends, a signal would replace it, such as srun's once a task has left."""
-    for number in SIGNALS:
+    """Ignore preemption signals while Python exits.
+
+    A signal would replace the exit status. srun, for example, sends SIGTERM once another task has exited.
+    """
+    for number in PREEMPTION_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _noted(number: int, frame) -> None:
+def ignore_first_sigterm(worker_id: int) -> None:
+    """Ignore one SIGTERM in a DataLoader worker (a `worker_init_fn`).
+
+    The first may have been sent to all processes of the run, which needs the worker to finish its step. The second is
+    the DataLoader's and terminates the worker.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def _do_nothing(number: int, frame) -> None:
     pass
 
 
-def _let_children_be() -> None:
-    """In a child: what was sent to all processes of a run is for the one that trains to act on."""
+def _reset_signals_in_child() -> None:
+    """Ignore preemption signals in a forked child, except SIGTERM.
+
+    Only the rank itself handles signals that are sent to all processes of a run.
+    """
     signal.set_wakeup_fd(-1)
-    for number in SIGNALS:
+    for number in PREEMPTION_SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-
-
-def ignore_first_sigterm(worker: int) -> None:
-    """Where a worker of a dataloader starts: it may be told to end together with the run, which needs its data until
-    the step is done. The second SIGTERM is meant: the dataloader's own."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,7 +1,8 @@
-"""Tells where a rank is when a step takes far longer than usual: the stacks of its threads, once a stall.
+"""Watchdog: prints the stacks of threads and workers when a step stalls.
 
-Each rank watches itself. As all wait for one another, all notice when one is slow, and what the slow one prints tells
-why. Fed by `metered.py` once a step, and around what is not a step.
+Each rank watches itself. Ranks wait for each other in collectives, so all of them report when one is slow, and the
+stacks of the slow one show the reason. The trainer calls `begin_next_step` once per step. Other activities, such as
+saving, run within `during`.
 """
 
 import contextlib
@@ -20,162 +21,186 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from internvl.runtime.rank_monitor_server import write_stderr
+from internvl.runtime.rank_monitor_server import MONITOR_THREAD_PREFIX, write_stderr
 
-NUM_REMEMBERED_STEPS = 100  # past steps, of which the usual is the median
+NUM_REMEMBERED_PHASES = 100  # of each kind; the median of their durations is the usual duration
+NUM_OTHER_THREAD_FRAMES = 4  # innermost frames shown of a thread other than the main one
+STACK_TIMEOUT = 0.5  # seconds for a worker process to write its stack
+FAULTHANDLER_FRAME = re.compile(r'^  File "(?P<path>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 
 
 class Phase(NamedTuple):
-    """What a rank is in.
+    """What a rank is doing.
 
     Attributes:
-        kind: `step`, or another that is usual for itself, such as `saving`.
-        number: of the step.
-        since: seconds of the monotonic clock.
+        kind: `step`, or an activity whose duration is compared separately, such as `saving`.
+        step: number of the current step, or of the next one during another activity.
+        started_at: seconds of `time.monotonic()`.
     """
 
     kind: str
-    number: int
-    since: float
+    step: int
+    started_at: float
+
+    def describe(self) -> str:
+        """Format the phase: `step 7`, `saving after step 6`."""
+        return f"step {self.step}" if self.kind == "step" else f"{self.kind} after step {self.step - 1}"
 
 
 class Watchdog:
-    """Watches from `start` to `stop`.
+    """Thread that reports stalls between `start` and `stop`.
+
+    A phase stalls when it takes `factor` times the median of its kind, and at least `min_stall_seconds`. While there is
+    no earlier phase of its kind, the limit is `factor * min_stall_seconds`.
 
     Args:
-        factor: how many times the usual is a stall.
-        floor: seconds that are none.
+        factor: 0 disables the watchdog.
         rank: for the report.
     """
 
-    def __init__(self, factor: float, floor: float, rank: int):
-        self.factor, self.floor, self.rank = factor, floor, rank
-        self.usual: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=NUM_REMEMBERED_STEPS))
+    def __init__(self, factor: float, min_stall_seconds: float, rank: int):
+        self.factor, self.min_stall_seconds, self.rank = factor, min_stall_seconds, rank
+        self.durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=NUM_REMEMBERED_PHASES))  # by kind
         self.phase: Phase | None = None
-        self.reported: Phase | None = None
-        self.stopped = threading.Event()
+        self.reported_phase: Phase | None = None
+        self.stop_event = threading.Event()
 
-    def start(self, number: int) -> None:
-        self.phase = Phase("step", number, time.monotonic())
+    def start(self, step: int) -> None:
+        """Start watching; `step` begins now."""
+        self.phase = Phase("step", step, time.monotonic())
         if self.factor > 0:
-            self.stopped.clear()
-            self.workers = ForkedProcesses()
+            self.stop_event.clear()
+            self.worker_stacks = WorkerStacks()
             threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        self.stopped.set()
+        """Stop watching."""
+        self.stop_event.set()
         self.phase = None
 
-    def step_ended(self) -> None:
-        """The next step begins."""
+    def begin_next_step(self) -> None:
+        """Begin the next step."""
         if self.phase is not None:
-            self.enter("step", self.phase.number + 1)
+            self.enter("step", self.phase.step + 1)
 
     @contextlib.contextmanager
     def during(self, kind: str) -> Iterator[None]:
-        """Something between two steps, or in one: the step begins anew behind it."""
+        """Watch an activity other than a step.
+
+        After it, the interrupted step is timed from the beginning.
+        """
         if self.phase is None:
             yield
             return
         outer = self.phase
-        self.phase = Phase(kind, outer.number, time.monotonic())
+        self.phase = Phase(kind, outer.step, time.monotonic())
         yield
-        self.enter(outer.kind, outer.number)
+        self.enter(outer.kind, outer.step)
 
-    def enter(self, kind: str, number: int) -> None:
-        """Another phase, the one before having ended well."""
+    def enter(self, kind: str, step: int) -> None:
+        """Record the duration of the current phase and begin another."""
+        assert self.phase is not None
         now = time.monotonic()
-        self.usual[self.phase.kind].append(now - self.phase.since)
-        if self.phase is self.reported:
-            write_stderr(f"[rank {self.rank}] goes on after {now - self.phase.since:.1f} s")
-        self.phase = Phase(kind, number, now)
+        duration = now - self.phase.started_at
+        self.durations[self.phase.kind].append(duration)
+        if self.phase is self.reported_phase:
+            write_stderr(f"[rank {self.rank}] {self.phase.describe()} finished after {duration:.1f} s")
+        self.phase = Phase(kind, step, now)
 
-    def limit(self, kind: str) -> tuple[float, float | None]:
-        """Seconds that are a stall, and the usual; at first, when nothing is usual, of the floor."""
-        past = list(self.usual[kind])
-        if not past:
-            return self.factor * self.floor, None
-        usual = statistics.median(past)
-        return max(self.floor, self.factor * usual), usual
+    def compute_stall_limit(self, kind: str) -> tuple[float, float | None]:
+        """Compute the seconds that count as a stall, and the median.
+
+        The median is None for the first phase of a kind.
+        """
+        durations = list(self.durations[kind])
+        if not durations:
+            return self.factor * self.min_stall_seconds, None
+        median = statistics.median(durations)
+        return max(self.min_stall_seconds, self.factor * median), median
 
     def watch(self) -> None:
-        pause = self.floor
-        while not self.stopped.wait(pause):
-            pause, phase = self.floor, self.phase
-            if phase is None or phase is self.reported:
+        """Report each stalled phase once, until `stop`."""
+        pause = self.min_stall_seconds
+        while not self.stop_event.wait(pause):
+            # The main thread replaces `self.phase`, and never changes one: reading it once needs no lock.
+            pause, phase = self.min_stall_seconds, self.phase
+            if phase is None or phase is self.reported_phase:
                 continue
-            (limit, usual), passed = self.limit(phase.kind), time.monotonic() - phase.since
-            if passed < limit:
-                pause = min(self.floor, limit - passed)
+            (limit, median), elapsed = self.compute_stall_limit(phase.kind), time.monotonic() - phase.started_at
+            if elapsed < limit:
+                pause = min(self.min_stall_seconds, limit - elapsed)
                 continue
-            self.reported = phase
-            write_stderr(self.report(phase, passed, usual))
+            self.reported_phase = phase
+            write_stderr(self.format_report(phase, elapsed, median))
 
-    def report(self, phase: Phase, passed: float, usual: float | None) -> str:
-        """Lines that all begin with the rank, so that those of several ranks can be told apart."""
-        doing = f"step {phase.number}" if phase.kind == "step" else f"{phase.kind} behind step {phase.number - 1}"
-        beside = "the first of its kind" if usual is None else f"usual are {usual:.1f} s"
-        lines = [f"{doing} takes {passed:.1f} s, {beside}; this rank is in (innermost first):"]
-        for name, stack in [*stacks_of_threads(), *self.workers.stacks()]:
-            lines += [f"  {name}:", *(f"    {line}" for line in stack)]
+    def format_report(self, phase: Phase, elapsed: float, median: float | None) -> str:
+        """Format the report of a stall, with all stacks.
+
+        Each line begins with the rank, because all ranks write to the same stderr.
+        """
+        comparison = "no earlier one to compare with" if median is None else f"median {median:.1f} s"
+        lines = [f"{phase.describe()} is slow: {elapsed:.1f} s so far, {comparison}. Stacks, innermost frame first:"]
+        for name, stack in [*collect_thread_stacks(), *self.worker_stacks.collect()]:
+            lines += [f"  {name}:", *(f"    {frame}" for frame in stack)]
         return "\n".join(f"[rank {self.rank}] {line}" for line in lines)
 
 
-INNERMOST = 4  # frames shown of a thread other than the main one
+def collect_thread_stacks() -> Iterator[tuple[str, list[str]]]:
+    """Yield name and stack of each thread, the main one first.
 
-MONITOR_THREADS = ("lifeline", "switchboard")
-
-STACK_TIMEOUT = 0.5  # seconds for processes to write their stacks
-
-FRAME = re.compile(r'^  File "(?P<path>.*)", line (?P<line>\d+) in (?P<function>.*)$')  # of faulthandler
-
-
-def stacks_of_threads() -> Iterator[tuple[str, list[str]]]:
-    """Name and stack of each thread, the main one first, without those that only watch.
-
-    No file is opened: the disk may be what stalls.
+    Threads of watchdog and rank monitor are left out. Unlike `traceback`, this reads no source files, because the stall
+    may be due to the disk.
     """
-    frames, main = sys._current_frames(), threading.main_thread()
-    for thread in sorted(threading.enumerate(), key=lambda thread: thread is not main):
-        frame, stack = frames.get(thread.ident), []
+    frames, main_thread = sys._current_frames(), threading.main_thread()
+    for thread in sorted(threading.enumerate(), key=lambda thread: thread is not main_thread):
+        frame, stack = frames.get(thread.ident or 0), []
         while frame is not None:
-            stack.append(described(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+            stack.append(format_frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
             frame = frame.f_back
-        if thread is not threading.current_thread() and thread.name not in MONITOR_THREADS:
-            yield f"thread {thread.name}", stack if thread is main else stack[:INNERMOST]
+        is_monitor = thread is threading.current_thread() or thread.name.startswith(MONITOR_THREAD_PREFIX)
+        if not is_monitor:
+            yield f"thread {thread.name}", stack if thread is main_thread else stack[:NUM_OTHER_THREAD_FRAMES]
 
 
-class ForkedProcesses:
-    """Processes that are forked from now on write their stack when SIGUSR2 comes."""
+class WorkerStacks:
+    """Stacks of worker processes forked from now on.
+
+    A forked child inherits faulthandler's signal handler and the open temporary file: on SIGUSR2 it writes its stack
+    there, even while its main thread is stuck in C.
+    """
 
     def __init__(self):
         self.file = tempfile.TemporaryFile(mode="a+")  # noqa: SIM115
         faulthandler.register(signal.SIGUSR2, self.file, all_threads=False)
 
-    def stacks(self) -> Iterator[tuple[str, list[str]]]:
-        """Name and stack of each that answers."""
+    def collect(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield name and stack of each worker process."""
         for process in multiprocessing.active_children():
-            if not listens(process.pid):
+            if process.pid is None or not handles_sigusr2(process.pid):
                 continue
-            begin = self.file.seek(0, os.SEEK_END)
+            start = self.file.seek(0, os.SEEK_END)
             os.kill(process.pid, signal.SIGUSR2)
             time.sleep(STACK_TIMEOUT)
-            self.file.seek(begin)
-            frames = filter(None, map(FRAME.match, self.file.read().splitlines()))
-            stack = [described(frame["path"], frame["line"], frame["function"]) for frame in frames]
-            yield f"process {process.pid} ({process.name}), which reads data", stack or ["no answer"]
+            self.file.seek(start)
+            frames = filter(None, map(FAULTHANDLER_FRAME.match, self.file.read().splitlines()))
+            stack = [format_frame(frame["path"], frame["line"], frame["function"]) for frame in frames]
+            yield f"worker process {process.pid} ({process.name})", stack or ["no response"]
 
 
-def listens(pid: int) -> bool:
-    """Whether SIGUSR2 does not just end that process."""
-    with contextlib.suppress(OSError, AttributeError):
-        caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[1]
-        return bool(int(caught, 16) >> (signal.SIGUSR2 - 1) & 1)
+def handles_sigusr2(pid: int) -> bool:
+    """Check that a process handles SIGUSR2, which would kill it otherwise."""
+    with contextlib.suppress(OSError):  # no /proc (macOS), no such process
+        status = Path(f"/proc/{pid}/status").read_text()
+        match = re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)
+        if match is None:
+            return False
+        caught_signals = int(match[1], 16)  # bit n-1: signal n
+        return bool(caught_signals >> (signal.SIGUSR2 - 1) & 1)
     return False
 
 
-def described(path: str, line: int | str, function: str) -> str:
-    """`file:line function`, the file from its package on."""
+def format_frame(path: str, line: int | str, function: str) -> str:
+    """Format as `file:line function`, with the file's path inside its package."""
     for folder in ("/site-packages/", "/internvl_chat/"):
         path = path.rpartition(folder)[2]
     return f"{path}:{line} {function}"

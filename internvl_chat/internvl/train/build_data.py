@@ -1,4 +1,4 @@
-"""Arguments -> data: the data sets of a meta file, opened and measured. Beside `build.py`, which makes the rest."""
+"""Build the training data: open and measure all datasets."""
 
 import logging
 from typing import NamedTuple
@@ -6,44 +6,54 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from internvl.arguments.training import DataTrainingArguments, TrainingArguments
+from internvl.arguments.data import DataTrainingArguments
+from internvl.arguments.training import TrainingArguments
 from internvl.constants import UnusableSample
 from internvl.data.schema import load_meta
 from internvl.data.supervised_dataset import LazySupervisedDataset
-from internvl.dist_utils import gather_objects, num_cores, rank, world_size
-from internvl.planning.epoch_plan import SampleLengths
+from internvl.dist_utils import count_cores_per_rank, gather_objects, get_rank, get_world_size
+from internvl.planning.epoch_plan import SAMPLE_LENGTHS
 from internvl.planning.oversized_samples import SamplePiece, find_image_spans, split_sample
 from internvl.planning.packed_dataset import PackedDataset
 from internvl.planning.sample_lengths import RankGroup, measure_dataset
-from internvl.train.trainer import too_many_bad_samples_error
+from internvl.train.skipped_samples import NUM_LISTED, make_too_many_skipped_error
 
 logger = logging.getLogger(__name__)
 
 
 class SkippedSample(NamedTuple):
-    """A sample that cannot be used."""
+    """An unusable sample: its dataset, file, line, and the reason."""
 
-    data_set: str
+    dataset: str
     file: str
     line: int
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.data_set} line {self.line} ({self.file}): {self.reason}"
+        return f"{self.dataset} line {self.line} ({self.file}): {self.reason}"
 
 
 class TrainingData(NamedTuple):
-    """The training data of a run, and what measuring told about it (arrays over all samples, in order)."""
+    """The samples of a run and their measurements.
 
-    rows: PackedDataset
-    lengths: SampleLengths
+    Arrays are over all samples, in the order of `dataset`.
+
+    Attributes:
+        lengths: (N,) of SAMPLE_LENGTHS; zeros where a sample is skipped.
+        digests: (N,) int32, a checksum of each sample's record.
+        weights: (N,) relative frequency of each sample; None: each is drawn once per epoch.
+    """
+
+    dataset: PackedDataset
+    lengths: np.ndarray
     digests: np.ndarray
-    bad_samples: list[SkippedSample]
-    weights: np.ndarray | None  # how often each sample is drawn relative to the others; None: all once an epoch
+    skipped_samples: list[SkippedSample]
+    weights: np.ndarray | None
 
     @property
-    def usable(self) -> np.ndarray:
-        return self.lengths.tokens > 0
+    def is_usable(self) -> np.ndarray:
+        """(N,) bool."""
+        return self.lengths["tokens"] > 0
 
 
 def build_data(
@@ -53,18 +63,20 @@ def build_data(
     num_image_token: int,
     dataset_class: type[LazySupervisedDataset] = LazySupervisedDataset,
 ) -> TrainingData:
-    """Open the data sets of the meta file and measure every sample, all ranks together.
+    """Open and measure the datasets; reject too many unusable samples.
+
+    A collective: all ranks call it.
 
     Raises:
-        ValueError: the meta file or a data set cannot be used.
-        BadSample: more samples than --max_bad_samples cannot be used; the message lists them.
+        ValueError: the meta file or a dataset is invalid.
+        UnusableSample: more samples than --max_bad_samples are unusable; the message lists them.
     """
     data = measure_data(data_args, training_args, tokenizer, num_image_token, dataset_class)
-    for bad in data.bad_samples[:20]:
-        logger.warning("left out: %s", bad)
-    allowed = count_allowed_bad_samples(data_args, len(data.lengths.tokens))
-    if len(data.bad_samples) > allowed or not data.usable.any():
-        raise too_many_bad_samples_error(list(map(str, data.bad_samples)), allowed)
+    for sample in data.skipped_samples[:NUM_LISTED]:
+        logger.warning("Skipped sample: %s", sample)
+    max_skipped = count_max_skipped_samples(data_args, len(data.lengths))
+    if len(data.skipped_samples) > max_skipped or not data.is_usable.any():
+        raise make_too_many_skipped_error(list(map(str, data.skipped_samples)), max_skipped)
     return data
 
 
@@ -75,101 +87,128 @@ def measure_data(
     num_image_token: int,
     dataset_class: type[LazySupervisedDataset] = LazySupervisedDataset,
 ) -> TrainingData:
-    """The data as it is, however many of its samples cannot be used."""
+    """Open and measure the datasets, however many samples are unusable.
+
+    A collective: all ranks call it.
+    """
+    assert data_args.meta_path  # validated
     datasets = [
         dataset_class(name, meta, tokenizer, num_image_token, data_args, seed=training_args.seed)
         for name, meta in load_meta(data_args.meta_path).items()
     ]
-    ranks = RankGroup(rank(), world_size(), gather_objects)
-    measured = [measure_dataset(dataset, num_cores(), progress=rank() == 0, ranks=ranks) for dataset in datasets]
-    bad = [
-        SkippedSample(dataset.ds_name, dataset.records.path, dataset.line(index), reason)
-        for dataset, found in zip(datasets, measured, strict=True)
-        for index, reason in found.bad
+    rank_group = RankGroup(get_rank(), get_world_size(), gather_objects)
+    measured = [
+        measure_dataset(dataset, count_cores_per_rank(), show_progress=rank_group.rank == 0, rank_group=rank_group)
+        for dataset in datasets
     ]
-    rows = PackedDataset(datasets)
-    lengths = SampleLengths(
-        *(np.concatenate(parts) for parts in zip(*(found.lengths for found in measured), strict=True))
+    packed_dataset = PackedDataset(datasets)
+    lengths = np.concatenate([measurements.lengths for measurements in measured])
+    data = TrainingData(
+        dataset=packed_dataset,
+        lengths=lengths,
+        digests=np.concatenate([measurements.digests for measurements in measured]),
+        skipped_samples=[
+            describe_skipped(dataset, index, reason)
+            for dataset, measurements in zip(datasets, measured, strict=True)
+            for index, reason in measurements.unusable
+        ],
+        weights=compute_square_root_weights(packed_dataset, lengths) if data_args.use_data_resampling else None,
     )
-    data = TrainingData(rows, lengths, np.concatenate([found.digests for found in measured]), bad, weights=None)
-    if data_args.use_data_resampling:
-        data = data._replace(weights=square_root_weights(rows, lengths))
-    return split_oversized_samples(data, data_args, ranks) if data_args.use_packed_ds else data
+    return split_oversized_samples(data, data_args, rank_group) if data_args.use_packed_ds else data
 
 
-def split_oversized_samples(data: TrainingData, data_args: DataTrainingArguments, ranks: RankGroup) -> TrainingData:
-    """The same, where what is larger than a row is split (--allow_overflow) or a bad sample."""
-    row = data_args.max_packed_tokens, data_args.num_images_expected
-    larger = np.flatnonzero((data.lengths.tokens > row[0]) | (data.lengths.tiles > row[1])).tolist()
-    parts, bad = [], list(data.bad_samples)
-    for sample, outcome in zip(larger, split_samples(data, larger, *row, data_args.allow_overflow, ranks), strict=True):
-        if isinstance(outcome, str):
-            dataset, index = data.rows.locate(sample)
-            bad.append(SkippedSample(dataset.ds_name, dataset.records.path, dataset.line(index), outcome))
-        else:
-            parts += [(sample, part) for part in outcome]
-    sizes = np.array([part.size for _, part in parts], np.int32).reshape(-1, 3).T
-    if parts:
-        whole = sorted({sample for sample, _ in parts})
-        lost = data.lengths.tokens[whole].sum() - sizes[0].sum()
-        said = len(whole), len(parts), lost
-        logger.warning(
-            "%d samples larger than a row are split into %d parts, which leave out %d of their tokens", *said
-        )
-    for values in data.lengths:
-        values[larger] = 0
-    data.rows.parts = parts
-    origin = data.rows.origin()
-    digests = data.digests[origin]
-    digests[data.rows.ends[-1] :] ^= np.array([1 + part.start for _, part in parts], np.int32)  # a part is not its twin
-    return TrainingData(
-        rows=data.rows,
-        lengths=SampleLengths(*map(np.concatenate, zip(data.lengths, sizes, strict=True))),
-        digests=digests,
-        bad_samples=bad,
-        weights=None if data.weights is None else data.weights[origin],
-    )
+def describe_skipped(dataset: LazySupervisedDataset, index: int, reason: str) -> SkippedSample:
+    """Describe a skipped sample by its file and line."""
+    return SkippedSample(dataset.ds_name, dataset.annotations.path, dataset.line_number(index), reason)
 
 
-def split_samples(
-    data: TrainingData, samples: list[int], max_tokens: int, max_tiles: int, allowed: bool, ranks: RankGroup
-) -> list:
-    """The parts of each of these samples, or a sentence on why there are none; all ranks together."""
-    if not allowed:
-        return [
-            f"its {data.lengths.tokens[sample]} tokens and {data.lengths.tiles[sample]} tiles do not fit into a row of "
-            f"--max_packed_tokens {max_tokens} and --num_images_expected {max_tiles}; --allow_overflow True splits "
-            "such samples"
-            for sample in samples
+def split_oversized_samples(
+    data: TrainingData, data_args: DataTrainingArguments, rank_group: RankGroup
+) -> TrainingData:
+    """Split samples larger than a row (`--allow_overflow`), or skip them.
+
+    A collective: all ranks call it. The original samples stay in the arrays, with lengths of 0; pieces are appended.
+    """
+    max_tokens, max_tiles = data_args.max_packed_tokens, data_args.num_images_expected
+    is_oversized = (data.lengths["tokens"] > max_tokens) | (data.lengths["tiles"] > max_tiles)
+    oversized = np.flatnonzero(is_oversized).tolist()
+    if data_args.allow_overflow:
+        results = _split_on_all_ranks(data.dataset, oversized, max_tokens, max_tiles, rank_group)
+    else:
+        results = [
+            f"its {data.lengths['tokens'][sample]} tokens and {data.lengths['tiles'][sample]} tiles do not fit into a "
+            f"row of --max_packed_tokens {max_tokens} and --num_images_expected {max_tiles}; --allow_overflow True "
+            "splits such samples"
+            for sample in oversized
         ]
-    outcomes: list[list[SamplePiece] | str] = [""] * len(samples)
-    mine = [
-        pieces_of_sample(data.rows, sample, max_tokens, max_tiles) for sample in samples[ranks.rank :: ranks.world_size]
+    pieces: list[tuple[int, SamplePiece]] = []
+    skipped_samples = list(data.skipped_samples)
+    for sample, result in zip(oversized, results, strict=True):
+        if isinstance(result, str):
+            skipped_samples.append(describe_skipped(*data.dataset.locate(sample), result))
+        else:
+            pieces += [(sample, piece) for piece in result]
+    piece_lengths = np.array([piece.lengths for _, piece in pieces], SAMPLE_LENGTHS)
+    if pieces:
+        split = sorted({sample for sample, _ in pieces})
+        num_lost = data.lengths["tokens"][split].sum() - piece_lengths["tokens"].sum()
+        logger.warning(
+            "Oversized samples: %d split into %d pieces, %d of their tokens lost", len(split), len(pieces), num_lost
+        )
+
+    data.lengths[oversized] = 0
+    data.dataset.pieces = pieces
+    source_samples = data.dataset.get_source_samples()
+    digests = data.digests[source_samples]
+    # The digest of a piece differs from that of its sample and of the other pieces.
+    digests[data.dataset.num_unsplit :] ^= np.array([1 + piece.start for _, piece in pieces], np.int32)
+    return TrainingData(
+        dataset=data.dataset,
+        lengths=np.concatenate([data.lengths, piece_lengths]),
+        digests=digests,
+        skipped_samples=skipped_samples,
+        weights=None if data.weights is None else data.weights[source_samples],
+    )
+
+
+def _split_on_all_ranks(
+    dataset: PackedDataset, samples: list[int], max_tokens: int, max_tiles: int, rank_group: RankGroup
+) -> list[list[SamplePiece] | str]:
+    """Split samples, each rank its share.
+
+    Returns:
+        The pieces of each sample, or the reason why it is unusable.
+    """
+    results: list[list[SamplePiece] | str] = [""] * len(samples)
+    results_of_rank = [
+        split_one_sample(dataset, sample, max_tokens, max_tiles)
+        for sample in samples[rank_group.rank :: rank_group.world_size]
     ]
-    for first, theirs in enumerate(ranks.gathered(mine)):
-        outcomes[first :: ranks.world_size] = theirs
-    return outcomes
+    for rank, results_of_other in enumerate(rank_group.gather_fn(results_of_rank)):
+        results[rank :: rank_group.world_size] = results_of_other
+    return results
 
 
-def pieces_of_sample(rows: PackedDataset, sample: int, max_tokens: int, max_tiles: int) -> list[SamplePiece] | str:
-    """The parts of a sample, or why there are none."""
-    dataset, index = rows.locate(sample)
+def split_one_sample(dataset: PackedDataset, sample: int, max_tokens: int, max_tiles: int) -> list[SamplePiece] | str:
+    """Return the pieces of a sample, or why it is unusable."""
+    source, index = dataset.locate(sample)
     try:
-        texts, _ = dataset.texts(index)
-        images = find_image_spans(texts["input_ids"], dataset.img_context_id, dataset.num_image_token)
+        texts, _ = source.tokenize(index)
+        images = find_image_spans(texts["input_ids"], source.img_context_id, source.num_image_token)
         return split_sample(texts["labels"], images, max_tokens, max_tiles)
-    except UnusableSample as reason:
-        return str(reason)
+    except UnusableSample as error:
+        return str(error)
 
 
-def square_root_weights(rows: PackedDataset, lengths: SampleLengths) -> np.ndarray:
-    """Weights by which each data set counts as the square root of the number of its usable samples."""
-    sizes = [len(dataset) for dataset in rows.datasets]
-    usable = [max(1, np.count_nonzero(part)) for part in np.split(lengths.tokens, np.cumsum(sizes)[:-1])]
-    return np.repeat(np.array(usable, np.float64) ** -0.5, sizes)
+def compute_square_root_weights(dataset: PackedDataset, lengths: np.ndarray) -> np.ndarray:
+    """Weigh datasets by the square root of their number of usable samples."""
+    sizes = [len(source) for source in dataset.datasets]
+    parts = np.split(lengths["tokens"], np.cumsum(sizes)[:-1])
+    num_usable = [max(1, np.count_nonzero(tokens)) for tokens in parts]
+    return np.repeat(np.array(num_usable, np.float64) ** -0.5, sizes)
 
 
-def count_allowed_bad_samples(data_args: DataTrainingArguments, samples: int) -> int:
-    """--max_bad_samples as a count."""
+def count_max_skipped_samples(data_args: DataTrainingArguments, num_samples: int) -> int:
+    """Convert `--max_bad_samples`, a count or a share below 1, to a count."""
     limit = data_args.max_bad_samples
-    return int(limit * samples) if limit < 1 else int(limit)
+    return int(limit * num_samples) if limit < 1 else int(limit)

@@ -1,3 +1,3 @@
-"""Upstream's path of `internvl.constants`."""
+"""Facade: upstream's import path of `internvl.constants`."""
 
 from internvl.constants import *  # noqa: F403

@@ -1,7 +1,7 @@
-"""Upstream's path of the data pipeline: its names, each pointing at its real home, and those that nothing here needs.
+"""Facade: upstream's import path of the data pipeline, plus upstream-only helpers.
 
-Where upstream reads object stores through petrel, `TCSLoader` and `read_frames_*` read local paths and whatever fsspec
-opens.
+The pipeline itself is in `internvl/data`. The helpers below are for code written for upstream. Where upstream reads
+object stores through petrel, `TCSLoader` and `read_frames_*` read local paths and fsspec URLs.
 """
 
 import logging
@@ -76,27 +76,32 @@ logger = logging.getLogger(__name__)
 
 
 class WeightedConcatDataset(ConcatDataset):
-    """Concatenated data sets whose `sampler` draws samples with replacement, each data set in proportion to its
-    weight."""
+    """Concatenated datasets with a sampler that draws by weight.
+
+    `sampler` draws with replacement, each dataset in proportion to its weight.
+    """
 
     def __init__(self, datasets, weights):
         super().__init__(datasets)
         self.weights = torch.as_tensor(weights, dtype=torch.float64)
         self.total_size = len(self)
-        per_sample = torch.cat([w.div(len(d)).expand(len(d)) for d, w in zip(datasets, self.weights, strict=True)])
-        self.sampler = WeightedRandomSampler(per_sample, self.total_size)
+        sample_weights = torch.cat([w.div(len(d)).expand(len(d)) for d, w in zip(datasets, self.weights, strict=True)])
+        self.sampler = WeightedRandomSampler(sample_weights.tolist(), self.total_size)
 
     def __iter__(self):
         return iter(self.sampler)
 
 
 class TCSLoader:
-    """Reads one image or video. `conf_path` and `sc_config_key` configure petrel, which is not used: stores are asked
-    through fsspec, with keys and endpoints from the environment."""
+    """Reader of images and videos.
+
+    `conf_path` and `sc_config_key` configure petrel and are ignored. Object stores are opened by fsspec, with keys and
+    endpoints from the environment.
+    """
 
     def __init__(self, conf_path: str | None = None, sc_config_key: str = "sensecore"):
         if conf_path is not None:
-            logger.warning("TCSLoader does not read %s: fsspec opens paths, see internvl/data/file_io.py", conf_path)
+            logger.warning("TCSLoader: %s is ignored, fsspec opens paths (internvl/data/file_io.py)", conf_path)
 
     def __call__(
         self,
@@ -107,12 +112,12 @@ class TCSLoader:
         sample: str = "rand",
         clip=None,
     ) -> Image.Image | list[Image.Image]:
-        """The image, or between `min_num_frames` and `max_num_frames` frames of the video, in RGB."""
+        """Return the RGB image, or `min_num_frames` to `max_num_frames` frames."""
         if image_type == "image":
             return load_image(fn)
         if image_type == "video":
             return read_frames_decord(fn, max_num_frames, sample, clip=clip, min_num_frames=min_num_frames)
-        raise ValueError(f"image_type {image_type!r} is not image or video.")
+        raise ValueError(f"image_type {image_type!r} is not supported: expected image or video.")
 
 
 def read_frames_decord(
@@ -124,14 +129,14 @@ def read_frames_decord(
     clip=None,
     min_num_frames: int = 4,
 ) -> list[Image.Image]:
-    """Frames of a video, as `read_frames` gives them, which goes by the path whatever this function is called.
+    """Read frames of any kind of video by `read_frames`.
 
     Args:
-        num_frames, min_num_frames: how many frames is drawn from this range, with numpy's shared generator.
-        client: must be None; see `TCSLoader`.
+        num_frames, min_num_frames: the number of frames is drawn from this range, with numpy's global generator.
+        client: not supported; must be None, see `TCSLoader`.
     """
     if client is not None:
-        raise ValueError(f"client {client!r} is not asked for {video_path}: paths are opened by fsspec; leave it out.")
+        raise ValueError(f"client {client!r} is not supported (reading {video_path}): fsspec opens paths, pass None.")
     if not 1 <= min_num_frames <= num_frames:
         raise ValueError(f"min_num_frames {min_num_frames} is not between 1 and num_frames {num_frames}.")
     return read_frames(video_path, int(np.random.randint(min_num_frames, num_frames + 1)), sample, fix_start, clip)
@@ -148,21 +153,21 @@ def read_frames_gif(
     client=None,
     min_num_frames: int = 4,
 ) -> list[Image.Image]:
-    """As `read_frames_decord`."""
+    """Read frames as `read_frames_decord` does."""
     return read_frames_decord(video_path, num_frames, sample, fix_start, client, min_num_frames=min_num_frames)
 
 
 def calculate_ngram_repetition(text: str, n: int) -> float:
-    """How many of the runs of `n` words occur more than once, each counted once, over the number of all runs."""
+    """Return the ratio of distinct repeated n-grams of words to all n-grams."""
     words = text.split()
-    runs = Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
-    return sum(count > 1 for count in runs.values()) / runs.total() if runs else 0.0
+    ngrams = Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
+    return sum(count > 1 for count in ngrams.values()) / ngrams.total() if ngrams else 0.0
 
 
 def check_conversations_repetition(conversations: list[dict], repeat_threshold: float = 0.4, ngram: int = 10) -> None:
-    """Raise BadSample if an answer repeats itself, by `calculate_ngram_repetition`, more than the threshold allows."""
+    """Raise UnusableSample if `calculate_ngram_repetition` of an answer exceeds the threshold."""
     for number, turn in enumerate(conversations, start=1):
         if turn["from"] == "gpt" and (share := calculate_ngram_repetition(turn["value"], ngram)) > repeat_threshold:
             raise UnusableSample(
-                f"turn {number} repeats itself: {share:.2f} of its runs of {ngram} words, above {repeat_threshold}"
+                f"turn {number} is repetitive: {share:.2f} of its {ngram}-grams, more than {repeat_threshold}"
             )

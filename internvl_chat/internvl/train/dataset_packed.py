@@ -1,4 +1,4 @@
-"""Upstream's path of packed data."""
+"""Facade: upstream's import path of packed data."""
 
 from internvl.constants import IGNORE_INDEX as IGNORE_TOKEN_ID  # noqa: F401
 from internvl.data.collators import len2weight, packed_collate_fn  # noqa: F401

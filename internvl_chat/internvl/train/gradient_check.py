@@ -1,4 +1,4 @@
-"""Check after the first step that every trainable parameter got a finite gradient."""
+"""Check the gradients of the first step."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -8,32 +8,34 @@ from torch import nn
 
 
 def watch_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Callable[..., None]:
-    """Look at the gradients of the steps to come, until the returned function is called.
+    """Watch the gradients of trainable parameters until the returned function is called.
 
-    That function raises a ValueError that names the trainable tensors which got no gradient, or, unless it is called
-    with `finite=False`, one that is not finite.
-    Works on hooks, so that it sees gradients that DeepSpeed reduces and frees at once.
+    It uses hooks, because DeepSpeed reduces and frees gradients during the backward pass.
+
+    Returns:
+        `check_gradients(finite=True)`, which removes the hooks. It raises a ValueError that names the parameters
+        without a gradient or, with `finite`, with a non-finite one.
     """
-    found: dict[str, torch.Tensor] = {}
+    is_finite: dict[str, torch.Tensor] = {}  # parameter name -> whether all its gradients so far were finite, on device
 
-    def note(name: str, gradient: torch.Tensor) -> None:
-        found[name] = torch.isfinite(gradient).all() & found.get(name, True)
+    def record(name: str, gradient: torch.Tensor) -> None:
+        is_finite[name] = torch.isfinite(gradient).all() & is_finite.get(name, True)
 
-    watched = {name: p.register_hook(partial(note, name)) for name, p in named_parameters if p.requires_grad}
+    handles = {name: p.register_hook(partial(record, name)) for name, p in named_parameters if p.requires_grad}
 
-    def check(finite: bool = True) -> None:
-        for handle in watched.values():
+    def check_gradients(finite: bool = True) -> None:
+        for handle in handles.values():
             handle.remove()
-        raise_gradient_error("got no gradient", [name for name in watched if name not in found], len(watched))
+        raise_gradient_error("no gradient", [name for name in handles if name not in is_finite], len(handles))
         if finite:
-            raise_gradient_error(
-                "got a gradient that is not finite", [n for n, ok in found.items() if not ok], len(watched)
-            )
+            non_finite = [name for name, ok in is_finite.items() if not ok]
+            raise_gradient_error("a non-finite gradient", non_finite, len(handles))
 
-    return check
+    return check_gradients
 
 
-def raise_gradient_error(what: str, names: list[str], total: int) -> None:
+def raise_gradient_error(problem: str, names: list[str], total: int) -> None:
+    """Raise a ValueError if any parameter got such a gradient."""
     if names:
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise ValueError(f"after the first step {len(names)} of {total} trainable tensors {what}: {listed}")
+        raise ValueError(f"{len(names)} of {total} trainable parameters got {problem} in the first step: {listed}")

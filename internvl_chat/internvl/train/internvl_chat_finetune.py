@@ -1,8 +1,8 @@
-"""Fine-tune an InternVL chat model: the entry point that torchrun or srun starts on every rank.
+"""Fine-tune an InternVL chat model.
 
     torchrun --nproc_per_node=8 internvl/train/internvl_chat_finetune.py --model_name_or_path ... --meta_path ...
 
-`shell/` holds recipes that do this; reads from top to bottom, every line has a home elsewhere.
+torchrun or srun starts this program on every rank, as the recipes in `shell/` do.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds: a signal may come at any time
@@ -10,7 +10,9 @@ if __name__ == "__main__":  # before the imports below, which take seconds: a si
 
     preemption.listen()
 
-from internvl.arguments.training import DataTrainingArguments, ModelArguments, TrainingArguments, parse_args  # noqa: F401
+from internvl.arguments.data import DataTrainingArguments  # noqa: F401
+from internvl.arguments.model import ModelArguments  # noqa: F401
+from internvl.arguments.training import TrainingArguments, parse_args  # noqa: F401
 from internvl.arguments.validate import validate_arguments
 from internvl.checkpoint.resume import choose_resume_checkpoint
 from internvl.constants import IGNORE_INDEX  # noqa: F401
@@ -24,12 +26,16 @@ from internvl.train.run_training import exit_process_group, set_up_logging, trai
 
 
 def main() -> None:
-    """Set up, train, save, leave. What the user or the data did wrong ends it with one sentence and status 1, a signal
-    with a checkpoint and status 85."""
+    """Train, save and exit.
+
+    Exit status: 0; 1 after an error, reported in one line if the user or the data caused it; 85 after a preemption
+    signal.
+    """
     exit_process_group(train())
 
 
 def train() -> int:
+    """Run the program and return its exit status."""
     with abort_all_ranks_on_error():
         join_process_group()
         model_args, data_args, training_args = parse_args()

@@ -1,4 +1,4 @@
-"""Continue pre-training an InternVL chat model: the program of `internvl_chat_finetune.py` at upstream's other path."""
+"""Run `internvl_chat_finetune.py` under upstream's other path."""
 
 if __name__ == "__main__":  # before the imports below, which take seconds: a signal may come at any time
     from internvl.runtime.signals import preemption

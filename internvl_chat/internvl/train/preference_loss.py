@@ -1,12 +1,10 @@
-"""Batches of pairs -> log-probabilities of their answers -> loss: the mathematics of preference optimisation.
+"""Preference optimization: from a batch of pairs to log-probabilities to a loss.
 
-Between `preference.py`, which makes the pairs, and `trainer_dpo.py`, which trains on them. As everywhere, only states
-of label tokens go through the language model head, in chunks, and the full logits never exist.
-
-Throughout, the reward of an answer is beta * (log p(answer | question) - log p_reference(answer | question)).
+As in fine-tuning, the LM head is applied to the hidden states of loss tokens only, in chunks: the full logits are never
+in memory.
+The reward of an answer is beta * (log p(answer | question) - log p_reference(answer | question)).
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -17,37 +15,48 @@ from torch import nn
 from torch.nn.functional import logsigmoid
 
 from internvl.arguments.preference import DPOConfig, PreferenceDataArguments
-from internvl.model import internvl_chat
-from internvl.model.internvl_chat.decoder import decode
-from internvl.model.internvl_chat.documents import loss_positions
+from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.internvl_chat.decoder import run_decoder
+from internvl.model.internvl_chat.documents import get_loss_mask
 from internvl.model.lora import unwrap_peft
-from internvl.model.token_loss import keep_logits, scale_logits, target_log_probs
+from internvl.model.token_loss import compute_target_log_probs, scale_logits
 
 # -- from a batch to log-probabilities ---------------------------------------------------------------------------------
 
 
-class InternVLChatModel(internvl_chat.InternVLChatModel):
-    """The chat model, whose forward pass scores pairs. Of the same name, since a checkpoint tells its class by name."""
+class PreferenceModel(InternVLChatModel):
+    """The chat model with a forward pass that scores pairs of answers."""
 
     def forward(self, input_ids, labels, position_ids, pixel_values, image_flags, cu_seqlens=None) -> torch.Tensor:
-        """Batch of `pair_collator` -> (2B,) float32, summed log-probability of each row's labels.
+        """Add up the log-probabilities of each answer.
 
-        Both rows of a pair show the same tiles: these pass the vision encoder once.
+        The arguments are a batch of `collate_pairs`: first the B chosen answers, then the B rejected ones. Both answers
+        of a pair have the same tiles, which are encoded once.
+
+        Returns:
+            (2B,) float32.
         """
         visual_features = None
         if len(pixel_values):
             visual_features = self.extract_feature(pixel_values)[image_flags.flatten() == 1].repeat(2, 1, 1)
         llm = unwrap_peft(self.language_model)
-        outputs = decode(
+        outputs = run_decoder(
             llm,
-            self._embed(input_ids, visual_features=visual_features),
+            self.embed_inputs(input_ids, visual_features=visual_features),
             attention_mask=None,
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
             use_cache=False,
         )
-        head, scale = llm.get_output_embeddings(), partial(scale_logits, llm)
-        return label_log_probs(outputs.last_hidden_state, head, labels, position_ids, scale)
+        head, scale_fn = llm.get_output_embeddings(), partial(scale_logits, llm)
+        return label_log_probs(outputs.last_hidden_state, head, labels, position_ids, scale_fn)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save as InternVLChatModel: transformers would write this class into `config.json`."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.config.architectures = [InternVLChatModel.__name__]
+        if kwargs.get("is_main_process", True):
+            self.config.save_pretrained(save_directory)
 
 
 def label_log_probs(
@@ -55,25 +64,31 @@ def label_log_probs(
     head: nn.Module,
     labels: torch.Tensor,
     position_ids: torch.Tensor | None = None,
-    scale: Callable[[torch.Tensor], torch.Tensor] = keep_logits,
+    scale_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Sum over each row of the log-probabilities of its labels, (B,) float32. Arguments as in `token_loss`."""
-    trained = loss_positions(labels, position_ids)
-    log_probs = target_log_probs(head, scale, hidden_states[:, :-1][trained], labels[:, 1:][trained])
-    return log_probs.new_zeros(len(labels)).index_add(0, trained.nonzero()[:, 0], log_probs)
+    """Add up the log-probabilities of the labels of each row.
+
+    The arguments are those of `token_loss`.
+
+    Returns:
+        (B,) float32.
+    """
+    mask = get_loss_mask(labels, position_ids)
+    log_probs = compute_target_log_probs(head, scale_fn, hidden_states[:, :-1][mask], labels[:, 1:][mask])
+    return log_probs.new_zeros(len(labels)).index_add(0, mask.nonzero()[:, 0], log_probs)
 
 
 # -- from log-probabilities to a loss ----------------------------------------------------------------------------------
 
 
 class Rewards(NamedTuple):
-    """What a loss sees of B pairs."""
+    """Rewards of B pairs, and the parameters of the losses."""
 
     chosen: torch.Tensor  # (B,)
     rejected: torch.Tensor  # (B,)
     beta: float
-    smoothing: float  # probability that a pair is the wrong way round
-    shift: torch.Tensor | float  # mean reward so far
+    label_smoothing: float  # probability that chosen and rejected are swapped
+    mean_reward: torch.Tensor | float  # over all answers so far
 
     @property
     def margin(self) -> torch.Tensor:
@@ -81,86 +96,80 @@ class Rewards(NamedTuple):
 
 
 def sigmoid(r: Rewards) -> torch.Tensor:
-    """Direct preference optimisation, Rafailov et al. 2023, arXiv 2305.18290; smoothed as in Mitchell's cDPO note."""
-    return -(1 - r.smoothing) * logsigmoid(r.margin) - r.smoothing * logsigmoid(-r.margin)
+    """Compute the loss of direct preference optimization.
 
-
-def robust(r: Rewards) -> torch.Tensor:
-    """DPO without the bias of wrong pairs, Chowdhury et al. 2024, arXiv 2403.00409."""
-    right, wrong = -logsigmoid(r.margin), -logsigmoid(-r.margin)
-    return ((1 - r.smoothing) * right - r.smoothing * wrong) / (1 - 2 * r.smoothing)
+    Rafailov et al. 2023, arXiv 2305.18290; label smoothing as in Mitchell's note on cDPO.
+    """
+    return -(1 - r.label_smoothing) * logsigmoid(r.margin) - r.label_smoothing * logsigmoid(-r.margin)
 
 
 def hinge(r: Rewards) -> torch.Tensor:
-    """SLiC, Zhao et al. 2023, arXiv 2305.10425, on DPO's rewards."""
+    """Compute the hinge loss (SLiC, Zhao et al. 2023, arXiv 2305.10425)."""
     return torch.relu(1 - r.margin)
 
 
 def ipo(r: Rewards) -> torch.Tensor:
-    """Azar et al. 2023, arXiv 2310.12036; its rewards are means over the tokens of an answer, not sums."""
+    """Compute the IPO loss (Azar et al. 2023, arXiv 2310.12036).
+
+    Its rewards are means over the tokens of an answer, not sums.
+    """
     return ((r.margin - 0.5) / r.beta) ** 2
 
 
-def exo_pair(r: Rewards) -> torch.Tensor:
-    """Ji et al. 2024, arXiv 2402.00856, equation 16: reverse KL to smoothed preferences, of which it needs some."""
-    smoothing = r.smoothing or 1e-3
-    right = r.margin.sigmoid() * (logsigmoid(r.margin) - math.log(1 - smoothing))
-    return right + (-r.margin).sigmoid() * (logsigmoid(-r.margin) - math.log(smoothing))
-
-
-def nca_pair(r: Rewards) -> torch.Tensor:
-    """Noise contrastive alignment, Chen et al. 2024, arXiv 2402.05369."""
-    return -logsigmoid(r.chosen) - 0.5 * (logsigmoid(-r.chosen) + logsigmoid(-r.rejected))
-
-
-def sppo_hard(r: Rewards) -> torch.Tensor:
-    """Self-play preference optimisation with certain preferences, Wu et al. 2024, arXiv 2405.00675."""
-    return ((r.chosen - 0.5) / r.beta) ** 2 + ((r.rejected + 0.5) / r.beta) ** 2
-
-
 def bco_pair(r: Rewards) -> torch.Tensor:
-    """Binary classifier optimisation, Jung et al. 2024, arXiv 2404.04656: a chosen answer is to earn more than the mean
-    reward so far, a rejected one less."""
-    return -logsigmoid(r.chosen - r.shift) - logsigmoid(r.shift - r.rejected)
+    """Compute the loss of binary classifier optimization.
+
+    The reward of a chosen answer should be above the mean of all rewards so far, that of a rejected one below. Jung et
+    al. 2024, arXiv 2404.04656.
+    """
+    return -logsigmoid(r.chosen - r.mean_reward) - logsigmoid(r.mean_reward - r.rejected)
 
 
 LOSSES: dict[str, Callable[[Rewards], torch.Tensor]] = {
-    loss.__name__: loss for loss in (sigmoid, robust, hinge, ipo, exo_pair, nca_pair, sppo_hard, bco_pair)
+    "sigmoid": sigmoid,
+    "hinge": hinge,
+    "ipo": ipo,
+    "bco_pair": bco_pair,
 }
 
 
 class PreferenceLoss:
-    """Weighted sum of losses, plus `rpo_alpha` times the mean cross entropy of the chosen answer.
+    """Weighted sum of losses, and of the chosen answer's cross entropy (`rpo_alpha`).
 
-    `--loss_type sigmoid,bco_pair --rpo_alpha 1` is mixed preference optimisation, Wang et al. 2024, arXiv 2411.10442.
+    `--loss_type sigmoid,bco_pair --rpo_alpha 1` is mixed preference optimization, Wang et al. 2024, arXiv 2411.10442.
 
     Attributes:
-        seen: (2,) float64, sum and number of all rewards so far, on all ranks: BCO's shift is their mean.
+        rewards_seen: (2,) float64, sum and number of all rewards so far, on all ranks.
     """
 
     def __init__(self, data_args: PreferenceDataArguments, args: DPOConfig):
         self.args = args
-        # Losses that never stand in a sum have no weight of their own.
+        # Only the losses that upstream combines have a flag for their weight.
         self.weights = {name: getattr(data_args, f"{name}_loss_weight", 1.0) for name in args.loss_type.split(",")}
-        self.seen = torch.zeros(2, dtype=torch.float64)
+        self.rewards_seen = torch.zeros(2, dtype=torch.float64)
 
     def __call__(
-        self, policy: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor
+        self, policy: torch.Tensor, reference: torch.Tensor, num_loss_tokens: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Log-probabilities and numbers of label tokens, (2B,) each, chosen before rejected -> loss and metrics.
+        """Compute the loss and the metrics of a micro-batch.
+
+        Args:
+            policy, reference: (2B,) log-probabilities of the answers, chosen before rejected.
+            num_loss_tokens: (2B,) tokens of each answer.
 
         Returns:
-            The mean over pairs, 0 if there are none; and of each metric its values, one a pair. Pairs that lack a
-            label, which are empty rows, do not count.
+            The mean loss over pairs, 0 without pairs, and one value per pair and metric. Pairs without labels (empty
+            rows) are not counted.
         """
-        policy, reference, tokens = (side.view(2, -1) for side in (policy, reference, tokens))
-        usable = (tokens > 0).all(0)
-        ratios = policy - reference
+        policy, reference, num_loss_tokens = (side.view(2, -1) for side in (policy, reference, num_loss_tokens))
+        usable = (num_loss_tokens > 0).all(0)  # (B,)
+        log_ratios = policy - reference
         if "ipo" in self.weights:
-            ratios = ratios / tokens.clamp(min=1)
-        rewards = self.args.beta * ratios
-        shift = self._mean_reward(rewards.detach()[:, usable]) if "bco_pair" in self.weights else 0.0
-        r = Rewards(*rewards, self.args.beta, self.args.label_smoothing, shift)
+            log_ratios = log_ratios / num_loss_tokens.clamp(min=1)
+        rewards = self.args.beta * log_ratios
+        mean_reward = self._update_mean_reward(rewards.detach()[:, usable]) if "bco_pair" in self.weights else 0.0
+        chosen, rejected = rewards
+        r = Rewards(chosen, rejected, self.args.beta, self.args.label_smoothing, mean_reward)
         losses = sum(weight * LOSSES[name](r) for name, weight in self.weights.items())
         metrics = {
             "rewards/chosen": r.chosen,
@@ -171,16 +180,16 @@ class PreferenceLoss:
             "logps/rejected": policy[1],
         }
         if self.args.rpo_alpha:
-            metrics["nll_loss"] = nll = -policy[0] / tokens[0].clamp(min=1)
+            metrics["nll_loss"] = nll = -policy[0] / num_loss_tokens[0].clamp(min=1)
             losses = losses + self.args.rpo_alpha * nll
-        # Losses of empty rows are finite, and have no gradient: they need not be cut out of the graph.
+        # Losses of empty rows are finite and have no gradient, so they may stay in the graph.
         loss = (losses * usable).sum() / usable.sum().clamp(min=1)
         return loss, {name: values.detach()[usable] for name, values in metrics.items()}
 
-    def _mean_reward(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Mean of all rewards so far, these included. A collective: all ranks must call it."""
+    def _update_mean_reward(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Return the mean of all rewards so far, these included. A collective."""
         new = torch.stack([rewards.sum().double(), torch.tensor(rewards.numel(), device=rewards.device).double()])
         if dist.is_initialized():
             dist.all_reduce(new)
-        self.seen = self.seen.to(new.device) + new
-        return (self.seen[0] / self.seen[1].clamp(min=1)).float()
+        self.rewards_seen = self.rewards_seen.to(new.device) + new
+        return (self.rewards_seen[0] / self.rewards_seen[1].clamp(min=1)).float()

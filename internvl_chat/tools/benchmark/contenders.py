@@ -1,51 +1,58 @@
-"""Who is measured by `tools/benchmark_step.py`: our chat model, and transformers' own class with peft, with the same
-weights and the same adapters; each takes the same batches and gives a loss."""
+"""Contenders of `tools/benchmark_step.py`: our model, and transformers' class with PEFT.
+
+All have the same weights and adapters, take the same batches and return a loss.
+"""
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import InternVLForConditionalGeneration
 
-from internvl.arguments.training import ModelArguments
-from internvl.model.adapter_io import PEFT_PREFIX
-from internvl.model.hf.adapter import Adapter, to_hf_adapter
-from internvl.model.hf.config import to_hf_config
-from internvl.model.hf.weights import to_hf
+from internvl.arguments.model import ModelArguments
+from internvl.model.hf.adapter import PartAdapter, convert_adapters_to_hf
+from internvl.model.hf.config import convert_config_to_hf
+from internvl.model.hf.weights import convert_weights_to_hf
 from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.lora import PEFT_PREFIX
 from internvl.model.varlen_attention import use_varlen_attention
 from internvl.train.build_model import set_up_gradient_checkpointing
 
-from .sizes import Size, computing_in, image_token_id, random_model
+from .sizes import ModelSize, build_random_model, get_image_token_id, set_default_dtype
 
-PARTS = ("vision_model", "language_model")
+LORA_PARTS = ("vision_model", "language_model")
 
 
 class Contender(NamedTuple):
-    """`build(size, checkpointing, dropout)` gives the model, `loss(model, batch)` its mean loss; how samples are laid:
-    into full rows, or into padded batches of samples of similar length or of any."""
+    """A model with its loss function, and the layout of its batches."""
 
-    build: Callable[[Size, bool, float], nn.Module]
-    loss: Callable[[nn.Module, dict], torch.Tensor]
-    packed: bool = False
-    by_length: bool = False
-    selective: bool = False  # is about which layers compute their activations again
+    build_fn: Callable[[ModelSize, bool, float], nn.Module]  # size, gradient checkpointing, dropout
+    loss_fn: Callable[[nn.Module, dict], torch.Tensor]  # mean loss of a batch
+    packed: bool = False  # packed rows; otherwise padded batches
+    group_by_length: bool = False  # padded batches of samples of similar length
+    needs_checkpointing: bool = False  # measured with gradient checkpointing only
 
 
-def ours(size: Size, checkpointing: bool, dropout: float, every: float = 1) -> InternVLChatModel:
-    """As `train/build.py` makes it for --freeze_{backbone,mlp,llm} True --use_backbone_lora R --use_llm_lora R."""
-    model = random_model(size)
+def build_ours(
+    size: ModelSize, checkpointing: bool, dropout: float, checkpoint_ratio: float = 1.0
+) -> InternVLChatModel:
+    """Build our model as a fine-tuning run with LoRA does.
+
+    The flags are --freeze_backbone True --freeze_mlp True --freeze_llm True --use_backbone_lora R --use_llm_lora R.
+    """
+    model = build_random_model(size)
     use_varlen_attention(model.language_model, packed=True)
-    model = adapted(model, size, dropout)
-    set_up_gradient_checkpointing(model, ModelArguments(grad_checkpoint=checkpointing, checkpoint_every=every))
+    model = freeze_and_add_lora(model, size, dropout)
+    arguments = ModelArguments(grad_checkpoint=checkpointing, grad_checkpoint_ratio=checkpoint_ratio)
+    set_up_gradient_checkpointing(model, arguments)
     return model.train()
 
 
-def adapted(model: InternVLChatModel, size: Size, dropout: float) -> InternVLChatModel:
-    """Frozen, with adapters in both towers."""
+def freeze_and_add_lora(model: InternVLChatModel, size: ModelSize, dropout: float) -> InternVLChatModel:
+    """Freeze the model and add LoRA to vision encoder and LLM."""
     torch.manual_seed(1)
     model.requires_grad_(False)
     model.wrap_backbone_lora(size.rank, 2 * size.rank, dropout)
@@ -53,49 +60,58 @@ def adapted(model: InternVLChatModel, size: Size, dropout: float) -> InternVLCha
     return model
 
 
-def native(size: Size, checkpointing: bool, dropout: float) -> PeftModel:
-    """The same model as transformers' class, and peft's adapters in the same layers with the same numbers.
+def build_transformers(size: ModelSize, checkpointing: bool, dropout: float) -> PeftModel:
+    """Build transformers' InternVL with PEFT, weights and adapters as in ours.
 
-    Where we have one matrix and transformers several, each of these gets an adapter of that rank of its own.
+    Where our model has one fused matrix (QKV) and transformers has several, each of these gets its own adapter of the
+    same rank.
     """
-    source = random_model(size)
+    source = build_random_model(size)
     llm_config = source.config.llm_config
-    config = to_hf_config(source.config, image_token_id(source.config), tied=False)
-    config._attn_implementation = llm_config._attn_implementation or "sdpa"  # flash-attn where we use it
-    with computing_in(size.dtype):
+    config = convert_config_to_hf(source.config, get_image_token_id(source.config), is_tied=False)
+    # flash-attn where our model uses it
+    config._attn_implementation = llm_config._attn_implementation or "sdpa"
+    with set_default_dtype(size.dtype):
         model = InternVLForConditionalGeneration(config)
-    model.load_state_dict(dict(to_hf(source.state_dict(), llm_config)))
-    model.config.use_cache = model.config.text_config.use_cache = False
+    model.load_state_dict(dict(convert_weights_to_hf(source.state_dict(), llm_config)))
+    text_config: Any = model.config.text_config
+    model.config.use_cache = text_config.use_cache = False
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    source = adapted(source, size, dropout)
-    settings, state = to_hf_adapter({part: _adapter(getattr(source, part)) for part in PARTS}, llm_config, config)
-    settings.lora_dropout, settings.inference_mode = dropout, False
-    model = get_peft_model(model, settings)
-    set_peft_model_state_dict(model, state)
+    source = freeze_and_add_lora(source, size, dropout)
+    adapters = {part: _get_adapter(getattr(source, part)) for part in LORA_PARTS}
+    lora_config, state_dict = convert_adapters_to_hf(adapters, llm_config, config)
+    lora_config.lora_dropout, lora_config.inference_mode = dropout, False
+    model = get_peft_model(model, lora_config)
+    set_peft_model_state_dict(model, state_dict)
     return model.train()
 
 
-def _adapter(part: PeftModel) -> Adapter:
+def _get_adapter(part: PeftModel) -> PartAdapter:
     tensors = get_peft_model_state_dict(part)
-    return part.peft_config[part.active_adapter], {name.removeprefix(PEFT_PREFIX): t for name, t in tensors.items()}
+    config = cast(LoraConfig, part.peft_config[part.active_adapter])
+    return config, {name.removeprefix(PEFT_PREFIX): t for name, t in tensors.items()}
 
 
-def our_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+def compute_our_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Return our model's loss of a batch."""
     return model(**batch).loss
 
 
-def native_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    known = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
-    return model(**known, pixel_values=batch["pixel_values"] if len(batch["pixel_values"]) else None).loss
+def compute_transformers_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Return the loss of transformers' class, from the fields it accepts."""
+    inputs = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
+    return model(**inputs, pixel_values=batch["pixel_values"] if len(batch["pixel_values"]) else None).loss
 
 
 CONTENDERS = {
-    "ours, packed": Contender(ours, our_loss, packed=True),
-    "ours, packed, 4 of 5 layers": Contender(partial(ours, every=1.25), our_loss, packed=True, selective=True),
-    "ours, padded by length": Contender(ours, our_loss, by_length=True),
-    "transformers + peft, by length": Contender(native, native_loss, by_length=True),
-    "transformers + peft, shuffled": Contender(native, native_loss),
+    "ours, packed": Contender(build_ours, compute_our_loss, packed=True),
+    "ours, packed, 4 of 5 layers": Contender(
+        partial(build_ours, checkpoint_ratio=0.8), compute_our_loss, packed=True, needs_checkpointing=True
+    ),
+    "ours, padded by length": Contender(build_ours, compute_our_loss, group_by_length=True),
+    "transformers + peft, by length": Contender(build_transformers, compute_transformers_loss, group_by_length=True),
+    "transformers + peft, shuffled": Contender(build_transformers, compute_transformers_loss),
 }
 BASELINE = "transformers + peft, by length"

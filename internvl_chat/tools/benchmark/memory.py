@@ -1,4 +1,4 @@
-"""How the benchmarks measure memory: from a moment on, by `peak_memory` of `train/metrics.py`."""
+"""Peak memory of a benchmark, counted from a chosen moment."""
 
 import ctypes
 import gc
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from internvl.metrics.step_timer import peak_memory
+from internvl.metrics.step_metrics import get_peak_memory
 
 
-def start_counting_memory(device: torch.device) -> int:
-    """Bytes in use; from now on the peak is counted anew."""
+def reset_peak_memory(device: torch.device) -> int:
+    """Reset the peak that `get_peak_memory` reports and return the bytes in use."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
-    return peak_memory(device)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: 5 resets the peak (VmHWM)
+    return get_peak_memory(device)

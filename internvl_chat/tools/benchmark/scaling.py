@@ -1,5 +1,7 @@
-"""Our step on several ranks under DeepSpeed's ZeRO, and what of it is communication: one process a rank, started by
-`tools/benchmark_step.py --scaling` through torchrun."""
+"""Our training step under DeepSpeed ZeRO on several ranks, and its communication.
+
+One process per rank, started by `tools/benchmark_step.py --scaling` through torchrun.
+"""
 
 import json
 import sys
@@ -15,110 +17,139 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.comm import comms_logger, timers
 from torch import nn
 
-from internvl.dist_utils import gather_objects, init_deepspeed, init_dist, rank, world_size
-from internvl.train.param_groups import num_elements as numel
+from internvl.dist_utils import gather_objects, get_rank, get_world_size, init_deepspeed, init_dist
+from internvl.train.param_groups import count_elements
 
-from .contenders import ours
-from .measure import RATE
-from .samples import batches_of, make_samples, plan_of, sizes_of_samples
-from .sizes import SIZES, Size, config_of
-from .traffic import counted
+from .contender_run import LEARNING_RATE
+from .contenders import build_ours
+from .samples import build_batches, draw_sample_lengths, make_random_samples, plan_rows
+from .sizes import MODEL_SIZES, ModelSize, build_config
 
-CONFIGS = Path(__file__).resolve().parents[3] / "zero_stage_configs"
-WARM_UP = 2  # steps that are not counted
-REAL = 8e9  # parameters of the models that ZeRO-3's sizes in the configurations are made for
-SIZES_OF_STAGE_3 = (
+CONFIG_DIR = Path(__file__).resolve().parents[3] / "zero_stage_configs"
+NUM_WARM_UP_STEPS = 2  # excluded from time and communication
+# The size fields of our ZeRO-3 configuration are meant for models of about this many parameters.
+REFERENCE_NUM_PARAMETERS = 8e9
+ZERO3_SIZE_FIELDS = (
     "sub_group_size reduce_bucket_size stage3_prefetch_bucket_size stage3_param_persistence_threshold "
     "stage3_max_live_parameters stage3_max_reuse_distance"
 ).split()
 
 
-def measure_stage(stage: int, size: Size, samples: int, checkpointing: bool) -> dict:
-    """Per step: `seconds`; `alone`, the same without DeepSpeed; `collectives`, the seconds in which this rank waited in
-    one, for others, too (gathers that run beside ZeRO-3's computation count only where it waits on the call); bytes
-    that it moves, as DeepSpeed logs them and as `traffic` counts them: a tensor that ends up, or is added up, on all
-    ranks counts with all its bytes, once.
+def measure_zero_stage(stage: int, size: ModelSize, num_samples: int, checkpointing: bool) -> dict:
+    """Measure the mean step time and communication under a ZeRO stage.
+
+    Returns:
+        Per step: `seconds`; `seconds_without_deepspeed`; `collective_seconds`, in which this rank waited in a
+        collective, also for other ranks (ZeRO-3's asynchronous gathers count only where the rank waits on the call);
+        `logged_bytes` and `expected_bytes`, by collective: the bytes of the full tensors, each counted once.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = steps_of_this_rank(size, samples, device)
+    batches = build_rank_batches(size, num_samples, device)
     with device:
-        model = ours(size, checkpointing, dropout=0.05).to(size.dtype)  # adapters, too, as DeepSpeed has them
-    alone = train(steps, lambda batch: model(**batch).loss.backward(), model.zero_grad)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = {"trained": sum(map(bytes_of, trained)), "weights": sum(map(bytes_of, model.parameters()))}
+        # pyrefly: ignore[bad-argument-type]  # transformers wraps `to`: the checker loses `self`
+        model = build_ours(size, checkpointing, dropout=0.05).to(size.dtype)  # DeepSpeed casts adapters, too
+    seconds_without = time_steps(batches, lambda batch: model(**batch).loss.backward(), model.zero_grad)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, LEARNING_RATE)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=torch.optim.AdamW(trained, RATE), config=settings(stage, model, size)
+        model=model, optimizer=optimizer, config=build_deepspeed_config(stage, model, size)
     )
-    seconds = train(steps, lambda batch: engine.backward(engine(**batch).loss), engine.step)
+    seconds = time_steps(batches, lambda batch: engine.backward(engine(**batch).loss), engine.step)
     comms_logger.enabled = False
-    count = len(steps) - WARM_UP
+    num_steps = len(batches) - NUM_WARM_UP_STEPS
+    log = comms_logger.comms_dict
     return {
         "stage": stage,
-        "steps": count,
-        "seconds": seconds / count,
-        "alone": alone / count,
-        "collectives": sum(timers(name).elapsed() for name in comms_logger.comms_dict) / 1000 / count,
-        "logged": {name: whole(name, sizes) / count for name, sizes in comms_logger.comms_dict.items()},
-        "counted": counted(stage, **weights),
-        "weights": weights,
+        "steps": num_steps,
+        "seconds": seconds / num_steps,
+        "seconds_without_deepspeed": seconds_without / num_steps,
+        "collective_seconds": sum(timers(name).elapsed() for name in log) / 1000 / num_steps,  # timers are in ms
+        "logged_bytes": {name: count_full_tensor_bytes(name, sizes) / num_steps for name, sizes in log.items()},
+        "expected_bytes": count_expected_bytes(stage, model),
     }
 
 
-def bytes_of(parameter: nn.Parameter) -> int:
-    return numel(parameter) * parameter.element_size()
+def count_bytes(parameter: nn.Parameter) -> int:
+    """Count the bytes of a parameter, partitioned by ZeRO-3 or not."""
+    return count_elements(parameter) * parameter.element_size()
 
 
-def steps_of_this_rank(size: Size, samples: int, device: torch.device) -> list[dict]:
-    """A row for each step, all of which have one on every rank.
+def count_expected_bytes(stage: int, model: nn.Module) -> dict[str, int]:
+    """Count the bytes of full tensors per collective in a step.
+
+    ZeRO-1 and -2 all-reduce full gradients (DeepSpeed 0.19, for either value of `reduce_scatter`) and gather the new
+    weights. ZeRO-3 gathers all weights in the forward pass and again in the backward pass; recomputed layers share the
+    latter gather. Small weights that stay gathered, and weights gathered more often, are not modeled.
+    """
+    all_bytes = sum(map(count_bytes, model.parameters()))
+    trainable_bytes = sum(count_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    if stage < 3:
+        return {"all_reduce": trainable_bytes, "all_gather_into_tensor": trainable_bytes}
+    return {"all_gather_into_tensor": 2 * all_bytes, "reduce_scatter_tensor": trainable_bytes}
+
+
+def build_rank_batches(size: ModelSize, num_samples: int, device: torch.device) -> list[dict]:
+    """Build this rank's packed rows, one per step, on the device.
 
     Raises:
-        ValueError: too few samples for steps behind the warm-up.
+        ValueError: too few samples for a step after the warm-up.
     """
-    config = config_of(size)
-    lengths = sizes_of_samples(config, samples)
-    plan = plan_of(config, lengths, packed=True, by_length=False, world_size=world_size())
-    plan = replace(plan, steps=plan.steps[(plan.steps >= 0).all(axis=(1, 2, 3))])
-    if len(plan) <= WARM_UP:
-        raise ValueError(f"{samples} samples fill {len(plan)} steps, of which {WARM_UP} are not counted: take more")
-    batches = [batch for (batch,) in batches_of(plan, make_samples(config, lengths, size.dtype), rank())]
+    config = build_config(size)
+    lengths = draw_sample_lengths(config, num_samples)
+    plan = plan_rows(config, lengths, packed=True, group_by_length=False, world_size=get_world_size())
+    plan = replace(plan, steps=plan.steps[(plan.steps >= 0).all(axis=(1, 2, 3))])  # every rank has a row
+    if len(plan) <= NUM_WARM_UP_STEPS:
+        raise ValueError(
+            f"{num_samples} samples make {len(plan)} steps, expected more than the {NUM_WARM_UP_STEPS} of the warm-up: "
+            "increase --samples."
+        )
+    batches = [batch for (batch,) in build_batches(plan, make_random_samples(config, lengths, size.dtype), get_rank())]
     return [{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()} for batch in batches]
 
 
-def train(batches: list[dict], backward: Callable, step: Callable) -> float:
-    """Seconds for all batches but the first few; what was logged about those is forgotten."""
+def time_steps(batches: list[dict], backward_fn: Callable, step_fn: Callable) -> float:
+    """Measure the seconds of all steps after the warm-up.
+
+    The communication log is reset after the warm-up, too.
+    """
+    start = 0.0
     for number, batch in enumerate(batches):
-        if number == WARM_UP:
+        if number == NUM_WARM_UP_STEPS:
             for name in comms_logger.comms_dict:
                 timers(name).reset()
             comms_logger.reset_data()
-            start = all_there()
-        backward(batch)
-        step()
-    return all_there() - start
+            start = wait_for_all_ranks()
+        backward_fn(batch)
+        step_fn()
+    return wait_for_all_ranks() - start
 
 
-def all_there() -> float:
-    """The time when every rank, and its GPU, is done."""
+def wait_for_all_ranks() -> float:
+    """Wait for all ranks and their GPUs, then return the time."""
     get_accelerator().synchronize()
     dist.barrier()
     return time.perf_counter()
 
 
-def whole(name: str, sizes: dict) -> int:
-    """Bytes of the whole tensors; of what is gathered, the log has a rank's part."""
-    logged = sum(size * found[0] for size, found in sizes.items())
-    return logged * world_size() if "gather" in name else logged
+def count_full_tensor_bytes(collective: str, sizes: dict) -> int:
+    """Count the bytes of the full tensors in DeepSpeed's log.
+
+    Args:
+        sizes: message size in bytes -> [count, ...]. For gathers, DeepSpeed logs the size of a rank's partition.
+    """
+    logged_bytes = sum(size * entry[0] for size, entry in sizes.items())
+    return logged_bytes * get_world_size() if "gather" in collective else logged_bytes
 
 
-def settings(stage: int, model: nn.Module, size: Size) -> dict:
-    """Our configuration of that stage; sizes are to ZeRO-3 what they are to a real model."""
-    config = json.loads((CONFIGS / f"zero_stage{stage}_config.json").read_text())
+def build_deepspeed_config(stage: int, model: nn.Module, size: ModelSize) -> dict:
+    """Load our configuration of a ZeRO stage, scaled to the model's size."""
+    config = json.loads((CONFIG_DIR / f"zero_stage{stage}_config.json").read_text())
     del config["optimizer"]
-    share = min(1.0, sum(map(numel, model.parameters())) / REAL)
+    scale = min(1.0, sum(map(count_elements, model.parameters())) / REFERENCE_NUM_PARAMETERS)
     zero = config["zero_optimization"]
-    zero |= {name: int(zero[name] * share) for name in SIZES_OF_STAGE_3 if stage == 3 and name in zero}
+    zero |= {name: int(zero[name] * scale) for name in ZERO3_SIZE_FIELDS if stage == 3 and name in zero}
     return config | {
-        "train_batch_size": world_size(),
+        "train_batch_size": get_world_size(),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
@@ -133,8 +164,8 @@ if __name__ == "__main__":
     task = json.loads(sys.argv[1])
     init_dist()
     init_deepspeed()
-    found = measure_stage(task["stage"], SIZES[task["size"]], task["samples"], task["checkpointing"])
-    everywhere = gather_objects(found)
-    if rank() == 0:
-        print(json.dumps(everywhere))
+    result = measure_zero_stage(task["stage"], MODEL_SIZES[task["size"]], task["num_samples"], task["checkpointing"])
+    results = gather_objects(result)
+    if get_rank() == 0:
+        print(json.dumps(results))
     dist.destroy_process_group()

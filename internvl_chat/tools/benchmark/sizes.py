@@ -1,4 +1,4 @@
-"""The sizes of model that `tools/benchmark_step.py` measures, and the random model of each."""
+"""Model sizes of `tools/benchmark_step.py` and random models of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,19 +9,19 @@ import torch
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
 
-TILE_TOKENS = 256  # of published models: what is counted in tokens shrinks as a tile does
-ROW_TOKENS, ROW_TILES = 8192, 40
-SPECIAL = 16  # ids at the end of a vocabulary that no text has; the last is the image token
+TILE_TOKENS = 256  # image tokens per tile of the published models
+ROW_TOKENS, ROW_TILES = 8192, 40  # limits of a packed row for the published models
+NUM_RESERVED_IDS = 16  # at the end of the vocabulary, never drawn as text; the last one is the image token
 
 
-class Size(NamedTuple):
-    """Fields of the configurations, what is computed in, rank of the adapters in both towers, samples of a pass."""
+class ModelSize(NamedTuple):
+    """Configuration fields, data type, LoRA rank and samples per pass."""
 
     vision: dict
     llm: dict
     dtype: torch.dtype
-    rank: int
-    samples: int
+    rank: int  # of the adapters in the vision encoder and in the LLM
+    num_samples: int
 
 
 VIT_300M = {
@@ -69,53 +69,59 @@ INTERNLM_7B = INTERNLM_1_8B | {
 }
 
 
-def _small(width: int, layers: int, vocabulary: int, side: int) -> tuple[dict, dict]:
-    """InternVL2.5-1B's shapes, scaled to a width that both towers have; heads of 32 and 64 channels."""
-    vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    vision |= {"num_attention_heads": width // 32, "image_size": side}
-    llm = {"hidden_size": width, "intermediate_size": width * 4864 // 896, "num_hidden_layers": layers}
-    llm |= {"num_attention_heads": max(2, width // 64), "num_key_value_heads": 1, "vocab_size": vocabulary}
+def _scale_down(hidden_size: int, num_layers: int, vocab_size: int, image_size: int) -> tuple[dict, dict]:
+    """Scale InternVL2.5-1B to one hidden size for vision encoder and LLM.
+
+    Attention heads have 32 channels in the vision encoder and 64 in the LLM. The MLPs keep their width relative to
+    the hidden size.
+    """
+    vision = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": num_layers}
+    vision |= {"num_attention_heads": hidden_size // 32, "image_size": image_size}
+    llm = {"hidden_size": hidden_size, "intermediate_size": hidden_size * 4864 // 896, "num_hidden_layers": num_layers}
+    llm |= {"num_attention_heads": max(2, hidden_size // 64), "num_key_value_heads": 1, "vocab_size": vocab_size}
     return VIT_300M | vision, QWEN_05B | llm
 
 
-SIZES = {
-    "test": Size(*_small(64, 2, 1024, 56), torch.float32, 2, 24),
-    "tiny": Size(*_small(256, 12, 32768, 168), torch.float32, 8, 48),
-    "1b": Size(VIT_300M, QWEN_05B, torch.bfloat16, 16, 512),
-    "2b": Size(VIT_300M, INTERNLM_1_8B, torch.bfloat16, 16, 512),
-    "8b": Size(VIT_300M, INTERNLM_7B, torch.bfloat16, 16, 256),
+MODEL_SIZES = {
+    "test": ModelSize(*_scale_down(64, 2, 1024, 56), torch.float32, 2, 24),
+    "tiny": ModelSize(*_scale_down(256, 12, 32768, 168), torch.float32, 8, 48),
+    "1b": ModelSize(VIT_300M, QWEN_05B, torch.bfloat16, 16, 512),
+    "2b": ModelSize(VIT_300M, INTERNLM_1_8B, torch.bfloat16, 16, 512),
+    "8b": ModelSize(VIT_300M, INTERNLM_7B, torch.bfloat16, 16, 256),
 }
 
 
-def config_of(size: Size) -> InternVLChatConfig:
-    side = size.vision["image_size"]
-    fields = {"force_image_size": side, "ps_version": "v2", "template": "internvl2_5"}
+def build_config(size: ModelSize) -> InternVLChatConfig:
+    """Build the chat model's configuration of a size."""
+    fields = {"force_image_size": size.vision["image_size"], "ps_version": "v2", "template": "internvl2_5"}
     return InternVLChatConfig(vision_config=dict(size.vision), llm_config=dict(size.llm), **fields)
 
 
-def image_token_id(config: InternVLChatConfig) -> int:
+def get_image_token_id(config: InternVLChatConfig) -> int:
+    """Return the id of the image token, the last of the vocabulary."""
     return config.llm_config.vocab_size - 1
 
 
-def row_tokens(config: InternVLChatConfig) -> int:
+def get_max_row_tokens(config: InternVLChatConfig) -> int:
+    """Return the tokens of a full row, scaled by tokens per tile."""
     return ROW_TOKENS * count_image_tokens(config) // TILE_TOKENS
 
 
 @contextmanager
-def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """New weights are of this type."""
-    before = torch.get_default_dtype()
+def set_default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Create new parameters in `dtype` inside the context."""
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous)
 
 
-def random_model(size: Size, seed: int = 0) -> InternVLChatModel:
-    """The chat model with weights drawn by `seed`, on torch's current device."""
+def build_random_model(size: ModelSize, seed: int = 0) -> InternVLChatModel:
+    """Build the chat model with random weights on torch's current device."""
     torch.manual_seed(seed)
-    with computing_in(size.dtype):
-        model = InternVLChatModel(config_of(size))
-    model.img_context_token_id = image_token_id(model.config)
+    with set_default_dtype(size.dtype):
+        model = InternVLChatModel(build_config(size))
+    model.img_context_token_id = get_image_token_id(model.config)
     return model

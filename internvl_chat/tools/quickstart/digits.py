@@ -1,14 +1,15 @@
-"""The quickstart's data: real scans of handwritten digits as conversations, plain and with changed looks.
+"""Draw handwritten digits as images and conversations, the data of the quickstart.
 
-First stage of shell/quickstart.sh; everything is decided by the seed. Writes to FOLDER
+The seed decides every byte. Files in the output folder:
 
-    {plain,shifted}/0000_0.png ...              scan number and copy
-    {plain,shifted}_{train,heldout}.jsonl       one conversation a line
+    {plain,shifted}/0000_0.png ...              number of the scan, number of the copy
+    {plain,shifted}_{train,heldout}.jsonl       annotations, one conversation per line
     {plain,shifted}_train.json                  meta files for --meta_path
 
-Plain is dark ink on white paper. Shifted is the same scan as chalk on a patterned slate, turned by 90 degrees. The
-split is made over scans, so that no held-out scan is ever trained on in either look. A scan to train on is drawn in
-several copies: the first as it is, the others moved a little, each with its own question and pattern.
+The domain "plain" is dark ink on white paper. "shifted" is the same scan as chalk on a patterned slate, rotated by 90
+degrees. Scans are split before they are drawn, so no held-out scan is in the training data of either domain. A training
+scan is drawn in several copies: the first as it is, the others moved by some pixels, each with its own question and
+pattern.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 SEED = 0
-HELD_OUT = 500
-SIDE = 112  # pixels of a picture; 14 to each of the scan's 8 x 8
-COPIES = {"train": 4, "heldout": 1}
-MOVE = 10  # most pixels that a copy is moved by, in each direction
-# (question, answer): the wording asks for the form of the answer.
+NUM_HELD_OUT = 500
+IMAGE_SIZE = 112  # pixels of a side, 14 for each of the scan's 8
+NUM_COPIES = {"train": 4, "heldout": 1}
+MAX_OFFSET = 10  # pixels by which a copy is moved at most, in each direction
+# (question, answer): the wording of the question decides the form of the answer.
 PHRASES = (
     ("Which digit is this?", "{}"),
     ("What number do you see?", "{}"),
@@ -33,28 +34,41 @@ PHRASES = (
 )
 
 
-def split(count: int, seed: int = SEED) -> dict[str, np.ndarray]:
-    """Scan numbers of `train` and `heldout`, each sorted; together all of `count`, without overlap."""
-    order = np.random.default_rng(seed).permutation(count)
-    return {"train": np.sort(order[HELD_OUT:]), "heldout": np.sort(order[:HELD_OUT])}
+def split_scans(num_scans: int, seed: int = SEED) -> dict[str, np.ndarray]:
+    """Split scan numbers into `train` and `heldout`, each sorted."""
+    order = np.random.default_rng(seed).permutation(num_scans)
+    return {"train": np.sort(order[NUM_HELD_OUT:]), "heldout": np.sort(order[:NUM_HELD_OUT])}
 
 
-def ink(scan: np.ndarray, right: int, down: int) -> np.ndarray:
-    """(8, 8) counts 0..16 -> (SIDE, SIDE) smooth ink in [0, 1], moved by so many pixels."""
-    picture = Image.fromarray((scan / 16 * 255).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    wide = np.pad(np.asarray(picture, dtype=np.float32) / 255, MOVE)
-    return wide[MOVE - down :, MOVE - right :][:SIDE, :SIDE]
+def enlarge(scan: np.ndarray, right: int, down: int) -> np.ndarray:
+    """Scale a scan to the image size and move it.
+
+    Args:
+        scan: (8, 8), values from 0 to 16.
+        right, down: offset in pixels.
+
+    Returns:
+        (IMAGE_SIZE, IMAGE_SIZE) float32, the amount of ink in [0, 1].
+    """
+    image = Image.fromarray((scan / 16 * 255).astype(np.uint8)).resize(
+        (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC
+    )
+    padded = np.pad(np.asarray(image, dtype=np.float32) / 255, MAX_OFFSET)
+    return padded[MAX_OFFSET - down :, MAX_OFFSET - right :][:IMAGE_SIZE, :IMAGE_SIZE]
 
 
-def plain(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Dark ink on white paper, (SIDE, SIDE) uint8."""
+def draw_plain(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw dark ink on white paper, (IMAGE_SIZE, IMAGE_SIZE) uint8."""
     return (255 * (1 - ink)).astype(np.uint8)
 
 
-def shifted(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Inverted, turned and textured: chalk on a slate with two gratings of random direction, phase and wavelength."""
-    y, x = np.mgrid[:SIDE, :SIDE]
-    slate = np.full((SIDE, SIDE), 70.0)
+def draw_shifted(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw rotated chalk on a slate, (IMAGE_SIZE, IMAGE_SIZE) uint8.
+
+    The slate's pattern is the sum of two gratings of random direction, phase and wavelength.
+    """
+    y, x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
+    slate = np.full((IMAGE_SIZE, IMAGE_SIZE), 70.0)
     for _ in range(2):
         angle, phase = rng.uniform(0, 2 * np.pi, 2)
         wavelength = rng.uniform(10, 40)
@@ -63,46 +77,56 @@ def shifted(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(slate + (250 - slate) * chalk, 0, 255).astype(np.uint8)
 
 
-LOOKS = {"plain": plain, "shifted": shifted}
+DOMAINS = {"plain": draw_plain, "shifted": draw_shifted}
 
 
-def conversation(image: str, digit: int, rng: np.random.Generator) -> dict:
+def make_record(image: str, digit: int, rng: np.random.Generator) -> dict:
+    """Make a conversation about an image, with a random question."""
     question, answer = PHRASES[rng.integers(len(PHRASES))]
     turns = [("human", f"<image>\n{question}"), ("gpt", answer.format(digit))]
-    return {"image": image, "digit": digit, "conversations": [{"from": who, "value": text} for who, text in turns]}
+    return {"image": image, "digit": digit, "conversations": [{"from": role, "value": text} for role, text in turns]}
 
 
-def draw(folder: Path, look: str, number: int, copy: int, scan: np.ndarray, digit: int, seed: int) -> dict:
-    """Write one picture; return its conversation. Both looks of a copy share the question and the move."""
+def write_sample(folder: Path, domain: str, number: int, copy: int, scan: np.ndarray, digit: int, seed: int) -> dict:
+    """Write an image and return its conversation.
+
+    A copy has the same question and offset in both domains.
+    """
     rng = np.random.default_rng((seed, number, copy))
-    image = f"{look}/{number:04d}_{copy}.png"
-    record = conversation(image, int(digit), rng)
-    right, down = rng.integers(-MOVE, MOVE + 1, 2) if copy else (0, 0)
-    Image.fromarray(LOOKS[look](ink(scan, right, down), rng)).save(folder / image, compress_level=1)
+    image = f"{domain}/{number:04d}_{copy}.png"
+    record = make_record(image, int(digit), rng)
+    right, down = rng.integers(-MAX_OFFSET, MAX_OFFSET + 1, 2) if copy else (0, 0)
+    pixels = DOMAINS[domain](enlarge(scan, right, down), rng)
+    Image.fromarray(pixels).save(folder / image, compress_level=1)
     return record
 
 
-def write(folder: Path, seed: int = SEED) -> None:
-    """Write pictures, conversations and meta files; the same bytes for the same seed."""
+def write_dataset(folder: Path, seed: int = SEED) -> None:
+    """Write images, annotations and meta files of both domains."""
     scans, digits = load_digits(return_X_y=True)
     scans = scans.reshape(-1, 8, 8)
-    for look in LOOKS:
-        (folder / look).mkdir(parents=True, exist_ok=True)
-        for part, numbers in split(len(scans), seed).items():
-            copies = range(COPIES[part])
-            records = [draw(folder, look, n, copy, scans[n], digits[n], seed) for n in numbers for copy in copies]
-            (folder / f"{look}_{part}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        annotation = folder / f"{look}_train.jsonl"
+    for domain in DOMAINS:
+        (folder / domain).mkdir(parents=True, exist_ok=True)
+        for split, numbers in split_scans(len(scans), seed).items():
+            copies = range(NUM_COPIES[split])
+            records = [
+                write_sample(folder, domain, number, copy, scans[number], digits[number], seed)
+                for number in numbers
+                for copy in copies
+            ]
+            (folder / f"{domain}_{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            print(f"{domain}_{split}.jsonl: {len(records)} samples", flush=True)
+        annotation = folder / f"{domain}_train.jsonl"
         entry = {"root": str(folder), "annotation": str(annotation), "data_augment": False, "repeat_time": 1}
-        (folder / f"{look}_train.json").write_text(json.dumps({f"digits_{look}": entry}, indent=2))
+        (folder / f"{domain}_train.json").write_text(json.dumps({f"digits_{domain}": entry}, indent=2))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="folder for images and annotations")
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args()
-    write(args.folder.resolve(), args.seed)
+    write_dataset(args.folder.resolve(), args.seed)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""How well a model reads held-out digits, asked through `batch_chat` as a user would ask it.
+"""Measure how many held-out digits a model reads, through `batch_chat`.
 
-A stage of shell/quickstart.sh after each training. An answer counts if the whole of it is what was asked for: "7", or
-"The digit is 7." Writes all answers, so that two models can be compared scan by scan.
+An answer is correct if it is only the right digit ("7") or the sentence "The digit is 7." All answers are saved to
+compare models scan by scan.
 """
 
 import argparse
 import json
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,53 +16,55 @@ from internvl.data.images import build_transform, dynamic_preprocess, load_image
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
 
-ANSWER = re.compile(r"(?:The digit is )?([0-9])\.?")
-SETTINGS = {"max_new_tokens": 12, "do_sample": False}
-BATCH = 50
-SPOT_CHECKS = 3
+ANSWER_PATTERN = re.compile(r"(?:The digit is )?([0-9])\.?")
+GENERATION_CONFIG = {"max_new_tokens": 12, "do_sample": False}
+BATCH_SIZE = 50
+NUM_CHAT_CHECKS = 3
 
 
-def parse(answer: str) -> int | None:
-    """The digit that an answer names; None if it says anything else."""
-    match = ANSWER.fullmatch(answer)
+def parse_digit(answer: str) -> int | None:
+    """Return the digit of an answer, or None for any other answer."""
+    match = ANSWER_PATTERN.fullmatch(answer)
     return int(match[1]) if match else None
 
 
-def tiles_of(config) -> Callable[[Path], torch.Tensor]:
-    """Image file -> tiles (T, 3, S, S), cut as the model was trained."""
+def load_tiles(path: Path, config) -> torch.Tensor:
+    """Load an image as preprocessed tiles, (T, 3, S, S)."""
     size = config.force_image_size
-    most = config.max_dynamic_patch if config.dynamic_image_size else 1
+    max_tiles = config.max_dynamic_patch if config.dynamic_image_size else 1
     transform = build_transform(is_train=False, input_size=size, pad2square=config.pad2square)
-
-    def read(path: Path) -> torch.Tensor:
-        image = load_image(str(path))
-        tiles = dynamic_preprocess(image, config.min_dynamic_patch, most, size, config.use_thumbnail)
-        return torch.stack([transform(tile) for tile in tiles])
-
-    return read
+    tiles = dynamic_preprocess(load_image(str(path)), config.min_dynamic_patch, max_tiles, size, config.use_thumbnail)
+    return torch.stack([transform(tile) for tile in tiles])
 
 
-def ask(model: InternVLChatModel, tokenizer, annotation: Path) -> dict:
-    """Answers to all questions of an annotation file, whose images lie beside it.
+def evaluate(model: InternVLChatModel, tokenizer, annotation: Path) -> dict:
+    """Answer all questions of an annotation file.
 
-    `chat_agrees` counts those of the first questions to which `chat`, asked one by one, answers as `batch_chat` did.
+    Images are relative to the file's folder. `num_chat_matches` counts for the first questions how often `chat`, one
+    at a time, gives the same answer as `batch_chat`.
     """
     records = [json.loads(line) for line in annotation.read_text().splitlines()]
-    read, answers, alone, start = tiles_of(model.config), [], [], time.monotonic()
-    for first in range(0, len(records), BATCH):
-        batch = records[first : first + BATCH]
-        questions = [record["conversations"][0]["value"] for record in batch]
-        tiles = [read(annotation.parent / record["image"]).to(model.device, model.dtype) for record in batch]
-        counts = [len(images) for images in tiles]
-        answers += model.batch_chat(tokenizer, torch.cat(tiles), questions, SETTINGS, num_patches_list=counts)
-        if first == 0:
-            checks = zip(tiles[:SPOT_CHECKS], questions, strict=False)
-            alone = [model.chat(tokenizer, images, question, SETTINGS) for images, question in checks]
     digits = [record["digit"] for record in records]
+    answers, chat_answers, num_correct, start = [], [], 0, time.monotonic()
+    for first in range(0, len(records), BATCH_SIZE):
+        batch = records[first : first + BATCH_SIZE]
+        questions = [record["conversations"][0]["value"] for record in batch]
+        paths = [annotation.parent / record["image"] for record in batch]
+        images = [load_tiles(path, model.config).to(model.device, model.dtype) for path in paths]
+        num_tiles = [len(tiles) for tiles in images]
+        answers += model.batch_chat(
+            tokenizer, torch.cat(images), questions, GENERATION_CONFIG, num_patches_list=num_tiles
+        )
+        if first == 0:
+            checks = zip(images[:NUM_CHAT_CHECKS], questions, strict=False)
+            chat_answers = [model.chat(tokenizer, tiles, question, GENERATION_CONFIG) for tiles, question in checks]
+        num_correct = sum(parse_digit(answer) == digit for answer, digit in zip(answers, digits, strict=False))
+        seconds = time.monotonic() - start
+        print(format_progress(annotation.stem, len(answers), len(records), num_correct, seconds), flush=True)
     return {
-        "correct": sum(parse(answer) == digit for answer, digit in zip(answers, digits, strict=True)),
+        "correct": num_correct,
         "total": len(records),
-        "chat_agrees": sum(a == b for a, b in zip(alone, answers, strict=False)),
+        "num_chat_matches": sum(a == b for a, b in zip(chat_answers, answers, strict=False)),
         "seconds": round(time.monotonic() - start, 1),
         "images": [record["image"] for record in records],
         "digits": digits,
@@ -71,19 +72,26 @@ def ask(model: InternVLChatModel, tokenizer, annotation: Path) -> dict:
     }
 
 
+def format_progress(name: str, num_answers: int, total: int, num_correct: int, seconds: float) -> str:
+    """Format a progress line, which shell/quickstart.sh shows."""
+    minutes_left, seconds_left = divmod(round(seconds / num_answers * (total - num_answers)), 60)
+    accuracy = num_correct / num_answers
+    return f"{name} question {num_answers}/{total}  accuracy {accuracy:.1%}  left {minutes_left}:{seconds_left:02}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder of the checkpoint")
+    parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("output", type=Path, help="JSON file for the answers, by name of the annotation file")
-    parser.add_argument("annotations", type=Path, nargs="+", help="JSONL files of conversations about digits")
+    parser.add_argument("annotations", type=Path, nargs="+", help="annotation files (JSONL) about digits")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(args.model)
     model = InternVLChatModel.from_pretrained(args.model, dtype=torch.bfloat16).eval().to(device)
-    answers = {annotation.stem: ask(model, tokenizer, annotation) for annotation in args.annotations}
-    args.output.write_text(json.dumps(answers))
-    for name, found in answers.items():
-        print(f"{args.model} on {name}: {found['correct']} of {found['total']} right in {found['seconds']} s")
+    results = {annotation.stem: evaluate(model, tokenizer, annotation) for annotation in args.annotations}
+    args.output.write_text(json.dumps(results))
+    for name, result in results.items():
+        print(f"{args.model}, {name}: {result['correct']} of {result['total']} correct in {result['seconds']} s")
 
 
 if __name__ == "__main__":

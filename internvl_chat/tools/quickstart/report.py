@@ -1,7 +1,7 @@
-"""What came out of the quickstart: a table on the terminal, results.json, and report.html, which stands alone.
+"""Report the quickstart's results: a table, results.json and report.html.
 
-Last stage of shell/quickstart.sh. Reads what the stages left in its FOLDER: `done/STAGE` (seconds),
-`answers_MODEL.json` and `models/MODEL` (loss curve, adapters).
+Reads what the stages have written to the quickstart's folder: `done/STAGE` (seconds), `answers_MODEL.json` and
+`models/MODEL` (losses, adapters).
 """
 
 import argparse
@@ -9,80 +9,86 @@ import json
 import math
 from pathlib import Path
 
-from page import page
+from page import render_page
 
-# (model, looks to report, what it is)
-MODELS = (
+# (model, domain of the held-out digits, title)
+ROWS = (
     ("base", "plain", "base"),
     ("base", "shifted", "base"),
-    ("adapted", "shifted", "+ both adapters"),
+    ("adapted", "shifted", "base + LoRA"),
     ("merged", "shifted", "merged"),
-    ("vision_alone", "shifted", "+ vision adapters alone"),
-    ("language_alone", "shifted", "+ language adapters alone"),
-    ("adapted", "plain", "+ both adapters"),
+    ("vision_only", "shifted", "base + LoRA, vision encoder only"),
+    ("llm_only", "shifted", "base + LoRA, LLM only"),
+    ("adapted", "plain", "base + LoRA"),
 )
-PICTURES = 30
-COLUMNS = ("model", "digits", "read", "95 % interval", "stage", "adapters")
+COLUMNS = ("model", "digits", "accuracy", "95% interval", "time", "adapters")
+NUM_EXAMPLES = 30
 
 
-def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a share; never outside [0, 1], not empty at 0 or 1."""
+def compute_wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Compute Wilson's score interval of a proportion, 95% by default."""
     share, spread = correct / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    center = (share + spread / 2) / (1 + spread)
+    half_width = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
-def read(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """Read a JSON file."""
     return json.loads(path.read_text())
 
 
-def loss_curve(model: Path) -> list[tuple[int, float]]:
-    history = read(model / "trainer_state.json")["log_history"]
+def read_losses(model_dir: Path) -> list[tuple[int, float]]:
+    """Read (step, loss) of a training run."""
+    history = read_json(model_dir / "trainer_state.json")["log_history"]
     return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
 
 
-def row(folder: Path, model: str, look: str, title: str, answers: dict) -> dict:
-    """One line of the table."""
-    found = answers[f"{look}_heldout"]
-    low, high = wilson(found["correct"], found["total"])
+def build_row(folder: Path, model: str, domain: str, title: str, answers: dict) -> dict:
+    """Build one row of the table."""
+    result = answers[f"{domain}_heldout"]
     adapters = folder.glob(f"models/{model}/*/adapter_model.safetensors")
     return {
         "model": model,
-        "look": look,
+        "domain": domain,
         "title": title,
-        "correct": found["correct"],
-        "total": found["total"],
-        "accuracy": found["correct"] / found["total"],
-        "interval": [low, high],
+        "correct": result["correct"],
+        "total": result["total"],
+        "accuracy": result["correct"] / result["total"],
+        "interval": list(compute_wilson_interval(result["correct"], result["total"])),
         "seconds": int((folder / "done" / model).read_text()),
         "adapter_bytes": sum(path.stat().st_size for path in adapters),
     }
 
 
-def collect(folder: Path) -> dict:
-    """Everything that is reported. Models without answers (made by --compare only) are left out."""
+def collect_results(folder: Path) -> dict:
+    """Collect everything that is reported.
+
+    Models without answers, which only --compare makes, are left out.
+    """
     answers = {
-        path.stem.removeprefix("answers_"): read(path)
+        path.stem.removeprefix("answers_"): read_json(path)
         for path in folder.glob("answers_*.json")
         if (folder / "done" / path.stem.removeprefix("answers_")).exists()
     }
     before, after, merged = (answers[model]["shifted_heldout"] for model in ("base", "adapted", "merged"))
-    shown = zip(before["images"], before["digits"], before["answers"], after["answers"], strict=True)
+    examples = zip(before["images"], before["digits"], before["answers"], after["answers"], strict=True)
+    fields = ("image", "digit", "before", "after")
     return {
-        "rows": [row(folder, model, look, title, answers[model]) for model, look, title in MODELS if model in answers],
-        "merged_differs": sum(a != b for a, b in zip(after["answers"], merged["answers"], strict=True)),
-        "losses": {model: loss_curve(folder / "models" / model) for model in ("base", "adapted")},
-        "pictures": [dict(zip(("image", "digit", "before", "after"), four, strict=True)) for four in shown][:PICTURES],
+        "rows": [build_row(folder, *row, answers[row[0]]) for row in ROWS if row[0] in answers],
+        "num_merged_differences": sum(a != b for a, b in zip(after["answers"], merged["answers"], strict=True)),
+        "losses": {model: read_losses(folder / "models" / model) for model in ("base", "adapted")},
+        "examples": [dict(zip(fields, example, strict=True)) for example in examples][:NUM_EXAMPLES],
         "seconds": sum(int(path.read_text()) for path in (folder / "done").iterdir() if path.name != "version"),
     }
 
 
-def cells(row: dict) -> tuple[str, ...]:
+def format_row(row: dict) -> tuple[str, ...]:
+    """Format a row's cells, in the order of COLUMNS."""
     low, high = row["interval"]
     return (
         row["title"],
-        row["look"],
+        row["domain"],
         f"{row['accuracy']:.1%}",
         f"{low:.1%} - {high:.1%}",
         f"{row['seconds']} s",
@@ -90,9 +96,8 @@ def cells(row: dict) -> tuple[str, ...]:
     )
 
 
-def table(results: dict) -> str:
-    """The rows as text, columns aligned."""
-    lines = [COLUMNS, *map(cells, results["rows"])]
+def format_table(lines: list[tuple[str, ...]]) -> str:
+    """Align the columns of a table."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
     return "\n".join(rows)
@@ -102,13 +107,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="OUTPUT_DIR of shell/quickstart.sh")
     folder = parser.parse_args().folder
-    results = collect(folder)
+    results = collect_results(folder)
+    lines = [COLUMNS, *map(format_row, results["rows"])]
     (folder / "results.json").write_text(json.dumps(results, indent=1))
-    (folder / "report.html").write_text(page(results, [COLUMNS, *map(cells, results["rows"])], folder / "data"))
-    held_out = results["rows"][0]["total"]
-    print(f"\n{table(results)}\n")
-    print(f"Answers that differ between adapters and merged weights: {results['merged_differs']} of {held_out}")
-    print(f"All stages together: {results['seconds']} s\nReport: {folder / 'report.html'}")
+    (folder / "report.html").write_text(render_page(results, lines, folder / "data"))
+    total = results["rows"][0]["total"]
+    print(f"\n{format_table(lines)}\n")
+    print(f"Merged weights and adapters: {results['num_merged_differences']} of {total} answers differ")
+    print(f"All stages: {results['seconds']} s")
+    print(f"Report: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

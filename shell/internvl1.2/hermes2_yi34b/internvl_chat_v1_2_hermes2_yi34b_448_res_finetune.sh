@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL-Chat-V1.2 (InternViT-6B + Nous-Hermes-2-Yi-34B): everything trains.
+# InternVL-Chat-V1.2 (InternViT-6B + Nous-Hermes-2-Yi-34B): full fine-tuning of all parts.
 CLUSTER_GPUS=64
 : "${META_PATH:=shell/data/internvl_1_2_finetune.json}" "${BATCH_SIZE:=512}" "${PER_DEVICE_BATCH_SIZE:=8}"
 FLAGS="

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Mini-InternVL-Chat-2B-V1.5 (InternViT-300M + InternLM2-1.8B): the language model and the projector train.
+# Mini-InternVL-Chat-2B-V1.5 (InternViT-300M + InternLM2-1.8B): full fine-tuning of the LLM and the projector.
 : "${MODEL_PATH:=./pretrained/Mini-InternVL-Chat-2B-V1-5}" "${ZERO_CONFIG:=zero_stage1_config.json}"
 FLAGS="
     --freeze_backbone True --drop_path_rate 0.1 --learning_rate 4e-5 --weight_decay 0.01 --conv_style internlm2-chat

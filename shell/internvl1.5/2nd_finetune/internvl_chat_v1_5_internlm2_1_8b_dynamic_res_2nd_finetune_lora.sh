@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Mini-InternVL-Chat-2B-V1.5 (InternViT-300M + InternLM2-1.8B): LoRA in the language model.
+# Mini-InternVL-Chat-2B-V1.5 (InternViT-300M + InternLM2-1.8B): LoRA in the LLM.
 : "${MODEL_PATH:=./pretrained/Mini-InternVL-Chat-2B-V1-5}" "${ZERO_CONFIG:=zero_stage1_config.json}"
 : "${BATCH_SIZE:=16}"
 FLAGS="

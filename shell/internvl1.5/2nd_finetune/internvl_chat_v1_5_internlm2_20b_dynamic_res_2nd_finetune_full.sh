@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL-Chat-V1.5 (InternViT-6B + InternLM2-20B): the language model and the projector train.
+# InternVL-Chat-V1.5 (InternViT-6B + InternLM2-20B): full fine-tuning of the LLM and the projector.
 : "${MODEL_PATH:=./pretrained/InternVL-Chat-V1-5}" "${ZERO_CONFIG:=zero_stage3_config.json}"
 : "${PER_DEVICE_BATCH_SIZE:=2}"
 FLAGS="

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL-Chat-V1.5 (InternViT-6B + InternLM2-20B): LoRA in the language model.
+# InternVL-Chat-V1.5 (InternViT-6B + InternLM2-20B): LoRA in the LLM.
 : "${MODEL_PATH:=./pretrained/InternVL-Chat-V1-5}" "${ZERO_CONFIG:=zero_stage3_config.json}" "${BATCH_SIZE:=16}"
 : "${PER_DEVICE_BATCH_SIZE:=2}"
 FLAGS="

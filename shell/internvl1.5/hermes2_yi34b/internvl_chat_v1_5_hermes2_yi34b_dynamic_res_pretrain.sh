@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL-Chat-V1.5 (InternViT-6B + Nous-Hermes-2-Yi-34B): the projector pretrains.
+# InternVL-Chat-V1.5 (InternViT-6B + Nous-Hermes-2-Yi-34B): pretraining of the projector.
 CLUSTER_GPUS=256
 : "${ENTRY:=internvl_chat_pretrain.py}" "${META_PATH:=path/to/pretrain/data.json}"
 : "${ZERO_CONFIG:=zero_stage3_config_34b.json}" "${BATCH_SIZE:=2048}" "${PER_DEVICE_BATCH_SIZE:=2}"

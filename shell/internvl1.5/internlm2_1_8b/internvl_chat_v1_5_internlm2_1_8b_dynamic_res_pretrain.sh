@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Mini-InternVL-Chat-2B-V1.5 (InternViT-300M + InternLM2-1.8B): the vision encoder and the projector pretrain.
+# Mini-InternVL-Chat-2B-V1.5 (InternViT-300M + InternLM2-1.8B): pretraining of the vision encoder and the projector.
 CLUSTER_GPUS=128
 : "${ENTRY:=internvl_chat_pretrain.py}" "${META_PATH:=path/to/pretrain/data.json}"
 : "${ZERO_CONFIG:=zero_stage1_config.json}" "${BATCH_SIZE:=2048}" "${PER_DEVICE_BATCH_SIZE:=8}"

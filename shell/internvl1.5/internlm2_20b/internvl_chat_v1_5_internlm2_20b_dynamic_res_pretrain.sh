@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL-Chat-V1.5 (InternViT-6B + InternLM2-20B): the vision encoder and the projector pretrain.
+# InternVL-Chat-V1.5 (InternViT-6B + InternLM2-20B): pretraining of the vision encoder and the projector.
 CLUSTER_GPUS=256
 : "${ENTRY:=internvl_chat_pretrain.py}" "${META_PATH:=path/to/pretrain/data.json}"
 : "${ZERO_CONFIG:=zero_stage3_config.json}" "${BATCH_SIZE:=2048}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Mini-InternVL-Chat-4B-V1.5 (InternViT-300M + Phi-3-mini): everything trains.
+# Mini-InternVL-Chat-4B-V1.5 (InternViT-300M + Phi-3-mini): full fine-tuning of all parts.
 CLUSTER_GPUS=128
 : "${MODEL_PATH:=work_dirs/internvl_chat_v1_5/internvl_chat_v1_5_phi3_3_8b_dynamic_res_pretrain}"
 : "${META_PATH:=path/to/finetune/data.json}" "${ZERO_CONFIG:=zero_stage1_config.json}" "${BATCH_SIZE:=1024}"

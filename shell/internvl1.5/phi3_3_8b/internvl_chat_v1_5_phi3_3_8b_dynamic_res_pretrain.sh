@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Mini-InternVL-Chat-4B-V1.5 (InternViT-300M + Phi-3-mini): the projector pretrains.
+# Mini-InternVL-Chat-4B-V1.5 (InternViT-300M + Phi-3-mini): pretraining of the projector.
 CLUSTER_GPUS=128
 : "${ENTRY:=internvl_chat_pretrain.py}" "${META_PATH:=path/to/pretrain/data.json}"
 : "${ZERO_CONFIG:=zero_stage1_config.json}" "${BATCH_SIZE:=2048}" "${PER_DEVICE_BATCH_SIZE:=8}"

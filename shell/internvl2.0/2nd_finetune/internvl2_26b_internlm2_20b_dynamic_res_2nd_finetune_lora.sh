@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2-26B (InternViT-6B + InternLM2-20B): LoRA in the language model.
+# InternVL2-26B (InternViT-6B + InternLM2-20B): LoRA in the LLM.
 : "${MODEL_PATH:=./pretrained/InternVL2-26B}" "${ZERO_CONFIG:=zero_stage3_config.json}" "${BATCH_SIZE:=16}"
 : "${PER_DEVICE_BATCH_SIZE:=2}"
 FLAGS="

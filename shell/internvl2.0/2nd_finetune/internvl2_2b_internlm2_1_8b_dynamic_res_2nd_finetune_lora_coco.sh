@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2-2B (InternViT-300M + InternLM2-1.8B): LoRA in the language model, on COCO captions.
+# InternVL2-2B (InternViT-300M + InternLM2-1.8B): LoRA in the LLM, on COCO captions.
 : "${MODEL_PATH:=./pretrained/InternVL2-2B}" "${META_PATH:=shell/data/coco_caption.json}"
 : "${ZERO_CONFIG:=zero_stage1_config.json}" "${BATCH_SIZE:=512}"
 FLAGS="

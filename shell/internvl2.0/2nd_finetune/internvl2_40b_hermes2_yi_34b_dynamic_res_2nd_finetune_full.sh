@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2-40B (InternViT-6B + Nous-Hermes-2-Yi-34B): the language model and the projector train.
+# InternVL2-40B (InternViT-6B + Nous-Hermes-2-Yi-34B): full fine-tuning of the LLM and the projector.
 CLUSTER_GPUS=16
 : "${MODEL_PATH:=./pretrained/InternVL2-40B}" "${ZERO_CONFIG:=zero_stage3_config_34b.json}"
 : "${PER_DEVICE_BATCH_SIZE:=2}"

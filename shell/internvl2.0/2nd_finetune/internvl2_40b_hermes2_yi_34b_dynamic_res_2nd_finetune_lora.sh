@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2-40B (InternViT-6B + Nous-Hermes-2-Yi-34B): LoRA in the language model.
+# InternVL2-40B (InternViT-6B + Nous-Hermes-2-Yi-34B): LoRA in the LLM.
 : "${MODEL_PATH:=./pretrained/InternVL2-40B}" "${ZERO_CONFIG:=zero_stage3_config_34b.json}" "${BATCH_SIZE:=16}"
 : "${PER_DEVICE_BATCH_SIZE:=2}"
 FLAGS="

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2-76B (InternViT-6B + Hermes-2-Theta-Llama-3-70B): the language model and the projector train.
+# InternVL2-76B (InternViT-6B + Hermes-2-Theta-Llama-3-70B): full fine-tuning of the LLM and the projector.
 CLUSTER_GPUS=32
 : "${MODEL_PATH:=./pretrained/InternVL2-Llama3-76B}" "${ZERO_CONFIG:=zero_stage3_config_100b.json}"
 : "${PER_DEVICE_BATCH_SIZE:=1}"

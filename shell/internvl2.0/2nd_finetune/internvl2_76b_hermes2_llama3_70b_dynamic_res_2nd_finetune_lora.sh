@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2-76B (InternViT-6B + Hermes-2-Theta-Llama-3-70B): LoRA in the language model.
+# InternVL2-76B (InternViT-6B + Hermes-2-Theta-Llama-3-70B): LoRA in the LLM.
 : "${MODEL_PATH:=./pretrained/InternVL2-Llama3-76B}" "${ZERO_CONFIG:=zero_stage3_config_100b.json}"
 : "${BATCH_SIZE:=16}" "${PER_DEVICE_BATCH_SIZE:=1}"
 FLAGS="

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2-8B (InternViT-300M + InternLM2-7B): mixed preference optimisation of everything.
+# InternVL2-8B (InternViT-300M + InternLM2-7B): mixed preference optimization of all parts.
 PROJECT_NAME=internvl_chat_v2_0 CLUSTER_GPUS=256
 : "${ENTRY:=internvl_chat_mpo.py}" "${MODEL_PATH:=ckpt/OpenGVLab/InternVL2-8B}" "${META_PATH:=MMPR/meta.json}"
 : "${ZERO_CONFIG:=zero_stage1_config.json}" "${BATCH_SIZE:=256}" "${PER_DEVICE_BATCH_SIZE:=1}"

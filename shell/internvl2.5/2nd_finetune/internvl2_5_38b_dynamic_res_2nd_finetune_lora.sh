@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2.5-38B (InternViT-6B + Qwen2.5-32B): LoRA in the language model.
+# InternVL2.5-38B (InternViT-6B + Qwen2.5-32B): LoRA in the LLM.
 : "${MODEL_PATH:=OpenGVLab/InternVL2_5-38B}" "${ZERO_CONFIG:=zero_stage3_config_34b.json}" "${BATCH_SIZE:=16}"
 : "${PER_DEVICE_BATCH_SIZE:=2}"
 FLAGS="--freeze_llm True --freeze_mlp True --use_llm_lora 16 --learning_rate 2e-5 --weight_decay 0.05"

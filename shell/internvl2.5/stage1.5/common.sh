@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What stage 1.5 of InternVL2.5 shares, packed rows on 512 GPUs; its recipes source it.
+# Flags common to stage 1.5 of InternVL2.5 (packed sequences, 512 GPUs); its recipes source this file.
 PROJECT_NAME=internvl_chat_v2_5 CLUSTER_GPUS=512
 : "${ENTRY:=internvl_chat_pretrain.py}" "${META_PATH:=path/to/pretrain/data/mixture.json}" "${BATCH_SIZE:=1024}"
 : "${PER_DEVICE_BATCH_SIZE:=1}"

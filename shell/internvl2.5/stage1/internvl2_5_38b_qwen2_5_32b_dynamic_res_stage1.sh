@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2.5-38B (InternViT-6B + Qwen2.5-32B): stage 1, the projector trains.
+# InternVL2.5-38B (InternViT-6B + Qwen2.5-32B): stage 1, training of the projector.
 : "${ZERO_CONFIG:=zero_stage3_config_34b.json}"
 FLAGS="
     --vision_path ./pretrained/InternViT-6B-448px-V2_5 --llm_path ./pretrained/Qwen2.5-32B-Instruct

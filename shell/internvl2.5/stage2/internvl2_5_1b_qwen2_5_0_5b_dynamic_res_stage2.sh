@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2.5-1B (InternViT-300M + Qwen2.5-0.5B): stage 2, everything trains.
+# InternVL2.5-1B (InternViT-300M + Qwen2.5-0.5B): stage 2, training of all parts.
 : "${MODEL_PATH:=work_dirs/internvl_chat_v2_5/internvl2_5_1b_qwen2_5_0_5b_dynamic_res_stage1}"
 : "${META_PATH:=path/to/finetune/data/mixture_4x.json}" "${ZERO_CONFIG:=zero_stage1_config.json}"
 FLAGS="--drop_path_rate 0.1 --learning_rate 4e-5 --weight_decay 0.01 --max_steps 22000"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What preference optimisation of InternVL2.5 shares; its recipes source it.
+# Flags common to the preference optimization recipes of InternVL2.5, which source this file.
 PROJECT_NAME=internvl_chat_v2_5_mpo
 : "${ENTRY:=internvl_chat_mpo.py}" "${META_PATH:=MMPR-v1.1/meta.json}" "${PER_DEVICE_BATCH_SIZE:=1}"
 FLAGS="

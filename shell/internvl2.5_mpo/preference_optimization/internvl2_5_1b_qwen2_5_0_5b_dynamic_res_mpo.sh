@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2.5-1B (InternViT-300M + Qwen2.5-0.5B): mixed preference optimisation of everything.
+# InternVL2.5-1B (InternViT-300M + Qwen2.5-0.5B): mixed preference optimization of all parts.
 CLUSTER_GPUS=256
 : "${MODEL_PATH:=OpenGVLab/InternVL2_5-1B}" "${OUTPUT_DIR:=work_dirs/internvl_chat_v2_5_mpo/Internvl2_5-1B-MPO}"
 : "${ZERO_CONFIG:=zero_stage1_config.json}" "${BATCH_SIZE:=256}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2.5-78B (InternViT-6B + Qwen2.5-72B): mixed preference optimisation of everything.
+# InternVL2.5-78B (InternViT-6B + Qwen2.5-72B): mixed preference optimization of all parts.
 CLUSTER_GPUS=512
 : "${MODEL_PATH:=OpenGVLab/InternVL2_5-78B}" "${OUTPUT_DIR:=work_dirs/internvl_chat_v2_5_mpo/Internvl2_5-78B-MPO}"
 : "${ZERO_CONFIG:=zero_stage3_config_100b_1e8.json}" "${BATCH_SIZE:=512}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL3-38B (InternViT-6B + Qwen2.5-32B): the language model and the projector train.
+# InternVL3-38B (InternViT-6B + Qwen2.5-32B): full fine-tuning of the LLM and the projector.
 CLUSTER_GPUS=16
 : "${MODEL_PATH:=OpenGVLab/InternVL3-38B}" "${ZERO_CONFIG:=zero_stage3_config_34b.json}" "${PER_DEVICE_BATCH_SIZE:=2}"
 FLAGS="--drop_path_rate 0.2 --learning_rate 2e-5"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL3-78B (InternViT-6B + Qwen2.5-72B): the language model and the projector train.
+# InternVL3-78B (InternViT-6B + Qwen2.5-72B): full fine-tuning of the LLM and the projector.
 CLUSTER_GPUS=32
 : "${MODEL_PATH:=OpenGVLab/InternVL3-78B}" "${ZERO_CONFIG:=zero_stage3_config_100b.json}"
 : "${PER_DEVICE_BATCH_SIZE:=2}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL3-14B (InternViT-300M + Qwen2.5-14B): mixed preference optimisation of everything.
+# InternVL3-14B (InternViT-300M + Qwen2.5-14B): mixed preference optimization of all parts.
 CLUSTER_GPUS=256
 : "${MODEL_PATH:=OpenGVLab/InternVL3-14B-Instruct}" "${OUTPUT_DIR:=work_dirs/internvl_chat_v3_mpo/Internvl3-14B}"
 : "${ZERO_CONFIG:=zero_stage3_config_100b_1e8.json}" "${BATCH_SIZE:=256}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL3-2B (InternViT-300M + Qwen2.5-1.5B): mixed preference optimisation of everything.
+# InternVL3-2B (InternViT-300M + Qwen2.5-1.5B): mixed preference optimization of all parts.
 CLUSTER_GPUS=256
 : "${MODEL_PATH:=OpenGVLab/InternVL3-2B-Instruct}" "${OUTPUT_DIR:=work_dirs/internvl_chat_v3_mpo/Internvl3-2B}"
 : "${ZERO_CONFIG:=zero_stage1_config.json}" "${BATCH_SIZE:=256}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL3-78B (InternViT-6B + Qwen2.5-72B): mixed preference optimisation of everything.
+# InternVL3-78B (InternViT-6B + Qwen2.5-72B): mixed preference optimization of all parts.
 CLUSTER_GPUS=512
 : "${MODEL_PATH:=OpenGVLab/InternVL3-78B-Instruct}" "${OUTPUT_DIR:=work_dirs/internvl_chat_v3_mpo/Internvl3-78B}"
 : "${ZERO_CONFIG:=zero_stage3_config_100b_1e7_offload.json}" "${BATCH_SIZE:=512}"

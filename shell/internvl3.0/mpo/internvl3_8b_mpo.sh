@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL3-8B (InternViT-300M + Qwen2.5-7B): mixed preference optimisation of everything.
+# InternVL3-8B (InternViT-300M + Qwen2.5-7B): mixed preference optimization of all parts.
 CLUSTER_GPUS=256
 : "${MODEL_PATH:=OpenGVLab/InternVL3-8B-Instruct}" "${OUTPUT_DIR:=work_dirs/internvl_chat_v3_mpo/Internvl3-8B}"
 : "${ZERO_CONFIG:=zero_stage3_config_100b_1e8.json}" "${BATCH_SIZE:=256}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What domain adaptation of Mini-InternVL shares, packed rows on 8 GPUs; its recipes source it.
+# Flags common to domain adaptation of Mini-InternVL (packed sequences, 8 GPUs); its recipes source this file.
 PROJECT_NAME=domain_adaptation CLUSTER_GPUS=8
 : "${ZERO_CONFIG:=zero_stage1_config.json}" "${PER_DEVICE_BATCH_SIZE:=1}"
 FLAGS="

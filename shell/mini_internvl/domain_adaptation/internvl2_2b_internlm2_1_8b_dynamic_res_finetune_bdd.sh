@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2-2B (InternViT-300M + InternLM2-1.8B): everything adapts to BDD.
+# InternVL2-2B (InternViT-300M + InternLM2-1.8B): domain adaptation of all parts to BDD.
 : "${MODEL_PATH:=./pretrained/InternVL2-2B}"
 : "${META_PATH:=InternVL-Domain-Adaptation-Data/train_meta/internvl_1_2_finetune_bdd.json}" "${BATCH_SIZE:=64}"
 FLAGS="--num_train_epochs 2 --max_steps 240 --conv_style internlm2-chat --save_steps 72"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2-2B (InternViT-300M + InternLM2-1.8B): everything adapts to medical images.
+# InternVL2-2B (InternViT-300M + InternLM2-1.8B): domain adaptation of all parts to medical images.
 : "${MODEL_PATH:=./pretrained/InternVL2-2B}"
 : "${META_PATH:=InternVL-Domain-Adaptation-Data/train_meta/internvl_1_2_finetune_medical.json}" "${BATCH_SIZE:=64}"
 FLAGS="--num_train_epochs 2 --max_steps 2200 --conv_style internlm2-chat"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# InternVL2-4B (InternViT-300M + Phi-3-mini): everything adapts to BDD.
+# InternVL2-4B (InternViT-300M + Phi-3-mini): domain adaptation of all parts to BDD.
 : "${MODEL_PATH:=./pretrained/InternVL2-4B}"
 : "${META_PATH:=InternVL-Domain-Adaptation-Data/train_meta/internvl_1_2_finetune_bdd.json}" "${BATCH_SIZE:=64}"
 FLAGS="--max_steps 240 --conv_style phi3-chat"

@@ -1,5 +1,7 @@
-"""Stands where the package s3fs would: the buckets are folders of $BUCKETS. fsspec finds it by its name, here and in
-spawned workers, as it finds the real one."""
+"""Fake package s3fs: buckets are folders of $BUCKETS.
+
+fsspec imports it by name, in this process and in spawned workers, as it imports the real one.
+"""
 
 import os
 
@@ -9,6 +11,8 @@ __version__ = "2026.0"
 
 
 class S3FileSystem(LocalFileSystem):
+    """Local file system below $BUCKETS under the protocol s3."""
+
     protocol = ("s3", "s3a")
 
     @classmethod

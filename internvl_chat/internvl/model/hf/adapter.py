@@ -1,7 +1,8 @@
-"""LoRA adapters of a chat model as one PEFT adapter for transformers' own InternVL class, which serving engines read.
+"""Conversion of LoRA adapters to one PEFT adapter for the HF format.
 
-The names and the fused matrices are those of `hf_format`: where a matrix is split into several by its rows, they share
-the A of its adapter, and B is split as the matrix is.
+Serving engines load it beside the base model that `tools/internvl_custom2hf.py` writes. Names and fused matrices follow
+`hf/weights.py`: where a weight (out, in) is split by rows, its adapter's B (out, r) is split in the same way, and all
+parts share A (r, in).
 """
 
 import math
@@ -11,88 +12,101 @@ import torch
 from peft import LoraConfig
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PretrainedConfig
 
-from internvl.model.adapter_io import PEFT_PREFIX
-from internvl.model.hf.weights import to_hf
+from internvl.model.hf.weights import convert_weights_to_hf
+from internvl.model.lora import PEFT_PREFIX
+from internvl.model.safetensors_io import abbreviate_names
 
-# What an engine that reads lora_A, lora_B, r and lora_alpha would not do, by the field of PEFT's that asks for it.
-REFUSED = ("use_dora", "lora_bias", "target_parameters", "modules_to_save", "alpha_pattern", "alora_invocation_tokens")
-KEEP_THE_BASE = (True, False, "gaussian", "orthogonal")  # values of init_lora_weights; the others change the base
+# Fields of LoraConfig that serving engines ignore: they read lora_A, lora_B, r and lora_alpha only.
+UNSUPPORTED_FIELDS = (
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "modules_to_save",
+    "alpha_pattern",
+    "alora_invocation_tokens",
+)
+# Values of `init_lora_weights` that leave the base weights unchanged; PEFT's other ones (pissa, olora, ...) do not.
+INITS_KEEPING_BASE = (True, False, "gaussian", "orthogonal")
 
-Adapter = tuple[LoraConfig, Mapping[str, torch.Tensor]]
+PartAdapter = tuple[LoraConfig, Mapping[str, torch.Tensor]]
 
 
-def to_hf_adapter(
-    adapters: Mapping[str, Adapter], llm_config: PretrainedConfig, hf_config: InternVLConfig
+def convert_adapters_to_hf(
+    adapters: Mapping[str, PartAdapter], llm_config: PretrainedConfig, hf_config: InternVLConfig
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Settings and tensors of the same adapters on transformers' class.
+    """Convert the adapters of all parts to one HF adapter.
 
-    Parts of different ranks and scales become one adapter of the largest rank: rows and columns of zeros are added, and
-    B carries what a part's scale is above the first one's. Both leave the products as they are.
+    It has the largest rank, all others are padded with zeros, and the scale of the first part; a B of another scale is
+    multiplied by the ratio. Both leave `scale * B @ A` unchanged.
 
     Args:
-        adapters: part -> settings and tensors, as `adapter_files.read_adapters` gives them.
-        llm_config: the chat model's language model; hf_config: transformers' configuration of the same model.
+        adapters: part -> settings and tensors, from `adapter_io.read_part_adapter`.
+        llm_config: the LLM's configuration in the custom checkpoint.
+        hf_config: HF configuration of the same model.
 
     Raises:
-        ValueError: a variant that is more than lora_A and lora_B, or a layer that has no counterpart.
+        ValueError: a variant that is more than lora_A and lora_B, or a layer without a counterpart.
     """
     for part, (settings, _) in adapters.items():
-        _refuse_variants(part, settings)
-    pairs = {part: _pairs(tensors) for part, (_, tensors) in adapters.items()}
-    rank = max(a.shape[0] for found in pairs.values() for a, _ in found.values())
-    scales = {part: _scale(settings) for part, (settings, _) in adapters.items()}
+        _check_variant(part, settings)
+    factors = {part: _pair_factors(tensors) for part, (_, tensors) in adapters.items()}
+    rank = max(a.shape[0] for layers in factors.values() for a, _ in layers.values())
+    scales = {part: _get_scale(settings) for part, (settings, _) in adapters.items()}
     scale = next(iter(scales.values()))
-    state, modules = {}, set()
-    for part, found in pairs.items():
-        for layer, (a, b) in found.items():
-            for name, rows in to_hf({f"{part}.{layer}.weight": b}, llm_config):
-                module = name.removesuffix(".weight")
-                modules.add(module)
-                missing = rank - a.shape[0]
-                state[f"{PEFT_PREFIX}{module}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, missing)).clone()
-                rows = rows if scales[part] == scale else rows * (scales[part] / scale)
-                state[f"{PEFT_PREFIX}{module}.lora_B.weight"] = torch.nn.functional.pad(rows, (0, missing)).contiguous()
-    targets = {module.rpartition(".")[2] for module in modules}
+    state, adapted_layers = {}, set()
+    for part, layers in factors.items():
+        for layer, (a, b) in layers.items():
+            num_missing = rank - a.shape[0]
+            for key, hf_b in convert_weights_to_hf({f"{part}.{layer}.weight": b}, llm_config):
+                hf_layer = key.removesuffix(".weight")
+                adapted_layers.add(hf_layer)
+                hf_b = hf_b if scales[part] == scale else hf_b * (scales[part] / scale)
+                prefix = f"{PEFT_PREFIX}{hf_layer}"
+                # A (r, in) gets more rows, B (out, r) more columns.
+                state[f"{prefix}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, num_missing)).clone()
+                state[f"{prefix}.lora_B.weight"] = torch.nn.functional.pad(hf_b, (0, num_missing)).contiguous()
+    target_names = {layer.rpartition(".")[2] for layer in adapted_layers}
+    lora_alpha = scale * rank
     settings = LoraConfig(
         r=rank,
-        lora_alpha=_whole(scale * rank),
-        target_modules=sorted(targets),
-        exclude_modules=sorted(_others(hf_config, targets) - modules) or None,
+        # pyrefly: ignore[bad-argument-type]  # PEFT declares int, floats work
+        lora_alpha=int(lora_alpha) if lora_alpha == int(lora_alpha) else lora_alpha,
+        target_modules=sorted(target_names),
+        exclude_modules=sorted(_find_linear_layers(hf_config, target_names) - adapted_layers) or None,
         inference_mode=True,
     )
     return settings, state
 
 
-def _refuse_variants(part: str, settings: LoraConfig):
-    asked = [name for name in REFUSED if getattr(settings, name, None)]
-    if settings.init_lora_weights not in KEEP_THE_BASE:
-        asked.append(f"init_lora_weights {settings.init_lora_weights!r}, which changes the base")
-    if asked:
+def _check_variant(part: str, settings: LoraConfig) -> None:
+    """Raise a ValueError if the adapter is more than lora_A and lora_B."""
+    unsupported = [name for name in UNSUPPORTED_FIELDS if getattr(settings, name, None)]
+    if settings.init_lora_weights not in INITS_KEEPING_BASE:
+        unsupported.append(f"init_lora_weights {settings.init_lora_weights!r}, which changes the base weights")
+    if unsupported:
         raise ValueError(
-            f"the adapter of {part} has {', '.join(asked)}: serving engines take plain lora_A and lora_B only; "
+            f"the adapter of {part} has {', '.join(unsupported)}: serving engines support lora_A and lora_B only; "
             "merge it with tools/merge_lora.py"
         )
 
 
-def _pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Layer -> A (r, in) and B (out, r)."""
-    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    if strange := set(tensors) - {f"{layer}.lora_{factor}.weight" for layer in layers for factor in "AB"}:
-        raise ValueError(f"serving engines take lora_A and lora_B of layers only, not {', '.join(sorted(strange)[:5])}")
+def _pair_factors(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return layer -> A (r, in) and B (out, r)."""
+    layers = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    if unexpected := set(tensors) - {f"{layer}.lora_{factor}.weight" for layer in layers for factor in "AB"}:
+        raise ValueError(
+            f"serving engines support lora_A and lora_B of layers only, got {abbreviate_names(unexpected)}"
+        )
     return {layer: (tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]) for layer in layers}
 
 
-def _scale(settings: LoraConfig) -> float:
+def _get_scale(settings: LoraConfig) -> float:
     return settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
 
 
-def _whole(alpha: float) -> float | int:
-    return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _others(hf_config: InternVLConfig, targets: set[str]) -> set[str]:
-    """All linear layers of transformers' model whose last name is one of `targets`."""
+def _find_linear_layers(hf_config: InternVLConfig, last_names: set[str]) -> set[str]:
+    """List the HF model's linear layers with one of these last names."""
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(hf_config)
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    return {name for name in linear if name.rpartition(".")[2] in targets}
+    linear_layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return {name for name in linear_layers if name.rpartition(".")[2] in last_names}

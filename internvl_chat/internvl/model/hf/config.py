@@ -1,7 +1,9 @@
-"""The configuration of a chat checkpoint as transformers' own InternVL class states it, and back.
+"""Conversion of configurations between the custom and the HF format.
 
-The companion of `hf_format`, which does the same for the weights; `hf_processor` adds what reads text and pictures.
+`hf/weights.py` converts the weights and explains the two formats; `hf/processor.py` writes tokenizer and processor.
 """
+
+from typing import Any
 
 from transformers import AutoConfig, InternVLConfig, LlamaConfig, PretrainedConfig
 
@@ -9,7 +11,7 @@ from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
 from internvl.model.lora import LORA_RANK_FIELDS
 
-# Fields of the vision encoder, ours to transformers'.
+# Fields of the vision encoder: custom name -> HF name.
 VISION_FIELDS = {
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_hidden_layers",
@@ -28,109 +30,131 @@ VISION_FIELDS = {
     "initializer_range": "initializer_range",
     "initializer_factor": "layer_scale_init_value",
 }
+# Fields that InternLM2 and Llama share under one name.
 INTERNLM2_FIELDS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
     "max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id"
 ).split()
-# What transformers' class has no field for. It keeps them under `internvl_chat` in its config.json, so that the way
-# back finds them again; of a checkpoint that was never ours they are guessed.
+# Fields without a counterpart in the HF configuration. They are saved under `internvl_chat` in its config.json for the
+# conversion back. A checkpoint that transformers created has none, and gets the defaults below.
 CHAT_FIELDS = (
     "template system_message pad2square dynamic_image_size use_thumbnail min_dynamic_patch max_dynamic_patch"
 ).split()
-GUESSED = {"dynamic_image_size": True, "use_thumbnail": True, "min_dynamic_patch": 1, "max_dynamic_patch": 12}
-GUESSED_TEMPLATES = {"gpt_oss": "internvl3_5_gpt_oss"}
+DEFAULT_CHAT_FIELDS = {
+    "dynamic_image_size": True,
+    "use_thumbnail": True,
+    "min_dynamic_patch": 1,
+    "max_dynamic_patch": 12,
+}
+DEFAULT_TEMPLATE, DEFAULT_TEMPLATES = "internvl2_5", {"gpt_oss": "internvl3_5_gpt_oss"}  # the latter by LLM model type
 
-# The only settings of transformers' class that a chat model can have.
-FIXED = {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
-FIXED_VISION = {
+# HF settings of which InternVLChatModel supports one value only.
+REQUIRED_HF_SETTINGS = {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
+REQUIRED_HF_VISION_SETTINGS = {
     "use_mask_token": False,
     "use_absolute_position_embeddings": True,
     "use_mean_pooling": True,
     "hidden_dropout_prob": 0.0,
 }
-SQUARE = ("image_size", "patch_size")
-QK_NORM_EPS = 1e-6  # a constant in transformers' class
+HEIGHT_WIDTH_FIELDS = ("image_size", "patch_size")  # (height, width) in the HF vision configuration
+HF_QK_NORM_EPS = 1e-6  # a constant in transformers' InternVLVisionRMSNorm
 
 
-def to_hf_config(config: InternVLChatConfig, image_token_id: int, tied: bool) -> InternVLConfig:
-    """What transformers' class needs to be the same model; `tied`: the head is the embeddings.
+def convert_config_to_hf(config: InternVLChatConfig, image_token_id: int, is_tied: bool) -> InternVLConfig:
+    """Convert a chat configuration to the HF format.
+
+    Args:
+        image_token_id: id of `<IMG_CONTEXT>`.
+        is_tied: the LM head is the embedding.
 
     Raises:
-        ValueError: transformers' class cannot be this model; the message says why.
+        ValueError: a setting that transformers' class does not support.
     """
     if ranks := [f"{name} {rank}" for name in LORA_RANK_FIELDS.values() if (rank := getattr(config, name))]:
         raise ValueError(
-            f"the checkpoint carries LoRA adapters ({', '.join(ranks)}): merge them first, with tools/merge_lora.py"
+            f"the checkpoint holds LoRA adapters ({', '.join(ranks)}): merge them first with tools/merge_lora.py"
         )
     vision = config.vision_config
     if config.ps_version != "v2":
         raise ValueError(
-            f"ps_version is {config.ps_version!r}: it orders a tile's image tokens column by column, transformers' "
-            "class row by row, and no rearrangement of weights makes up for that"
+            f"ps_version {config.ps_version!r} is not supported by transformers' class: it orders the image tokens of "
+            "a tile column by column, transformers row by row, and no permutation of weights makes them equal"
         )
-    if vision.qk_normalization and vision.layer_norm_eps != QK_NORM_EPS:
-        raise ValueError(f"layer_norm_eps is {vision.layer_norm_eps}: transformers' q/k norm has {QK_NORM_EPS} always")
+    if vision.qk_normalization and vision.layer_norm_eps != HF_QK_NORM_EPS:
+        raise ValueError(
+            f"layer_norm_eps {vision.layer_norm_eps} is not supported by transformers' class: the epsilon of its q/k "
+            f"norm is {HF_QK_NORM_EPS}"
+        )
     return InternVLConfig(
         architectures=["InternVLForConditionalGeneration"],
-        vision_config={hf: getattr(vision, ours) for ours, hf in VISION_FIELDS.items()},
-        text_config=_text_config(config.llm_config, tied).to_dict(),
+        vision_config={hf_name: getattr(vision, name) for name, hf_name in VISION_FIELDS.items()},
+        text_config=_convert_llm_config(config.llm_config, is_tied).to_dict(),
         image_token_id=image_token_id,
         image_seq_length=count_image_tokens(config),
         downsample_ratio=config.downsample_ratio,
         vision_feature_layer=config.select_layer,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=is_tied,
         dtype=config.dtype,
+        # pyrefly: ignore[unexpected-keyword]  # a configuration keeps unknown fields as attributes
         internvl_chat={name: getattr(config, name, None) for name in CHAT_FIELDS},
-        **FIXED,
+        **REQUIRED_HF_SETTINGS,
     )
 
 
-def to_chat_config(hf: InternVLConfig, reference: InternVLChatConfig | None = None) -> InternVLChatConfig:
-    """What our class needs to be the same model as transformers'.
+def convert_config_to_custom(
+    hf_config: InternVLConfig, reference: InternVLChatConfig | None = None
+) -> InternVLChatConfig:
+    """Convert an HF configuration to a chat configuration.
 
     Args:
-        reference: tells what transformers' configuration does not, and whether the Llama is an InternLM2.
+        reference: source of the fields that the HF format lacks. If its LLM is an InternLM2, so is the result's.
 
     Raises:
-        ValueError: our class cannot be this model, or the reference's InternLM2 is another; the message names settings.
+        ValueError: settings that InternVLChatModel does not support, or another LLM than the reference's InternLM2.
     """
-    vision = hf.vision_config
-    settings = [(hf, name, value) for name, value in FIXED.items()]
-    settings += [(vision, name, value) for name, value in FIXED_VISION.items()]
-    wrong = [f"{name} is {getattr(c, name)!r}" for c, name, value in settings if getattr(c, name) != value]
-    wrong += [f"{name} is {value}" for name in SQUARE if len(set(value := getattr(vision, name))) > 1]
-    if not isinstance(hf.vision_feature_layer, int):
-        wrong.append(f"vision_feature_layer is {hf.vision_feature_layer}")
-    if wrong:
-        raise ValueError(f"no chat model can be this one: {', '.join(wrong)}")
-    fields = {ours: getattr(vision, name) for ours, name in VISION_FIELDS.items()}
-    fields |= {name: fields[name][0] for name in SQUARE}
-    text = hf.text_config.to_dict()
-    template = GUESSED_TEMPLATES.get(text["model_type"], "internvl2_5")
-    known = getattr(hf, "internvl_chat", None) or {**GUESSED, "template": template}
-    llm_config = {**text, "architectures": None}  # the chat config finds the one of this model type
+    _check_hf_settings(hf_config)
+    vision = hf_config.vision_config
+    vision_fields = {name: getattr(vision, hf_name) for name, hf_name in VISION_FIELDS.items()}
+    vision_fields |= {name: vision_fields[name][0] for name in HEIGHT_WIDTH_FIELDS}
+    text_fields = hf_config.text_config.to_dict()  # pyrefly: ignore[missing-attribute]  # never None once built
+    template = DEFAULT_TEMPLATES.get(text_fields["model_type"], DEFAULT_TEMPLATE)
+    chat_fields = getattr(hf_config, "internvl_chat", None) or {**DEFAULT_CHAT_FIELDS, "template": template}
+    llm_config = {**text_fields, "architectures": None}  # InternVLChatConfig finds the class of this model type
     if reference is not None:
-        known = {name: getattr(reference, name, None) for name in CHAT_FIELDS}
+        chat_fields = {name: getattr(reference, name, None) for name in CHAT_FIELDS}
         if reference.llm_config.architectures[0] == "InternLM2ForCausalLM":
-            llm_config = _internlm2(reference.llm_config, text)
+            llm_config = _require_same_llm(reference.llm_config, text_fields)
     return InternVLChatConfig(
         architectures=["InternVLChatModel"],
-        vision_config={**fields, "architectures": ["InternVisionModel"]},
+        vision_config={**vision_fields, "architectures": ["InternVisionModel"]},
         llm_config=llm_config,
-        select_layer=hf.vision_feature_layer,
-        downsample_ratio=hf.downsample_ratio,
-        force_image_size=_tile_size(hf, fields["patch_size"]),
+        select_layer=hf_config.vision_feature_layer,
+        downsample_ratio=hf_config.downsample_ratio,
+        force_image_size=_compute_tile_size(hf_config, vision_fields["patch_size"]),
         ps_version="v2",
-        dtype=hf.dtype,
-        **{name: value for name, value in known.items() if value is not None},
+        dtype=hf_config.dtype,
+        **{name: value for name, value in chat_fields.items() if value is not None},
     )
 
 
-def _text_config(llm_config: PretrainedConfig, tied: bool) -> PretrainedConfig:
-    """transformers' own configuration of the language model; InternLM2 becomes a Llama."""
+def _check_hf_settings(hf_config: InternVLConfig) -> None:
+    """Raise a ValueError with the settings that InternVLChatModel does not support."""
+    vision = hf_config.vision_config
+    required = [(hf_config, name, value) for name, value in REQUIRED_HF_SETTINGS.items()]
+    required += [(vision, name, value) for name, value in REQUIRED_HF_VISION_SETTINGS.items()]
+    unsupported = [f"{name} {getattr(c, name)!r}" for c, name, value in required if getattr(c, name) != value]
+    unsupported += [f"{name} {size}" for name in HEIGHT_WIDTH_FIELDS if len(set(size := getattr(vision, name))) > 1]
+    if not isinstance(hf_config.vision_feature_layer, int):
+        unsupported.append(f"vision_feature_layer {hf_config.vision_feature_layer}")
+    if unsupported:
+        raise ValueError(f"settings that InternVLChatModel does not support: {', '.join(unsupported)}")
+
+
+def _convert_llm_config(llm_config: Any, is_tied: bool) -> PretrainedConfig:
+    """Return transformers' configuration of the LLM; an InternLM2 becomes a Llama."""
     if llm_config.architectures[0] != "InternLM2ForCausalLM":
-        fields = llm_config.to_dict() | {"tie_word_embeddings": tied}
-        fields.pop("attn_implementation", None)  # what the writer's machine had
+        fields = llm_config.to_dict() | {"tie_word_embeddings": is_tied}
+        fields.pop("attn_implementation", None)  # a choice of the machine that wrote the checkpoint
         return AutoConfig.for_model(**fields)
     scaling = llm_config.rope_scaling or {"type": "default"}
     return LlamaConfig(
@@ -142,25 +166,29 @@ def _text_config(llm_config: PretrainedConfig, tied: bool) -> PretrainedConfig:
             "rope_theta": float(llm_config.rope_theta),
             **{name: value for name, value in scaling.items() if name != "type"},
         },
-        tie_word_embeddings=tied,
+        tie_word_embeddings=is_tied,
         dtype=llm_config.dtype,
         **{name: getattr(llm_config, name) for name in INTERNLM2_FIELDS},
     )
 
 
-def _internlm2(llm_config: PretrainedConfig, text: dict) -> PretrainedConfig:
-    """`llm_config`, an InternLM2's, if that is the Llama of `text`."""
-    llama = _text_config(llm_config, tied=False).to_dict()
-    differing = [
-        f"{name} ({text.get(name)}, not {llama[name]})"
+def _require_same_llm(internlm2_config: PretrainedConfig, llama_fields: dict) -> PretrainedConfig:
+    """Return the InternLM2 configuration if the Llama is the same model.
+
+    Raises:
+        ValueError: they differ.
+    """
+    expected = _convert_llm_config(internlm2_config, is_tied=False).to_dict()
+    differences = [
+        f"{name} (expected {expected[name]}, got {llama_fields.get(name)})"
         for name in ("model_type", "attention_bias", "rope_parameters", *INTERNLM2_FIELDS)
-        if text.get(name) != llama[name]
+        if llama_fields.get(name) != expected[name]
     ]
-    if differing:
-        raise ValueError(f"the language model is not the reference's: it differs in {', '.join(differing)}")
-    return llm_config
+    if differences:
+        raise ValueError(f"the LLM differs from the reference's in {', '.join(differences)}")
+    return internlm2_config
 
 
-def _tile_size(hf: InternVLConfig, patch_size: int) -> int:
-    """Side of a tile of `image_seq_length` tokens."""
-    return round((hf.image_seq_length / hf.downsample_ratio**2) ** 0.5) * patch_size
+def _compute_tile_size(hf_config: InternVLConfig, patch_size: int) -> int:
+    """Return the side in pixels of a tile of `image_seq_length` tokens."""
+    return round((hf_config.image_seq_length / hf_config.downsample_ratio**2) ** 0.5) * patch_size

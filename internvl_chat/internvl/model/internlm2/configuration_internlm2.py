@@ -1,4 +1,4 @@
-"""Shape of an InternLM2 language model: what `llm_config` of a checkpoint says."""
+"""Configuration of InternLM2 language models (`llm_config` of a checkpoint)."""
 
 from transformers import PretrainedConfig
 
@@ -6,7 +6,10 @@ INTERNLM2_PRETRAINED_CONFIG_ARCHIVE_MAP = {}
 
 
 class InternLM2Config(PretrainedConfig):
-    """Upstream's keys and defaults. `bias` is that of `wqkv` and `wo`.
+    """Configuration of an InternLM2 model, with upstream's keys and defaults.
+
+    Args:
+        bias: whether `wqkv` and `wo` have a bias.
 
     Raises:
         ValueError: `rope_scaling` is neither None nor `{"type": "linear" | "dynamic", "factor": float >= 1}`.
@@ -14,9 +17,9 @@ class InternLM2Config(PretrainedConfig):
 
     model_type = "internlm2"
     keys_to_ignore_at_inference = ["past_key_values"]
-    # transformers 5 makes this name a property over `rope_parameters`; a plain attribute keeps the key as it is stored.
+    # transformers 5 makes this name a property over `rope_parameters`. A plain attribute keeps the key as stored.
     rope_scaling = None
-    # What transformers' Llama blocks ask of a config and InternLM2 never varies.
+    # Fields that transformers' Llama blocks read and that are the same for all InternLM2 models.
     attention_bias = False
     mlp_bias = False
     attention_dropout = 0.0
@@ -57,17 +60,18 @@ class InternLM2Config(PretrainedConfig):
         self.use_cache = use_cache
         self.bias = bias
         self.rope_theta = rope_theta
-        self.rope_scaling = _checked(rope_scaling)
+        self.rope_scaling = _validate_rope_scaling(rope_scaling)
         super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
+            # Fields that a configuration keeps as attributes.
+            pad_token_id=pad_token_id,  # pyrefly: ignore[unexpected-keyword]
+            bos_token_id=bos_token_id,  # pyrefly: ignore[unexpected-keyword]
+            eos_token_id=eos_token_id,  # pyrefly: ignore[unexpected-keyword]
+            tie_word_embeddings=tie_word_embeddings,  # pyrefly: ignore[unexpected-keyword]
             **kwargs,
         )
 
 
-def _checked(rope_scaling: dict | None) -> dict | None:
+def _validate_rope_scaling(rope_scaling: dict | None) -> dict | None:
     if rope_scaling is None:
         return None
     if not isinstance(rope_scaling, dict) or set(rope_scaling) != {"type", "factor"}:

@@ -1,7 +1,8 @@
-"""InternLM2 on transformers' Llama blocks: its fused `wqkv`, its rotary embedding and upstream's parameter names.
+"""InternLM2 models, built on transformers' Llama classes.
 
-Masks, caches, attention kernels, generation and gradient checkpointing are transformers' own; the properties below give
-Llama's code its names.
+InternLM2 differs from Llama in its fused `wqkv`, its rotary embedding and its parameter names. Masks, caches, attention
+kernels, generation and gradient checkpointing are Llama's. Its code finds InternLM2's modules through the properties
+below (`self_attn`, `mlp`, `lm_head`, ...).
 """
 
 import torch
@@ -47,27 +48,28 @@ class InternLM2RMSNorm(LlamaRMSNorm):
 
 
 class InternLM2RotaryEmbedding(nn.Module):
-    """cos and sin (B, L, D) of positions (B, L); `linear` divides them, `dynamic` enlarges the base past the limit.
+    """Rotary embedding: positions (B, L) -> cos and sin (B, L, D).
 
-    Everything is computed in each call. A long input leaves nothing behind for the next one, and there is no buffer to
-    be lost on the meta device.
+    Of the two kinds of `rope_scaling`, `linear` divides the positions, and `dynamic` enlarges the base if a position
+    exceeds `max_position_embeddings`. Everything is computed in each call: a long input does not affect the next one,
+    and there is no buffer that loading on the meta device would lose.
     """
 
     def __init__(self, config: InternLM2Config):
         super().__init__()
         self.dim = config.hidden_size // config.num_attention_heads
         self.base = float(config.rope_theta)
-        self.limit = config.max_position_embeddings
+        self.max_positions = config.max_position_embeddings
         scaling = config.rope_scaling or {"type": "none", "factor": 1.0}
-        self.kind, self.factor = scaling["type"], scaling["factor"]
+        self.scaling_type, self.factor = scaling["type"], scaling["factor"]
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         positions, base = position_ids.float(), self.base
-        if self.kind == "linear":
+        if self.scaling_type == "linear":
             positions = positions / self.factor
-        if self.kind == "dynamic":
-            growth = self.factor * (positions.max() + 1) / self.limit - (self.factor - 1)
+        if self.scaling_type == "dynamic":
+            growth = self.factor * (positions.max() + 1) / self.max_positions - (self.factor - 1)
             base = base * growth.clamp(min=1.0) ** (self.dim / (self.dim - 2))
         exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device=x.device) / self.dim
         angles = positions[..., None] * (1.0 / base**exponents)
@@ -76,7 +78,10 @@ class InternLM2RotaryEmbedding(nn.Module):
 
 
 class InternLM2Attention(nn.Module):
-    """Grouped-query attention. Rows of `wqkv`: for each key head its query heads, then the key, then the value head."""
+    """Grouped-query attention with a fused projection `wqkv`.
+
+    The rows of `wqkv` are grouped by key/value head: the query heads of the group, its key head, its value head.
+    """
 
     def __init__(self, config: InternLM2Config, layer_idx: int):
         super().__init__()
@@ -87,31 +92,36 @@ class InternLM2Attention(nn.Module):
         self.head_dim = config.hidden_size // self.num_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        rows = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
-        self.wqkv = nn.Linear(config.hidden_size, rows, bias=config.bias)
+        qkv_size = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
+        self.wqkv = nn.Linear(config.hidden_size, qkv_size, bias=config.bias)
         self.wo = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        """hidden_states (B, L, C) -> (B, L, C) and the attention weights, where the kernel gives them."""
+        """Return attended states (B, L, C) and attention weights.
+
+        The weights are None for kernels that do not return them.
+        """
         groups = self.num_key_value_groups
+        # (B, L, num_key_value_heads, groups + 2, head_dim)
         qkv = self.wqkv(hidden_states).unflatten(-1, (self.num_key_value_heads, groups + 2, self.head_dim))
-        q = qkv[..., :groups, :].flatten(2, 3).transpose(1, 2)
+        q = qkv[..., :groups, :].flatten(2, 3).transpose(1, 2)  # (B, num_heads, L, head_dim)
         k, v = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        mixed, weights = kernel(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
-        return self.wo(mixed.flatten(2)), weights
+        implementation = str(self.config._attn_implementation)
+        attention_fn = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attended, weights = attention_fn(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        return self.wo(attended.flatten(2)), weights
 
 
-# Upstream's names: here one class computes with any kernel.
+# Upstream's names. Here one class supports all attention kernels.
 InternLM2FlashAttention2 = InternLM2Attention
 INTERNLM2_ATTENTION_CLASSES = {"eager": InternLM2Attention, "flash_attention_2": InternLM2Attention}
 
 
 class InternLM2MLP(nn.Module):
-    """w2(act(w1 x) * w3 x)."""
+    """Gated MLP: w2(act(w1 x) * w3 x)."""
 
     def __init__(self, config: InternLM2Config):
         super().__init__()
@@ -125,6 +135,8 @@ class InternLM2MLP(nn.Module):
 
 
 class InternLM2DecoderLayer(LlamaDecoderLayer):
+    """A Llama layer whose modules have InternLM2's names."""
+
     self_attn = property(lambda self: self.attention)
     mlp = property(lambda self: self.feed_forward)
     input_layernorm = property(lambda self: self.attention_norm)
@@ -148,6 +160,8 @@ class InternLM2PreTrainedModel(LlamaPreTrainedModel):
 
 
 class InternLM2Model(InternLM2PreTrainedModel, LlamaModel):
+    """The decoder without its head."""
+
     embed_tokens = property(lambda self: self.tok_embeddings)
 
     def __init__(self, config: InternLM2Config):
@@ -156,7 +170,7 @@ class InternLM2Model(InternLM2PreTrainedModel, LlamaModel):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([InternLM2DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = InternLM2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = InternLM2RotaryEmbedding(config)
+        self.rotary_emb = InternLM2RotaryEmbedding(config)  # pyrefly: ignore[bad-assignment]  # same interface
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -168,6 +182,8 @@ class InternLM2Model(InternLM2PreTrainedModel, LlamaModel):
 
 
 class InternLM2ForCausalLM(InternLM2PreTrainedModel, LlamaForCausalLM):
+    """The decoder with its LM head `output`."""
+
     _tied_weights_keys = {"output.weight": "model.tok_embeddings.weight"}
     lm_head = property(lambda self: self.output)
 
@@ -192,11 +208,12 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, LlamaForCausalLM):
 
 
 class InternLM2ForSequenceClassification(GenericForSequenceClassification, InternLM2PreTrainedModel):
-    """A score of each class from the state of a row's last token."""
+    """Classifier on the hidden state of each sequence's last token."""
 
     def __init__(self, config: InternLM2Config):
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = InternLM2Model(config)
+        # pyrefly: ignore[bad-argument-type]  # `num_labels` is never None once the configuration is built
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()

@@ -1,7 +1,7 @@
-"""The InternLM2 tokenizer: a sentencepiece `tokenizer.model` run by the `tokenizers` library.
+"""The InternLM2 tokenizer, implemented with the `tokenizers` library.
 
-Published InternLM2 checkpoints hold `tokenizer.model` and the Python code of a slow tokenizer. This class gives the
-same ids and the same decoded text from the same file without running that code. `model/tokenizer.py` chooses it.
+Published InternLM2 checkpoints hold a sentencepiece `tokenizer.model` and the Python code of a slow tokenizer. This
+class gives the same ids and the same text from the same file without running that code. `load_tokenizer` selects it.
 """
 
 import re
@@ -13,24 +13,28 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from internvl.model.internlm2.configuration_internlm2 import InternLM2Config
-from internvl.model.tokenizers.v4_compat import complete_config
+from internvl.model.tokenizers.v4_compat import add_v4_config_fields
 
 VOCAB_FILES_NAMES = {"vocab_file": "./tokenizer.model"}
-# Where upstream looks for the class, in a file beside the saved ones; never followed here.
+# Upstream loads the tokenizer class from a file in the checkpoint. This entry is saved for upstream and ignored here.
 AUTO_MAP = {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}
-NORMAL, USER_DEFINED = 1, 4  # types of pieces in a sentencepiece model
-# Alone between two special tokens, the name of a byte piece would be taken for the byte: cut it behind its "<".
-BYTE_NAME = Regex(r"\A<(?=0x[0-9A-F]{2}>\z)")
+NORMAL_PIECE, USER_DEFINED_PIECE = 1, 4  # sentencepiece_model.proto, ModelProto.SentencePiece.Type
+BPE_MODEL_TYPE = 2  # sentencepiece_model.proto, TrainerSpec.ModelType
+# A text that is only the name of a byte piece ("<0x0A>") would be encoded as that byte. Split it after "<".
+BYTE_PIECE_NAME = Regex(r"\A<(?=0x[0-9A-F]{2}>\z)")
 
 
 class InternLM2Tokenizer(PreTrainedTokenizerFast):
-    """Byte-fallback BPE of InternLM2. Ids of the added tokens come from `added_tokens_decoder` or `added_tokens.json`.
+    """BPE tokenizer with byte fallback.
 
-    `decode_with_prefix_space` is read and saved only: the text of ids does not depend on it.
+    The ids of added tokens come from `added_tokens_decoder` or `added_tokens.json`.
+
+    Args:
+        decode_with_prefix_space: saved, but otherwise ignored.
 
     Raises:
-        ValueError: `vocab_file` is no sentencepiece BPE with byte fallback and identity normalisation, or
-            `sp_model_kwargs` asks for something else.
+        ValueError: `vocab_file` is not a sentencepiece BPE model with byte fallback and without normalization, or
+            `sp_model_kwargs` is set.
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
@@ -51,14 +55,14 @@ class InternLM2Tokenizer(PreTrainedTokenizerFast):
         clean_up_tokenization_spaces=False,
         **kwargs,
     ):
-        # The file of code that `auto_map` names is never run, nor copied by `save_pretrained`.
+        # `auto_map` names a code file in the checkpoint. Without it, `save_pretrained` does not copy that file.
         kwargs = {key: value for key, value in kwargs.items() if key not in ("auto_map", "tokenizer_file")}
         if sp_model_kwargs:
-            raise ValueError(f"sp_model_kwargs {sp_model_kwargs}: options of sentencepiece cannot be set here")
-        overlay = {index: str(token) for index, token in kwargs.get("added_tokens_decoder", {}).items()}
+            raise ValueError(f"sp_model_kwargs {sp_model_kwargs} is not supported: expected none")
+        new_names = {token_id: str(token) for token_id, token in kwargs.get("added_tokens_decoder", {}).items()}
         super().__init__(
             vocab_file=vocab_file,
-            tokenizer_object=build_backend(vocab_file, overlay),
+            tokenizer_object=build_backend(vocab_file, new_names),
             unk_token=unk_token,
             bos_token=bos_token,
             eos_token=eos_token,
@@ -73,25 +77,38 @@ class InternLM2Tokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
-        """Leave `vocab_file` to the constructor; the library's own conversion would ignore the user-defined pieces."""
+        """Return the arguments unchanged.
+
+        transformers 5 would convert `vocab_file` here, without the user-defined pieces. `__init__` does it instead.
+        """
         return kwargs
 
     def _decode(self, token_ids, skip_special_tokens=False, **_) -> str:
-        token_ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
-        added = self.added_tokens_decoder
-        special = {index for index, token in added.items() if token.special}
-        if skip_special_tokens:
-            token_ids = [index for index in token_ids if index not in special]
-        parts = []
-        for in_model, ids in groupby(token_ids, key=self.vocab_size.__gt__):
-            run = list(ids)
-            parts += [self._decode_run(run, special)] if in_model else [added[i].content for i in run if i in added]
-        return " ".join(parts)
+        """Decode ids, with spaces around added tokens.
 
-    def _decode_run(self, run, special) -> str:
-        """Text of ids inside the model file; as in the original, what ends in a special token gets a space in front."""
+        Runs of pieces of `tokenizer.model` are decoded by the backend.
+        """
+        token_ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        added_tokens = self.added_tokens_decoder
+        special_ids = {token_id for token_id, token in added_tokens.items() if token.special}
+        if skip_special_tokens:
+            token_ids = [token_id for token_id in token_ids if token_id not in special_ids]
+        texts = []
+        for is_in_model, ids in groupby(token_ids, key=self.vocab_size.__gt__):
+            run = list(ids)
+            if is_in_model:
+                texts.append(self._decode_run(run, special_ids))
+            else:
+                texts += [added_tokens[token_id].content for token_id in run if token_id in added_tokens]
+        return " ".join(texts)
+
+    def _decode_run(self, run: list[int], special_ids: set[int]) -> str:
+        """Decode ids of pieces in `tokenizer.model`.
+
+        As in the slow tokenizer, a space precedes each group of pieces that ends in special tokens.
+        """
         text, pending = "", ""
-        for is_special, ids in groupby(run, key=special.__contains__):
+        for is_special, ids in groupby(run, key=special_ids.__contains__):
             tokens = self.convert_ids_to_tokens(list(ids))
             if is_special:
                 text, pending = f"{text} {pending}{''.join(tokens)}", ""
@@ -100,52 +117,59 @@ class InternLM2Tokenizer(PreTrainedTokenizerFast):
         return text + pending
 
     def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
-        """Save as the original does (`tokenizer.model`, not `tokenizer.json`), so that either class can load it."""
+        """Save `tokenizer.model` instead of `tokenizer.json`, for both classes to load."""
         fields = {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token, "auto_map": AUTO_MAP}
-        complete_config(self, file_names[0], tokenizer_class="InternLM2Tokenizer", **fields)
+        add_v4_config_fields(self, file_names[0], tokenizer_class="InternLM2Tokenizer", **fields)
         return PreTrainedTokenizerBase._save_pretrained(self, save_directory, file_names, None, filename_prefix)
 
 
-def build_backend(vocab_file: str, overlay: dict[int, str]) -> Tokenizer:
-    """The sentencepiece model as a `tokenizers` pipeline; `overlay` renames pieces (id -> new name)."""
+def build_backend(vocab_file: str, new_names: dict[int, str]) -> Tokenizer:
+    """Build a `tokenizers` pipeline that equals the sentencepiece model.
+
+    Args:
+        new_names: id -> new name of pieces that the checkpoint renames.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
+    # pyrefly: ignore[missing-attribute]  # protobuf makes the class at import
     model = sentencepiece_model_pb2.ModelProto.FromString(Path(vocab_file).read_bytes())
-    if model.trainer_spec.model_type != 2 or not model.trainer_spec.byte_fallback:
-        raise ValueError(f"{vocab_file} is not a BPE model with byte fallback")
+    if model.trainer_spec.model_type != BPE_MODEL_TYPE or not model.trainer_spec.byte_fallback:
+        raise ValueError(f"{vocab_file} is not supported: expected a BPE model with byte fallback")
     if model.normalizer_spec.precompiled_charsmap or model.normalizer_spec.remove_extra_whitespaces:
-        raise ValueError(f"{vocab_file} normalises its input, which no published InternLM2 model does")
-    prefix = model.normalizer_spec.add_dummy_prefix
+        raise ValueError(f"{vocab_file} is not supported: it normalizes text, unlike all published InternLM2 models")
+    has_prefix = model.normalizer_spec.add_dummy_prefix  # "▁" before every text
 
-    renamed = {p.piece: overlay.get(index, p.piece) for index, p in enumerate(model.pieces)}
-    vocab = {name: index for index, name in enumerate(renamed.values())}
-    # A user-defined piece is found before any merge and stays whole: isolated first, then looked up as a word.
-    atoms = {p.piece: renamed[p.piece] for p in model.pieces if p.type == USER_DEFINED}
-    alternatives = "|".join(re.escape(name) for name in sorted(atoms.values(), key=len, reverse=True))
+    names = {p.piece: new_names.get(token_id, p.piece) for token_id, p in enumerate(model.pieces)}
+    vocab = {name: token_id for token_id, name in enumerate(names.values())}
+    # sentencepiece matches user-defined pieces before any merge. Here the pre-tokenizer isolates them, and
+    # `ignore_merges` looks each of them up as one word.
+    user_defined = {p.piece: names[p.piece] for p in model.pieces if p.type == USER_DEFINED_PIECE}
+    alternatives = "|".join(re.escape(name) for name in sorted(user_defined.values(), key=len, reverse=True))
 
-    backend = Tokenizer(BPE(vocab, _merges(model.pieces), byte_fallback=True, fuse_unk=True, ignore_merges=True))
+    backend = Tokenizer(BPE(vocab, _list_merges(model.pieces), byte_fallback=True, fuse_unk=True, ignore_merges=True))
     backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁")] * prefix
+        [normalizers.Prepend("▁")] * has_prefix
         + [normalizers.Replace(" ", "▁")]
-        + [normalizers.Replace(old, new) for old, new in atoms.items() if old != new]
+        + [normalizers.Replace(old, new) for old, new in user_defined.items() if old != new]
     )
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(BYTE_NAME, "isolated")]
-        + [pre_tokenizers.Split(Regex(alternatives), "isolated")] * bool(atoms)
+        [pre_tokenizers.Split(BYTE_PIECE_NAME, "isolated")]
+        + [pre_tokenizers.Split(Regex(alternatives), "isolated")] * bool(user_defined)
     )
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(" ", 1, 0)] * prefix
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * has_prefix
     )
     return backend
 
 
-def _merges(pieces) -> list[tuple[str, str]]:
-    """All ways to join two pieces into a third, best score first."""
-    scores = {piece.piece: piece.score for piece in pieces if piece.type == NORMAL}
+def _list_merges(pieces) -> list[tuple[str, str]]:
+    """List all pairs that join to a piece, best score first."""
+    scores = {piece.piece: piece.score for piece in pieces if piece.type == NORMAL_PIECE}
     merges = []
     for piece, score in scores.items():
-        cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        merges += [(-score, left, right) for left, right in cuts if left in scores and right in scores]
+        splits = ((piece[:position], piece[position:]) for position in range(1, len(piece)))
+        merges += [(-score, left, right) for left, right in splits if left in scores and right in scores]
     return [(left, right) for _, left, right in sorted(merges, key=lambda merge: merge[0])]
 
 

@@ -1,9 +1,9 @@
-"""Upstream's fast tokenizer, which differs from the other in the side on which it pads."""
+"""Upstream's fast InternLM2 tokenizer."""
 
 from internvl.model.internlm2.tokenization_internlm2 import InternLM2Tokenizer
 
 
 class InternLM2TokenizerFast(InternLM2Tokenizer):
-    """`InternLM2Tokenizer`, padding on the left."""
+    """InternLM2Tokenizer that pads on the left."""
 
     padding_side = "left"

@@ -1,4 +1,8 @@
-"""The InternVL chat model; its classes are imported when first asked for, so that its small modules load alone."""
+"""The InternVL chat model: configurations, InternViT, LoRA, checkpoints.
+
+Classes are imported on first access: data and planning use the small modules here and must not import
+`torch.distributed`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -10,7 +14,7 @@ if TYPE_CHECKING:
     from .modeling_internvl_chat import InternVLChatModel
 
 __all__ = ["InternVLChatConfig", "InternVLChatModel", "InternVisionConfig", "InternVisionModel"]
-HOMES = {
+CLASS_MODULES = {
     "InternVisionConfig": "configuration_intern_vit",
     "InternVisionModel": "modeling_intern_vit",
     "InternVLChatConfig": "configuration_internvl_chat",
@@ -19,6 +23,6 @@ HOMES = {
 
 
 def __getattr__(name: str):
-    if name not in HOMES:
+    if name not in CLASS_MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{CLASS_MODULES[name]}", __name__), name)

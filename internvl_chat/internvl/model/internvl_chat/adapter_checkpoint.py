@@ -1,10 +1,12 @@
-"""What a run trained, on disk, without the weights it stands on.
+"""Saving and loading trained tensors without their base model.
 
-    FOLDER/config.json              with `base_model`: path, fingerprint, and what was done to the base
-    FOLDER/vision_model, mlp1, language_model       adapters of a part, in PEFT's own format
-    FOLDER/trained.safetensors      the other trained tensors, under the names of a model without adapters
+An adapter checkpoint is a folder of these files:
 
-Written by the trainer; `InternVLChatModel.from_pretrained` reads it by `load_adapter_checkpoint`.
+    config.json              with `base_model`: path and fingerprint of the base checkpoint, changes made to it
+    vision_model/, mlp1/, language_model/       adapters of a part, in PEFT's own format
+    trained.safetensors      the other trained tensors, under the names of a model without adapters
+
+The trainer calls `save_adapter_checkpoint`, `InternVLChatModel.from_pretrained` calls `load_adapter_checkpoint`.
 """
 
 import copy
@@ -12,206 +14,247 @@ import hashlib
 import json
 import mmap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from internvl.model.internvl_chat.checkpoint_keys import folder_of, refuse_wrong_keys
+from internvl.model.internvl_chat.checkpoint_keys import check_checkpoint_keys, find_checkpoint_dir
 from internvl.model.internvl_chat.merge import merge_adapters
-from internvl.model.internvl_chat.resize import gathered_parameters, resize_image, resize_tokens
-from internvl.model.lora import LORA_RANK_FIELDS, is_peft_model, unwrap_peft
+from internvl.model.internvl_chat.resize import resize_embeddings, set_image_size
+from internvl.model.internvl_chat.zero3 import gathered_parameters, get_full_shape
+from internvl.model.lora import LORA_RANK_FIELDS, PEFT_PREFIX, is_adapter_parameter, is_peft_model, unwrap_peft
+
+if TYPE_CHECKING:
+    from internvl.model.internvl_chat.modeling_internvl_chat import InternVLChatModel
 
 TRAINED_TENSORS_FILE = "trained.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
-FINGERPRINT_SAMPLE_BYTES = (
-    1024  # bytes at the beginning, the middle and the end of a tensor that its fingerprint looks at
-)
+# A fingerprint reads this many bytes at the beginning, in the middle and at the end of each tensor.
+FINGERPRINT_SAMPLE_BYTES = 1024
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
+# -- saving ------------------------------------------------------------------------------------------------------------
 
 
-def gather_trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> copy on the CPU of every tensor that is to be saved; a collective under ZeRO-3.
+def gather_trained_tensors(model: "InternVLChatModel") -> dict[str, torch.Tensor]:
+    """Copy all tensors to be saved to the CPU.
 
-    These are the parameters that train, all adapters, and what an earlier run trained (`model.previously_trained`).
+    These are the trainable parameters, all adapters, and the parameters that an earlier run trained
+    (`model.previously_trained`). A collective under ZeRO-3: all ranks call it.
     """
     state = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or is_adapter(name) or strip_peft_prefix(name) in model.previously_trained:
+        is_trained = parameter.requires_grad or strip_peft_prefix(name) in model.previously_trained
+        if is_trained or is_adapter_parameter(name):
             with gathered_parameters(parameter):
                 state[name] = parameter.detach().cpu().clone()
     return state
 
 
-def save_adapter_checkpoint(model: nn.Module, folder: str | Path, state: dict[str, torch.Tensor]) -> None:
-    """Writes the layout above, but for the tokenizer; `state` is of `gather_trained_tensors`,
-    `model.base_checkpoint` is set."""
-    folder = Path(folder)
+def save_adapter_checkpoint(model: "InternVLChatModel", folder: str | Path, state: dict[str, torch.Tensor]) -> None:
+    """Save adapters, other trained tensors and the configuration, without the tokenizer.
+
+    Args:
+        model: its `base_checkpoint` must be set, see `describe_base_checkpoint`.
+        state: from `gather_trained_tensors`.
+    """
+    folder, base_checkpoint = Path(folder), model.base_checkpoint
+    assert base_checkpoint is not None
     for part in LORA_RANK_FIELDS:
         module = getattr(model, part)
         if is_peft_model(module):
-            own = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
+            part_state = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
             for config in module.peft_config.values():
-                config.base_model_name_or_path = model.base_checkpoint["path"]
-            module.save_pretrained(folder / part, state_dict=own, save_embedding_layers=False)
-            (folder / part / "README.md").unlink()  # a form to fill in
-    others = {strip_peft_prefix(name): tensor.contiguous() for name, tensor in state.items() if not is_adapter(name)}
+                config.base_model_name_or_path = base_checkpoint["path"]
+            module.save_pretrained(str(folder / part), state_dict=part_state, save_embedding_layers=False)
+            (folder / part / "README.md").unlink()  # PEFT's empty model card
+    others = {
+        strip_peft_prefix(name): tensor.contiguous() for name, tensor in state.items() if not is_adapter_parameter(name)
+    }
     if others:
         save_file(others, folder / TRAINED_TENSORS_FILE, metadata={"format": "pt"})
     config = copy.copy(model.config)
-    config.architectures = [type(model).__name__]
-    config.base_model = model.base_checkpoint
-    config.__dict__.pop("quantization_config", None)  # of the weights in memory, not of the base
+    config.architectures = ["InternVLChatModel"]  # also for subclasses, which only training uses
+    config.base_model = base_checkpoint
+    config.__dict__.pop("quantization_config", None)  # of the weights in memory, not of the base checkpoint
     config.save_pretrained(folder)
     unwrap_peft(model.language_model).generation_config.save_pretrained(folder)
 
 
-def describe_base_checkpoint(path: str | Path, merged: bool = False) -> dict:
-    """What a checkpoint remembers of its base: where it is, what it holds, whether its adapters were merged first.
+# -- identity of the base checkpoint -----------------------------------------------------------------------------------
 
-    `checkpoint.add_special_tokens` adds `known_tokens`: of how many rows the rows of new tokens are the mean.
+
+def describe_base_checkpoint(path: str | Path, merged: bool = False) -> dict:
+    """Describe the base checkpoint of a run, for `base_model` in `config.json`.
+
+    `path` is where it is, `fingerprint` identifies its weights, `merged` is True if its adapters were merged first.
+    `compose.add_special_tokens` adds `known_tokens`: the number of rows whose mean the rows of new tokens are.
     """
-    local = Path(path).resolve() if Path(path).is_dir() else path
-    return {"path": str(local), "fingerprint": fingerprint_weights(path), "merged": merged}
+    recorded_path = Path(path).resolve() if Path(path).is_dir() else path
+    return {"path": str(recorded_path), "fingerprint": fingerprint_weights(path), "merged": merged}
 
 
 def fingerprint_weights(path: str | Path) -> str:
-    """A digest of a checkpoint's tensors: all names, types and shapes, and three samples of the bytes of each.
+    """Compute a SHA-256 digest of a checkpoint's weights from samples.
 
-    Training changes every element of a tensor, so that a sample tells; a checkpoint of any size takes a second.
+    It covers the name, dtype and shape of each tensor and three samples of its bytes. Training changes every element of
+    a tensor, so samples are enough, and a checkpoint of any size takes a second.
     """
     entries = []
-    for file in weight_files(folder_of(path)):
+    for file in list_weight_files(find_checkpoint_dir(path)):
         with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            start = 8 + int.from_bytes(data[:8], "little")
-            for name, entry in json.loads(data[8:start]).items():
-                if name != "__metadata__":
-                    begin, end = (start + offset for offset in entry["data_offsets"])
-                    places = (begin, (begin + end) // 2, max(begin, end - FINGERPRINT_SAMPLE_BYTES))
-                    samples = [data[place : min(place + FINGERPRINT_SAMPLE_BYTES, end)] for place in places]
-                    part = file.parent.name if file.name == ADAPTER_FILE else ""
-                    kind = f"{part} {name} {entry['dtype']} {entry['shape']}"
-                    entries.append(kind.encode() + b"".join(samples))
+            # Safetensors: 8 bytes with the length of the header, the header (JSON), the tensors.
+            data_start = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(data[8:data_start])
+            header.pop("__metadata__", None)
+            part = file.parent.name if file.name == ADAPTER_FILE else ""
+            for name, entry in header.items():
+                begin, end = (data_start + offset for offset in entry["data_offsets"])
+                sample_starts = (begin, (begin + end) // 2, max(begin, end - FINGERPRINT_SAMPLE_BYTES))
+                samples = [data[start : min(start + FINGERPRINT_SAMPLE_BYTES, end)] for start in sample_starts]
+                description = f"{part} {name} {entry['dtype']} {entry['shape']}"
+                entries.append(description.encode() + b"".join(samples))
     if not entries:
-        raise ValueError(f"no *.safetensors file in {str(path)!r}: it is no checkpoint to stand on")
+        raise ValueError(f"no *.safetensors file in {str(path)!r}: not usable as a base checkpoint")
     return hashlib.sha256(b"\n".join(sorted(entries))).hexdigest()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint's tensors; not those of the checkpoints in it."""
+def list_weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a checkpoint.
+
+    Files of other checkpoints in subfolders, such as `checkpoint-200/`, are left out.
+    """
     adapters = [folder / part / ADAPTER_FILE for part in LORA_RANK_FIELDS]
     return [*sorted(folder.glob("*.safetensors")), *filter(Path.is_file, adapters)]
 
 
-# -- names -------------------------------------------------------------------------------------------------------------
-
-
-def is_adapter(name: str) -> bool:
-    return ".lora_" in name
+# -- names of parameters -----------------------------------------------------------------------------------------------
 
 
 def strip_peft_prefix(name: str) -> str:
-    """The name of a parameter in a model without adapters."""
-    return name.replace("base_model.model.", "", 1).replace(".base_layer", "")
+    """Return the name of a parameter in a model without adapters."""
+    return name.replace(PEFT_PREFIX, "", 1).replace(".base_layer", "")
 
 
-def name_in_file(name: str) -> str:
-    """The name that PEFT saves an adapter's parameter under, part of the model included."""
+def get_saved_adapter_name(name: str) -> str:
+    """Return the name of an adapter's parameter in PEFT's file.
+
+    PEFT's files omit the adapter's name ("default"). Here and in the result, the name of the part is the prefix.
+    """
     name = name.replace(".default", "")
     return name.removesuffix(".weight") if "magnitude_vector" in name else name
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def load_adapter_checkpoint(cls, folder: str | Path, config, base_model: str | Path | None = None, **kwargs):
-    """The base of a checkpoint with what was trained on top.
+    """Load the base model of a checkpoint, then its trained tensors.
 
     Args:
-        cls, config: of the model to make.
-        base_model: where the base is now; by default where it was.
+        cls, config: class and configuration of the model.
+        base_model: path of the base checkpoint, if it has moved since the checkpoint was saved.
         kwargs: of `cls.from_pretrained`.
 
     Raises:
-        ValueError: the base is not there or another one; a tensor is missing, unknown, of another shape or not finite.
+        ValueError: the base checkpoint is missing, or has another fingerprint; a tensor is missing, unexpected, of
+            another shape or not finite.
     """
-    note = config.base_model
-    path = str(base_model or note["path"])
+    description = config.base_model
+    path = str(base_model or description["path"])
     if Path(path).resolve() == Path(folder).resolve():
-        raise ValueError(f"{folder} says that it stands on itself")
+        raise ValueError(f"{folder}/config.json is invalid: it names its own folder as the base checkpoint.")
     try:
-        found = fingerprint_weights(path)
+        fingerprint = fingerprint_weights(path)
     except ValueError as error:
-        raise ValueError(f"{folder} stands on the base {path}: {error}; say base_model=... if it has moved") from error
-    if found != note["fingerprint"]:
         raise ValueError(
-            f"{folder} was trained on another base than {path}: its tensors have the fingerprint {found[:12]}..., not "
-            f"{note['fingerprint'][:12]}..."
+            f"The base checkpoint {path} of {folder} is unusable: {error}. Pass base_model=... if it has moved."
+        ) from error
+    if fingerprint != description["fingerprint"]:
+        raise ValueError(
+            f"{folder} was trained on a base checkpoint other than {path}: expected weights with the fingerprint "
+            f"{description['fingerprint'][:12]}..., got {fingerprint[:12]}..."
         )
-    model = cls.from_pretrained(path, config=config_with_base(cls.config_class.from_pretrained(path), config), **kwargs)
-    if note.get("merged"):
+    base_config = build_base_config(cls.config_class.from_pretrained(path), config)
+    model = cls.from_pretrained(path, config=base_config, **kwargs)
+    # Repeat the changes that the run made to its base model, in the same order.
+    if description.get("merged"):
         merge_adapters(model)
-    if known := note.get("known_tokens"):
-        resize_tokens(model, config.llm_config.vocab_size, known)
-    resize_image(model, config.vision_config.image_size)
+    if num_known := description.get("known_tokens"):
+        resize_embeddings(model, config.llm_config.vocab_size, num_known)
+    set_image_size(model, config.vision_config.image_size)
     for name in (*LORA_RANK_FIELDS.values(), "lora_settings"):
         setattr(model.config, name, getattr(config, name))
     model.add_configured_adapters()
     load_trained_tensors(model, folder)
-    model.base_checkpoint, model.config.base_model = note | {"path": path}, None
+    model.base_checkpoint, model.config.base_model = description | {"path": path}, None
     return model
 
 
-def config_with_base(base, config):
-    """`config`, with the sizes and adapters of the base where these differ."""
+def build_base_config(base_config, config):
+    """Copy `config` with the sizes and adapters of the base checkpoint."""
     config = copy.deepcopy(config)
-    config.base_model = getattr(base, "base_model", None)
+    config.base_model = getattr(base_config, "base_model", None)
     for name in (*LORA_RANK_FIELDS.values(), "lora_settings"):
-        setattr(config, name, getattr(base, name))
-    config.llm_config.vocab_size = base.llm_config.vocab_size
-    config.vision_config.image_size, config.force_image_size = base.vision_config.image_size, base.force_image_size
+        setattr(config, name, getattr(base_config, name))
+    config.llm_config.vocab_size = base_config.llm_config.vocab_size
+    config.vision_config.image_size = base_config.vision_config.image_size
+    config.force_image_size = base_config.force_image_size
     return config
 
 
-def load_trained_tensors(model: nn.Module, folder: str | Path) -> None:
-    """Puts what `save_adapter_checkpoint` wrote into a model with the same adapters; a collective under ZeRO-3.
+def load_trained_tensors(model: "InternVLChatModel", folder: str | Path) -> None:
+    """Load adapters and trained tensors into a model with the same adapters.
+
+    A collective under ZeRO-3: all ranks call it.
 
     Raises:
         ValueError: as `load_adapter_checkpoint`.
     """
-    own, tensors = dict(model.named_parameters()), read_trained_tensors(model, folder)
+    parameters, tensors = dict(model.named_parameters()), read_trained_tensors(model, folder)
     for name, tensor in tensors.items():
-        with gathered_parameters(own[name]), torch.no_grad():
-            own[name].copy_(tensor)
-    model.previously_trained = frozenset(strip_peft_prefix(name) for name in tensors if not is_adapter(name))
+        with gathered_parameters(parameters[name]), torch.no_grad():
+            parameters[name].copy_(tensor)
+    others = (name for name in tensors if not is_adapter_parameter(name))
+    model.previously_trained = frozenset(map(strip_peft_prefix, others))
 
 
-def read_trained_tensors(model: nn.Module, folder: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder under their names in the model, if they fit; ValueError as `load_adapter_checkpoint`."""
+def read_trained_tensors(model: "InternVLChatModel", folder: str | Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a checkpoint under their names in the model.
+
+    Raises:
+        ValueError: as `load_adapter_checkpoint`.
+    """
     folder = Path(folder)
-    own = dict(model.named_parameters())
-    adapters = {name_in_file(name): name for name in own if is_adapter(name)}
-    others = {strip_peft_prefix(name): name for name in own if not is_adapter(name)}
-    stored = {f"{part}.{k}": t for part in LORA_RANK_FIELDS for k, t in read(folder / part / ADAPTER_FILE).items()}
-    rest = read(folder / TRAINED_TENSORS_FILE)
-    tensors = {adapters.get(name, name): tensor for name, tensor in stored.items()}
-    tensors |= {others.get(name, name): tensor for name, tensor in rest.items()}
-    shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in own.items()}
-    info = {
+    parameters = dict(model.named_parameters())
+    adapters = {get_saved_adapter_name(name): name for name in parameters if is_adapter_parameter(name)}
+    others = {strip_peft_prefix(name): name for name in parameters if not is_adapter_parameter(name)}
+    tensors = {}
+    for part in LORA_RANK_FIELDS:
+        for name, tensor in _read_tensors(folder / part / ADAPTER_FILE).items():
+            saved_name = f"{part}.{name}"
+            tensors[adapters.get(saved_name, saved_name)] = tensor
+    for name, tensor in _read_tensors(folder / TRAINED_TENSORS_FILE).items():
+        tensors[others.get(name, name)] = tensor
+    shapes = {name: get_full_shape(parameter) for name, parameter in parameters.items()}
+    loading_info = {
         "missing_keys": [name for name in adapters.values() if name not in tensors],
-        "unexpected_keys": [name for name in tensors if name not in own],
-        "mismatched_keys": [(n, t.shape, shapes[n]) for n, t in tensors.items() if n in own and t.shape != shapes[n]],
+        "unexpected_keys": [name for name in tensors if name not in parameters],
+        "mismatched_keys": [
+            (name, tensor.shape, shapes[name])
+            for name, tensor in tensors.items()
+            if name in parameters and tensor.shape != shapes[name]
+        ],
         "not_finite_keys": [name for name, tensor in tensors.items() if not tensor.isfinite().all()],
     }
-    refuse_wrong_keys(str(folder), info)
+    check_checkpoint_keys(str(folder), loading_info)
     return tensors
 
 
-def read(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, none if it is not there; ValueError if it is cut short or something else."""
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a safetensors file, if it exists."""
     try:
         return load_file(file) if file.is_file() else {}
     except SafetensorError as error:
@@ -219,6 +262,6 @@ def read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def is_adapter_checkpoint(folder: str | Path) -> bool:
-    """Whether what lies there was written by `save_adapter_checkpoint`."""
+    """Return whether a folder was written by `save_adapter_checkpoint`."""
     file = Path(folder) / "config.json"
     return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("base_model"))

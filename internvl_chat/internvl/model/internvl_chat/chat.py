@@ -1,23 +1,38 @@
-"""Dialogue with a model: question and tiles -> prompt -> generated ids -> answer. `InternVLChatModel` mixes this in."""
+"""Chatting with the model.
+
+Question and tiles -> prompt -> generated ids -> answer.
+`InternVLChatModel` inherits `chat` and `batch_chat` from `ChatMixin`.
+"""
 
 from itertools import takewhile
+from typing import Any
 
 import torch
 
 from internvl.conversation import get_conv_template
 
-IMAGE = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 
 
 class ChatMixin:
-    """`chat` and `batch_chat` on top of the model's `generate`, with upstream's arguments.
+    """Methods `chat` and `batch_chat`, with upstream's arguments.
 
-    `pixel_values` (T, 3, H, W) are the tiles of all images of all questions (history first), one after the other.
-    `generation_config` is a dict of arguments for `generate` (`max_new_tokens`, `do_sample`, `streamer`, ...), left
-    as it is. `history` is a list of (question, answer). An answer ends at the template's end marker or the tokenizer's
-    own end-of-text token. It is text without special tokens; but under internvl3_5_gpt_oss, which marks its channels by
-    such tokens, it keeps them and begins with `<|channel|>final<|message|>`, as `history` and upstream's users expect.
+    - `pixel_values` (T, 3, H, W): the tiles of all images of all questions in order, those of a history first.
+    - `generation_config`: a dict of arguments of `generate` (`max_new_tokens`, `do_sample`, `streamer`, ...). It is not
+      modified.
+    - `history`: a list of (question, answer).
+
+    An answer ends at the end marker of the template or the end-of-text token of the tokenizer. Special tokens are
+    removed from its text, except under the template internvl3_5_gpt_oss, where they mark channels: the answer begins
+    with `<|channel|>final<|message|>`, as in upstream. The history of the next prompt needs these tokens.
     """
+
+    # Attributes of the model class that inherits from this mixin.
+    template: Any
+    system_message: str
+    num_image_token: int
+    get_input_embeddings: Any
+    generate: Any
 
     def chat(
         self,
@@ -33,13 +48,16 @@ class ChatMixin:
         IMG_CONTEXT_TOKEN="<IMG_CONTEXT>",
         verbose=False,
     ):
-        """Answers one question; with `return_history`, (answer, longer history).
+        """Answer one question.
 
         Args:
-            num_patches_list: tiles of each image; default: all tiles belong to one image.
+            num_patches_list: number of tiles of each image; default: all tiles belong to one image.
+
+        Returns:
+            The answer; with `return_history`, (answer, history with this question and answer).
 
         Raises:
-            ValueError: tiles and `num_patches_list` differ in number, or there are more images than `<image>`.
+            ValueError: `num_patches_list` does not sum to the number of tiles, or there are more images than `<image>`.
         """
         if num_patches_list is None:
             num_patches_list = [] if pixel_values is None else [len(pixel_values)]
@@ -73,44 +91,51 @@ class ChatMixin:
         verbose=False,
         image_counts=None,
     ):
-        """Answers several questions at once; with `return_history`, (answers, longer histories).
+        """Answer several questions in one batch.
 
         Args:
-            num_patches_list: for each question the tiles of its image, or a list with the tiles of each of its images
-                (those of its history first); 0 or [] for none. Only without tiles may it be left out.
-            history: for each question its history or None. `image_counts` is upstream's old name of `num_patches_list`.
+            num_patches_list: for each question the number of tiles of its image, or a list with the number of tiles of
+                each of its images (those of its history first); 0 or [] without images. Required if there are tiles.
+            history: for each question its history or None.
+            image_counts: upstream's former name of `num_patches_list`.
+
+        Returns:
+            The answers; with `return_history`, (answers, histories with these questions and answers).
         """
-        patches = _patches(num_patches_list if image_counts is None else image_counts, pixel_values, len(questions))
+        num_patches_list = num_patches_list if image_counts is None else image_counts
+        tile_counts = _normalize_tile_counts(num_patches_list, pixel_values, len(questions))
         histories = [None] * len(questions) if history is None else history
         if len(histories) != len(questions):
             raise ValueError(f"{len(questions)} questions, but {len(histories)} histories")
         self.img_context_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
 
-        asked, prompts = [], []
-        for question, tiles, earlier in zip(questions, patches, histories, strict=True):
-            if earlier is None and tiles and IMAGE not in question:
-                question = (IMAGE + "\n") * len(tiles) + question
-            prompt = self._prompt(question, earlier or [])
-            if prompt.count(IMAGE) < len(tiles):
+        full_questions, prompts = [], []
+        for question, image_tiles, past in zip(questions, tile_counts, histories, strict=True):
+            if past is None and image_tiles and IMAGE_PLACEHOLDER not in question:
+                question = (IMAGE_PLACEHOLDER + "\n") * len(image_tiles) + question
+            prompt = self.build_prompt(question, past or [])
+            num_placeholders = prompt.count(IMAGE_PLACEHOLDER)
+            if num_placeholders < len(image_tiles):
                 raise ValueError(
-                    f"{len(tiles)} images, but {prompt.count(IMAGE)} {IMAGE} in the question and its history"
+                    f"{len(image_tiles)} images, but {num_placeholders} {IMAGE_PLACEHOLDER} in the question and its "
+                    "history"
                 )
             if verbose:
                 print(prompt)
-            for count in tiles:
-                image = IMG_START_TOKEN + IMG_CONTEXT_TOKEN * (self.num_image_token * count) + IMG_END_TOKEN
-                prompt = prompt.replace(IMAGE, image, 1)
-            asked.append(question)
+            for num_tiles in image_tiles:
+                image = IMG_START_TOKEN + IMG_CONTEXT_TOKEN * (self.num_image_token * num_tiles) + IMG_END_TOKEN
+                prompt = prompt.replace(IMAGE_PLACEHOLDER, image, 1)
+            full_questions.append(question)
             prompts.append(prompt)
 
-        answers = self._answer(tokenizer, pixel_values, prompts, generation_config)
+        answers = self._generate_answers(tokenizer, pixel_values, prompts, generation_config)
         if not return_history:
             return answers
-        longer = [[*(old or []), pair] for old, pair in zip(histories, zip(asked, answers, strict=True), strict=True)]
-        return answers, longer
+        pairs = zip(full_questions, answers, strict=True)
+        return answers, [[*(past or []), pair] for past, pair in zip(histories, pairs, strict=True)]
 
-    def _prompt(self, question: str, history) -> str:
-        """The dialogue so far, the question and an open answer, as the template renders them."""
+    def build_prompt(self, question: str, history) -> str:
+        """Render history, question and the beginning of the answer by the template."""
         template = get_conv_template(self.template)
         template.system_message = self.system_message
         for earlier_question, earlier_answer in history:
@@ -120,8 +145,11 @@ class ChatMixin:
         template.append_message(template.roles[1], None)
         return template.get_prompt()
 
-    def _answer(self, tokenizer, pixel_values, prompts: list[str], generation_config: dict) -> list[str]:
-        """Texts that follow the prompts (of different lengths: padded on the left, the tokenizer left as it was)."""
+    def _generate_answers(self, tokenizer, pixel_values, prompts: list[str], generation_config: dict) -> list[str]:
+        """Generate the texts that follow the prompts.
+
+        Shorter prompts are padded on the left; the tokenizer's own padding side is restored.
+        """
         padding_side = tokenizer.padding_side
         tokenizer.padding_side = "left"
         try:
@@ -129,49 +157,58 @@ class ChatMixin:
         finally:
             tokenizer.padding_side = padding_side
         template = get_conv_template(self.template)
-        end = end_marker(template)
-        ends = {tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id} - {None}
+        end_marker = get_end_marker(template)
+        end_ids = {tokenizer.convert_tokens_to_ids(end_marker), tokenizer.eos_token_id} - {None}
         device = self.get_input_embeddings().weight.device
         with torch.inference_mode():
             output = self.generate(
                 pixel_values=pixel_values,
                 input_ids=inputs["input_ids"].to(device),
                 attention_mask=inputs["attention_mask"].to(device),
-                **{"pad_token_id": tokenizer.pad_token_id, **generation_config, "eos_token_id": sorted(ends)},
+                **{"pad_token_id": tokenizer.pad_token_id, **generation_config, "eos_token_id": sorted(end_ids)},
             )
-        answers = [list(takewhile(lambda index: index not in ends, row)) for row in output.tolist()]
+        # A row that ended early is padded to the longest answer of the batch.
+        answers = [list(takewhile(lambda token_id: token_id not in end_ids, row)) for row in output.tolist()]
         texts = tokenizer.batch_decode(answers, skip_special_tokens=not has_channels(template))
-        return [text.split(end)[0].strip() for text in texts]
+        return [text.split(end_marker)[0].strip() for text in texts]
 
 
 def build_conversation(config):
-    """The template that a chat model talks in, with its own system message if the config has one."""
+    """Build the conversation template of a chat model.
+
+    A system message in the configuration replaces that of the template.
+    """
     template = get_conv_template(config.template)
-    own = getattr(config, "system_message", None)
-    template.system_message = template.system_message if own is None else own
+    system_message = getattr(config, "system_message", None)
+    if system_message is not None:
+        template.system_message = system_message
     return template
 
 
 def has_channels(template) -> bool:
-    """Whether special tokens mark what is thought and what is said, as in GPT-OSS."""
+    """Return whether special tokens separate reasoning from the answer, as in GPT-OSS."""
     return template.sep_style.name == "MPT_TWO"
 
 
-def end_marker(template) -> str:
-    """The token that ends an answer."""
+def get_end_marker(template) -> str:
+    """Return the token that ends an answer."""
     return (template.sep2 if has_channels(template) else template.sep).strip()
 
 
-def _patches(num_patches_list, pixel_values, questions: int) -> list[list[int]]:
-    """For each question the tiles of each of its images, checked against the number of questions and of tiles."""
-    tiles = 0 if pixel_values is None else len(pixel_values)
+def _normalize_tile_counts(num_patches_list, pixel_values, num_questions: int) -> list[list[int]]:
+    """Normalize `num_patches_list` to the tile counts of each question's images.
+
+    Raises:
+        ValueError: the numbers do not match the questions or the tiles.
+    """
+    num_tiles = 0 if pixel_values is None else len(pixel_values)
     if num_patches_list is None:
-        if tiles:
-            raise ValueError(f"{tiles} tiles for {questions} questions: num_patches_list must say whose they are")
-        num_patches_list = [[]] * questions
-    if len(num_patches_list) != questions:
-        raise ValueError(f"{questions} questions, but num_patches_list has {len(num_patches_list)} entries")
-    patches = [[n for n in ([entry] if isinstance(entry, int) else entry) if n] for entry in num_patches_list]
-    if (listed := sum(map(sum, patches))) != tiles:
-        raise ValueError(f"num_patches_list speaks of {listed} tiles, pixel_values has {tiles}")
-    return patches
+        if num_tiles:
+            raise ValueError(f"{num_tiles} tiles for {num_questions} questions: num_patches_list is required")
+        num_patches_list = [[]] * num_questions
+    if len(num_patches_list) != num_questions:
+        raise ValueError(f"{num_questions} questions, but num_patches_list has {len(num_patches_list)} entries")
+    tile_counts = [[n for n in ([entry] if isinstance(entry, int) else entry) if n] for entry in num_patches_list]
+    if (num_listed := sum(map(sum, tile_counts))) != num_tiles:
+        raise ValueError(f"num_patches_list sums to {num_listed} tiles, but pixel_values has {num_tiles}")
+    return tile_counts

@@ -1,4 +1,4 @@
-"""Names of a checkpoint's tensors: older ones, and whether they are the model's; for `from_pretrained`."""
+"""Keys of a checkpoint's tensors: legacy names, and comparison with the model's."""
 
 import re
 from pathlib import Path
@@ -9,33 +9,36 @@ from transformers.utils import cached_file
 from internvl.model.lora import LLM_TARGETS, LORA_RANK_FIELDS, PROJECTOR_TARGETS, VISION_TARGETS
 
 
-def folder_of(path: str | Path) -> Path:
-    """The folder of a checkpoint, also of one from the hub that is there already."""
+def find_checkpoint_dir(path: str | Path) -> Path:
+    """Return a checkpoint's folder, possibly in the hub's local cache."""
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(cached_file(str(path), "config.json", local_files_only=True)).parent
+        return Path(str(cached_file(str(path), "config.json", local_files_only=True))).parent
     except OSError as error:
-        raise ValueError(f"there is no checkpoint {str(path)!r}") from error
+        raise ValueError(f"no checkpoint found at {str(path)!r}") from error
 
 
-def older_adapter_names(path: str | Path, config) -> dict[str, str]:
-    """Pattern -> replacement for a checkpoint with adapters from before PEFT 0.6; none for others.
+def build_legacy_key_mapping(path: str | Path, config) -> dict[str, str]:
+    """Build the `key_mapping` for a checkpoint whose adapters PEFT < 0.6 saved.
 
-    The weight of an adapted layer was called `qkv.weight` then, and is `qkv.base_layer.weight` today.
+    PEFT named the weight of an adapted layer `qkv.weight` then, and `qkv.base_layer.weight` since.
+
+    Returns:
+        Regular expression -> replacement; empty for other checkpoints.
     """
-    llm = LLM_TARGETS.get(config.llm_config.architectures[0], LLM_TARGETS["LlamaForCausalLM"])
-    targets = {"vision_model": VISION_TARGETS, "mlp1": PROJECTOR_TARGETS, "language_model": llm}
-    patterns = {}
-    for part in (part for part, rank in LORA_RANK_FIELDS.items() if getattr(config, rank)):
-        ends = "|".join(map(re.escape, targets[part].modules))
-        patterns[rf"^({part}\.base_model\.model\.(?:.*\.)?(?:{ends}))\.(?=(?:weight|bias)$)"] = r"\1.base_layer."
-    names = stored_names(folder_of(path)) if patterns else ()
-    return {pattern: new for pattern, new in patterns.items() if any(re.match(pattern, name) for name in names)}
+    llm_targets = LLM_TARGETS.get(config.llm_config.architectures[0], LLM_TARGETS["LlamaForCausalLM"])
+    targets = {"vision_model": VISION_TARGETS, "mlp1": PROJECTOR_TARGETS, "language_model": llm_targets}
+    mapping = {}
+    for part in (part for part, rank_field in LORA_RANK_FIELDS.items() if getattr(config, rank_field)):
+        suffixes = "|".join(map(re.escape, targets[part].modules))
+        mapping[rf"^({part}\.base_model\.model\.(?:.*\.)?(?:{suffixes}))\.(?=(?:weight|bias)$)"] = r"\1.base_layer."
+    names = list_tensor_names(find_checkpoint_dir(path)) if mapping else ()
+    return {pattern: new for pattern, new in mapping.items() if any(re.match(pattern, name) for name in names)}
 
 
-def stored_names(folder: Path) -> list[str]:
-    """Names of the tensors in a folder's safetensors files."""
+def list_tensor_names(folder: Path) -> list[str]:
+    """List the names of all tensors in a folder's safetensors files."""
     names = []
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
@@ -43,14 +46,17 @@ def stored_names(folder: Path) -> list[str]:
     return names
 
 
-def refuse_wrong_keys(name: str, info: dict) -> None:
-    """Raises a ValueError that lists every missing, unexpected or mismatched key of checkpoint `name`.
+def check_checkpoint_keys(name: str, loading_info: dict) -> None:
+    """Raise a ValueError that lists all wrong keys of checkpoint `name`.
 
-    `info` is the loading report of transformers' `from_pretrained`; ours may have `not_finite_keys`, too.
+    Args:
+        loading_info: `missing_keys`, `unexpected_keys` and `mismatched_keys` as transformers' `from_pretrained` reports
+            them; `not_finite_keys`, too, in checkpoints of adapters.
     """
-    kinds = ("missing", "unexpected", "mismatched", "not_finite")
-    problems = {kind: sorted(info.get(f"{kind}_keys") or ()) for kind in kinds}
-    problems["mismatched"] = [f"{key} {tuple(a)} for {tuple(b)}" for key, a, b in problems["mismatched"]]
-    if any(problems.values()):
-        listed = "\n".join(f"{kind.replace('_', ' ')}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
-        raise ValueError(f"{name} is no checkpoint of this model. Its keys:\n{listed}")
+    problems = ("missing", "unexpected", "mismatched", "not_finite")
+    keys = {problem: sorted(loading_info.get(f"{problem}_keys") or ()) for problem in problems}
+    # A mismatched key comes with the shapes in the checkpoint and in the model.
+    keys["mismatched"] = [f"{key} {tuple(got)} for {tuple(expected)}" for key, got, expected in keys["mismatched"]]
+    if any(keys.values()):
+        lines = (f"{problem.replace('_', ' ')}: {', '.join(keys[problem])}" for problem in problems if keys[problem])
+        raise ValueError("\n".join([f"The keys of checkpoint {name} do not match the model:", *lines]))

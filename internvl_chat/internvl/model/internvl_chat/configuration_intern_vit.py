@@ -1,4 +1,4 @@
-"""Shape of a vision encoder: what `vision_config` of a checkpoint says, with upstream's keys and defaults."""
+"""Configuration of InternViT, with upstream's keys and defaults."""
 
 from transformers import PretrainedConfig
 from transformers.utils import logging
@@ -7,10 +7,10 @@ logger = logging.get_logger(__name__)
 
 
 class InternVisionConfig(PretrainedConfig):
-    """Configuration of every InternViT (300M and 6B); the defaults are the first 6B's.
+    """Configuration of InternViT, 300M or 6B.
 
-    Keys a checkpoint carries beyond these (mixture-of-experts leftovers, `auto_map`, ...) are kept as attributes and
-    written back, and have no effect.
+    The defaults are those of the first 6B model. Other keys of a checkpoint (mixture of experts, `auto_map`, ...) are
+    kept as attributes and saved again, but have no effect.
     """
 
     model_type = "intern_vit_6b"
@@ -59,7 +59,7 @@ class InternVisionConfig(PretrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Reads a vision checkpoint's config, or the `vision_config` of a chat checkpoint."""
+        """Load the configuration of a vision encoder, also from a chat checkpoint."""
         config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         config_dict = config_dict.get("vision_config", config_dict)
         if config_dict.get("model_type", cls.model_type) != cls.model_type:

@@ -1,10 +1,11 @@
-"""A chat checkpoint's `config.json`: the vision encoder's, the language model's and how the two are joined.
+"""Configuration of the chat model: vision encoder, LLM and their connection.
 
-`LLM_CONFIGS` and transformers' registry decide which configuration class a language model has; the model classes are
-looked up the same way in `modeling_internvl_chat`.
+The architecture of the LLM selects its configuration class from `LLM_CONFIGS` or transformers' registry;
+`modeling_internvl_chat` selects its model class likewise.
 """
 
 from difflib import get_close_matches
+from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, LlamaConfig, PretrainedConfig
@@ -14,7 +15,7 @@ from internvl.model.internlm2.configuration_internlm2 import InternLM2Config
 from internvl.model.internvl_chat.configuration_intern_vit import InternVisionConfig
 from internvl.model.phi3.configuration_phi3 import Phi3Config
 
-# Language models this repository brings along; every other causal language model comes from transformers' registry.
+# LLMs implemented here; every other causal language model comes from transformers' registry.
 LLM_CONFIGS = {
     "InternLM2ForCausalLM": InternLM2Config,
     "InternLM3ForCausalLM": LlamaConfig,
@@ -26,17 +27,17 @@ class InternVLChatConfig(PretrainedConfig):
     """Configuration of an InternVL chat model, with upstream's keys and defaults.
 
     Args:
-        vision_config, llm_config: dicts as in `config.json`, or configuration objects. Without `llm_config`: Qwen2.
-        use_backbone_lora, use_llm_lora, use_mlp_lora: LoRA rank of a part; above 0 the constructor of the model wraps
-            that part.
-        lora_settings: part (`vision_model`, `mlp1`, `language_model`) -> fields of `lora.LoraSettings`; a part that has
-            none here has upstream's: alpha is twice the rank.
+        vision_config, llm_config: dicts as in `config.json`, or configuration objects; default LLM: Qwen2.
+        use_backbone_lora, use_llm_lora, use_mlp_lora: LoRA rank of a part; if it is above 0, the constructor of the
+            model attaches adapters.
+        lora_settings: part (`vision_model`, `mlp1`, `language_model`) -> fields of `lora.LoraSettings`. A part without
+            an entry has upstream's settings: alpha is twice the rank.
         template: name of the conversation template, see `internvl.conversation`.
-        tie_word_embeddings: whether the language model's head is its input embedding, not stored again. Small models of
-            InternVL 3.5 say so, here and in `llm_config`; only both together count. Everything before is not tied.
+        tie_word_embeddings: whether the LLM's head shares its weight with the input embedding. It must also be set in
+            `llm_config`, as in the small models of InternVL 3.5; older models are not tied.
 
     Raises:
-        ValueError: the language model's architecture is not known; the message has the names most like it.
+        ValueError: the architecture of the LLM is not supported; the message lists similar names.
     """
 
     model_type = "internvl_chat"
@@ -66,8 +67,8 @@ class InternVLChatConfig(PretrainedConfig):
         super().__init__(**kwargs)
         if not isinstance(vision_config, PretrainedConfig):
             vision_config = InternVisionConfig(**(vision_config or {"architectures": ["InternVisionModel"]}))
-        self.vision_config = vision_config
-        self.llm_config = _llm_config(llm_config or {"architectures": ["Qwen2ForCausalLM"]})
+        self.vision_config: Any = vision_config
+        self.llm_config: Any = _build_llm_config(llm_config or {"architectures": ["Qwen2ForCausalLM"]})
         self.use_backbone_lora = use_backbone_lora
         self.use_llm_lora = use_llm_lora
         self.use_mlp_lora = use_mlp_lora
@@ -83,52 +84,55 @@ class InternVLChatConfig(PretrainedConfig):
         self.min_dynamic_patch = min_dynamic_patch
         self.max_dynamic_patch = max_dynamic_patch
         self.hidden_size = self.llm_config.hidden_size  # DeepSpeed sizes its ZeRO-3 buckets by it
-        # By itself, what the language model did before does not count: upstream's older files say anything there.
-        tied = bool(tie_word_embeddings and self.llm_config.tie_word_embeddings)
-        self.tie_word_embeddings = self.llm_config.tie_word_embeddings = tied
+        # Older checkpoints of upstream have arbitrary values in `llm_config`: both fields must agree.
+        is_tied = bool(tie_word_embeddings and self.llm_config.tie_word_embeddings)
+        self.tie_word_embeddings = self.llm_config.tie_word_embeddings = is_tied
 
     def to_dict(self) -> dict:
-        """Everything, defaults included, spelled as transformers 4 reads it: upstream's pin must load what we save."""
+        """Return all fields, defaults included, under the keys of transformers 4.
+
+        Upstream pins transformers 4 and must be able to load saved checkpoints.
+        """
         output = super().to_dict()
         for part in ("vision_config", "llm_config"):
-            output[part] = _older_spelling(
-                {**getattr(self, part).to_dict(), "model_type": getattr(self, part).model_type}
-            )
+            config = getattr(self, part)
+            output[part] = _to_transformers4_keys({**config.to_dict(), "model_type": config.model_type})
         output.pop("_commit_hash", None)
-        return _older_spelling({**output, "model_type": self.model_type})
+        return _to_transformers4_keys({**output, "model_type": self.model_type})
 
     def to_diff_dict(self) -> dict:
-        """`config.json` states every key, as upstream's does."""
+        """Return all fields: `config.json` contains defaults, too, as upstream's does."""
         return self.to_dict()
 
 
-def tile_size(config: InternVLChatConfig) -> int:
-    """Side of a tile in pixels."""
+def get_tile_size(config: InternVLChatConfig) -> int:
+    """Return the side of a tile in pixels."""
     return config.force_image_size or config.vision_config.image_size
 
 
 def count_image_tokens(config: InternVLChatConfig) -> int:
-    """Tokens of one tile."""
-    return int((tile_size(config) // config.vision_config.patch_size) ** 2 * config.downsample_ratio**2)
+    """Count the image tokens of one tile."""
+    return int((get_tile_size(config) // config.vision_config.patch_size) ** 2 * config.downsample_ratio**2)
 
 
-def llm_registry() -> dict[str, str]:
-    """Causal language models of the installed transformers: architecture -> model type."""
-    pairs = ((names, model_type) for model_type, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())
-    return {name: kind for names, kind in pairs for name in ([names] if isinstance(names, str) else names)}
+def get_transformers_llms() -> dict[str, str]:
+    """Map architecture to model type for the causal language models of transformers."""
+    # A model type may have one architecture or a tuple of them.
+    items = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    return {name: kind for kind, names in items for name in ([names] if isinstance(names, str) else names)}
 
 
-def _llm_config(llm_config) -> PretrainedConfig:
-    """Configuration object of a language model, its class chosen by `architectures[0]` (or else `model_type`)."""
+def _build_llm_config(llm_config) -> PretrainedConfig:
+    """Build the LLM's configuration object, its class selected by `architectures[0]` or `model_type`."""
     fields = llm_config.to_dict() if isinstance(llm_config, PretrainedConfig) else llm_config
-    by_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(fields.get("model_type"), "")
+    by_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(fields.get("model_type", ""), "")
     architecture = (fields.get("architectures") or [by_type])[0]
-    registry = llm_registry()
+    registry = get_transformers_llms()
     if architecture not in LLM_CONFIGS and architecture not in registry:
-        alike = ", ".join(get_close_matches(architecture, sorted({*LLM_CONFIGS, *registry}), cutoff=0))
+        similar = ", ".join(get_close_matches(architecture, sorted({*LLM_CONFIGS, *registry}), cutoff=0))
         raise ValueError(
-            f"Unsupported architecture: {architecture!r} is no causal language model that this repository or "
-            f"transformers {transformers.__version__} knows; the nearest names are {alike}"
+            f"Unsupported architecture: {architecture!r} is not a causal language model of this repository or "
+            f"transformers {transformers.__version__}; similar names are {similar}"
         )
     if not isinstance(llm_config, PretrainedConfig):
         config_class = LLM_CONFIGS.get(architecture) or CONFIG_MAPPING[registry[architecture]]
@@ -137,20 +141,21 @@ def _llm_config(llm_config) -> PretrainedConfig:
     return llm_config
 
 
-def _older_spelling(fields: dict) -> dict:
-    """transformers 5 writes `dtype` and `rope_parameters` where 4 reads `torch_dtype`, `rope_theta` and `rope_scaling`.
+def _to_transformers4_keys(fields: dict) -> dict:
+    """Rename keys of transformers 5 to those of transformers 4.
 
-    Read by 4, the newer spelling would silently mean the default rotary base, or number of experts. 5 reads both.
+    transformers 5 writes `dtype` and `rope_parameters` where 4 reads `torch_dtype`, `rope_theta` and `rope_scaling`. 4
+    would silently use the default rotary base and number of experts instead. 5 reads both.
     """
     if "num_local_experts" in fields:
         fields.setdefault("num_experts", fields["num_local_experts"])
     if "dtype" in fields:
         fields["torch_dtype"] = fields.pop("dtype")
     rope = dict(fields.get("rope_parameters") or {})
-    if "rope_theta" in rope:  # else there is none, or one for each kind of layer, which 4 does not know
+    if "rope_theta" in rope:  # not if there is one for each type of layer, which 4 does not support
         del fields["rope_parameters"]
         kind = rope.pop("rope_type", "default")
-        kind = rope.pop("type", kind)  # Phi-3's own name, `su`, stays beside transformers 5's `longrope`
+        kind = rope.pop("type", kind)  # Phi-3 calls it `su`, transformers 5 `longrope`
         fields["rope_theta"] = rope.pop("rope_theta")
         rope = {key: value for key, value in rope.items() if fields.get(key) != value}
         if (factor := rope.pop("partial_rotary_factor", 1.0)) != 1.0:

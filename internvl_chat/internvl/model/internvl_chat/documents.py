@@ -1,42 +1,75 @@
-"""Where the documents of a packed row begin, which positions carry loss, and how much each label weighs.
+"""Documents of a packed row: boundaries, loss mask, label weights.
 
-`position_ids` restart at 0 for each document. That is the only mark of a boundary.
+`position_ids` (B, L) restart at 0 for each document. This is the only mark of a boundary.
 """
 
 import torch
 
-IGNORE_INDEX = -100  # label of a token without loss
+IGNORE_INDEX = -100  # label of a token without loss; the small patch cannot import internvl.constants
 
 
-def document_begins(position_ids: torch.Tensor) -> torch.Tensor:
-    """Boolean (B, L): a document begins at every position 0, and with every row."""
-    begins = position_ids == 0
-    begins[:, 0] = True
-    return begins
+def find_document_starts(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return a boolean mask (B, L) of the first tokens of documents.
+
+    A document starts at each position 0, and with each row.
+    """
+    starts = position_ids == 0
+    starts[:, 0] = True
+    return starts
 
 
-def document_bounds(position_ids: torch.Tensor) -> list[int]:
-    """Where documents begin in B rows laid end to end, and the number of all tokens: (B, L) -> [0, ..., B L]."""
-    return [*document_begins(position_ids).flatten().nonzero().flatten().tolist(), position_ids.numel()]
+def compute_cu_seqlens(position_ids: torch.Tensor) -> list[int]:
+    """Compute cumulative document lengths over the flattened rows.
+
+    (B, L) -> [0, ..., B * L].
+    """
+    return [*find_document_starts(position_ids).flatten().nonzero().flatten().tolist(), position_ids.numel()]
 
 
-# --loss_reduction -> weight of each of the n trained tokens of a document.
-REDUCTIONS = {
+def normalize_document_boundaries(
+    attention_mask: torch.Tensor | None, cu_seqlens: list[int] | torch.Tensor | None
+) -> tuple[torch.Tensor | None, list[int] | None]:
+    """Convert the forms in which callers mark documents to one.
+
+    - A mask (B, L) of int64 or bool, for padding: one document a row.
+    - Upstream's packed batches have cumulative lengths in `attention_mask`, which then is int32.
+    - InternVL 3.5's packed batches have a tensor `cu_seqlens` beside an unused mask.
+    - The collators here have a list `cu_seqlens`.
+
+    In all packed batches `position_ids` restart for each document, so the lengths can be computed from these. A list of
+    lengths saves that.
+
+    Returns:
+        The mask for padding (None for packed batches), and the list of lengths (None if the caller gave no list).
+    """
+    is_packed = cu_seqlens is not None or (attention_mask is not None and attention_mask.dtype == torch.int32)
+    return None if is_packed else attention_mask, cu_seqlens if isinstance(cu_seqlens, list) else None
+
+
+# --loss_reduction -> weight of each of the n loss tokens of a document.
+LOSS_REDUCTIONS = {
     "token": lambda n: n**0.0,
     "sample": lambda n: 1 / n,
     "square": lambda n: n**-0.5,
 }
 
 
-def document_weights(labels: torch.Tensor, position_ids: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Weight (B, L), float32, of each label by the number of labels of its document, which begins at position 0."""
-    document = document_begins(position_ids).flatten().cumsum(0) - 1
-    counted = (labels != IGNORE_INDEX).flatten().float()
-    counts = torch.zeros_like(counted).scatter_add(0, document, counted)[document]
-    return (REDUCTIONS[reduction](counts.clamp(min=1)) * counted).view_as(labels)
+def compute_label_weights(labels: torch.Tensor, position_ids: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Compute the weight of each label, (B, L) float32.
+
+    It depends on the number of labels in the document, see `LOSS_REDUCTIONS`.
+    """
+    document_ids = find_document_starts(position_ids).flatten().cumsum(0) - 1  # (B * L,)
+    has_loss = (labels != IGNORE_INDEX).flatten().float()
+    num_labels = torch.zeros_like(has_loss).scatter_add(0, document_ids, has_loss)[document_ids]
+    return (LOSS_REDUCTIONS[reduction](num_labels.clamp(min=1)) * has_loss).view_as(labels)
 
 
-def loss_positions(labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-    """Boolean (B, L - 1): whether position i is trained to predict label i + 1 (never across two documents)."""
-    trained = labels[:, 1:] != IGNORE_INDEX
-    return trained if position_ids is None else trained & (position_ids[:, 1:] != 0)
+def get_loss_mask(labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Return a boolean mask (B, L - 1) of the loss tokens.
+
+    It is True where token i has a loss for label i + 1. The last token of a document has none: the next token belongs
+    to another document.
+    """
+    has_loss = labels[:, 1:] != IGNORE_INDEX
+    return has_loss if position_ids is None else has_loss & (position_ids[:, 1:] != 0)

@@ -1,7 +1,10 @@
-"""InternViT: tiles (T, 3, H, W) -> hidden states (T, 1 + patches, C). The first stage of the chat model.
+"""InternViT, the vision encoder of the chat model.
 
-The same code is the 300M and the 6B encoder; their configurations choose the norms. Parameter names are upstream's.
+Tiles (T, 3, H, W) -> hidden states (T, N, C): T tiles, N = 1 + patches (a class token first), C hidden size. The 300M
+and the 6B encoder share this code; their configurations select the norms. Parameter names are upstream's.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +25,11 @@ except ImportError:
     has_flash_attn = False
 
 
-def attention(q, k, v, dropout: float = 0.0, use_flash: bool = True) -> torch.Tensor:
-    """Full attention of q, k, v (B, N, heads, D) -> (B, N, heads, D): flash-attn where it can run, else torch's own."""
+def compute_attention(q, k, v, dropout: float = 0.0, use_flash: bool = True) -> torch.Tensor:
+    """Compute full attention by flash-attn where possible, else by torch.
+
+    q, k, v (T, N, heads, D) -> (T, N, heads, D).
+    """
     if use_flash and has_flash_attn and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return flash_attn_func(q, k, v, dropout_p=dropout)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -31,7 +37,7 @@ def attention(q, k, v, dropout: float = 0.0, use_flash: bool = True) -> torch.Te
 
 
 class InternRMSNorm(nn.Module):
-    """x / rms(x) * weight, statistics in float32."""
+    """RMS norm `weight * x / rms(x)`, with statistics in float32."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()
@@ -39,31 +45,32 @@ class InternRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
+        x_float = x.float()
+        mean_square = x_float.pow(2).mean(-1, keepdim=True)
+        return self.weight * (x_float * torch.rsqrt(mean_square + self.variance_epsilon)).to(x.dtype)
 
 
 NORM2FN = {"rms_norm": InternRMSNorm, "layer_norm": nn.LayerNorm}
 
 
 class PatchEmbedding(nn.Conv2d):
-    """A convolution whose patches do not overlap, as one matrix product: on a CPU 1.3 to 3 times as fast as torch's.
+    """A convolution of non-overlapping patches, computed as one matrix product.
 
-    Tiles (T, 3, H, W) -> (T, C, h, w) in memory order (T, h, w, C); pixels beyond the last whole patch are left out.
+    It maps tiles (T, 3, H, W) to (T, C, h, w), in the memory order (T, h, w, C), and ignores pixels after the last
+    complete patch, as a convolution does. On a CPU it is 1.3 to 3 times as fast as torch's convolution.
     """
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        down, right = self.kernel_size
-        height, width = tiles.shape[2] // down, tiles.shape[3] // right
-        tiles = tiles[:, :, : height * down, : width * right]
-        patches = tiles.unflatten(3, (width, right)).unflatten(2, (height, down))
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (T, h, w, 3 * down * right)
+        patch_height, patch_width = self.kernel_size
+        h, w = tiles.shape[2] // patch_height, tiles.shape[3] // patch_width
+        tiles = tiles[:, :, : h * patch_height, : w * patch_width]
+        patches = tiles.unflatten(3, (w, patch_width)).unflatten(2, (h, patch_height))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (T, h, w, 3 * patch_height * patch_width)
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class InternVisionEmbeddings(nn.Module):
-    """Tiles -> patch embeddings behind one class token, plus positions."""
+    """Class token and patch embeddings, plus position embeddings."""
 
     def __init__(self, config: InternVisionConfig):
         super().__init__()
@@ -77,23 +84,27 @@ class InternVisionEmbeddings(nn.Module):
         self.patch_embedding = PatchEmbedding(config.num_channels, self.embed_dim, self.patch_size, self.patch_size)
         self.position_embedding = nn.Parameter(torch.randn(1, self.num_positions, self.embed_dim))
 
-    def positions(self, height: int, width: int) -> torch.Tensor:
-        """The position embedding (1, 1 + height * width, C) on a grid of that many patches."""
+    def get_position_embedding(self, height: int, width: int) -> torch.Tensor:
+        """Return the position embedding (1, 1 + height * width, C)."""
         side = self.image_size // self.patch_size
         if (height, width) == (side, side):
             return self.position_embedding
-        return _resized(self.position_embedding, side, (height, width))
+        return resize_position_embedding(self.position_embedding, side, (height, width))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (T, C, h, w)
-        tiles, _, height, width = patches.shape
-        patches = patches.flatten(2).transpose(1, 2)
-        class_token = self.class_embedding.expand(tiles, 1, -1).to(patches.dtype)
-        return torch.cat([class_token, patches], dim=1) + self.positions(height, width).to(patches.dtype)
+        num_tiles, _, height, width = patches.shape
+        patches = patches.flatten(2).transpose(1, 2)  # (T, h * w, C)
+        class_token = self.class_embedding.expand(num_tiles, 1, -1).to(patches.dtype)
+        positions = self.get_position_embedding(height, width).to(patches.dtype)
+        return torch.cat([class_token, patches], dim=1) + positions
 
 
-def _resized(position_embedding: torch.Tensor, side: int, size: tuple[int, int]) -> torch.Tensor:
-    """Bicubic resize, in float32, of the patch rows (1, 1 + side * side, C) to `size`; the class row stays."""
+def resize_position_embedding(position_embedding: torch.Tensor, side: int, size: tuple[int, int]) -> torch.Tensor:
+    """Resize a position embedding to another grid of patches.
+
+    (1, 1 + side * side, C), bicubic, in float32. The row of the class token is unchanged.
+    """
     class_row, grid = position_embedding[:, :1], position_embedding[:, 1:]
     grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
     grid = F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
@@ -101,32 +112,40 @@ def _resized(position_embedding: torch.Tensor, side: int, size: tuple[int, int])
 
 
 class InternAttention(nn.Module):
-    """Multi-head self-attention; with `qk_normalization` an RMS norm over all heads together."""
+    """Multi-head self-attention.
+
+    With `qk_normalization`, queries and keys have an RMS norm over all heads together.
+    """
 
     def __init__(self, config: InternVisionConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.head_dim, rest = divmod(config.hidden_size, self.num_heads)
-        if rest:
-            raise ValueError(f"hidden_size {config.hidden_size} is no multiple of num_attention_heads {self.num_heads}")
+        self.head_dim, remainder = divmod(config.hidden_size, self.num_heads)
+        if remainder:
+            raise ValueError(
+                f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {self.num_heads}"
+            )
         self.use_flash_attn = config.use_flash_attn
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.attn_drop = nn.Dropout(config.attention_dropout)
         self.proj_drop = nn.Dropout(config.dropout)
-        normed = config.qk_normalization
-        self.q_norm = InternRMSNorm(config.hidden_size, config.layer_norm_eps) if normed else nn.Identity()
-        self.k_norm = InternRMSNorm(config.hidden_size, config.layer_norm_eps) if normed else nn.Identity()
+        has_norm = config.qk_normalization
+        self.q_norm = InternRMSNorm(config.hidden_size, config.layer_norm_eps) if has_norm else nn.Identity()
+        self.k_norm = InternRMSNorm(config.hidden_size, config.layer_norm_eps) if has_norm else nn.Identity()
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(hidden_states).chunk(3, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in (self.q_norm(q), self.k_norm(k), v))
+        q, k, v = self.qkv(hidden_states).chunk(3, dim=-1)  # (T, N, C) each
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in (q, k, v))
         dropout = self.attn_drop.p if self.training else 0.0
-        mixed = attention(q, k, v, dropout, self.use_flash_attn).flatten(2)
-        return self.proj_drop(self.proj(mixed))
+        output = compute_attention(q, k, v, dropout, self.use_flash_attn).flatten(2)
+        return self.proj_drop(self.proj(output))
 
 
 class InternMLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
     def __init__(self, config: InternVisionConfig):
         super().__init__()
         self.act = ACT2FN[config.hidden_act]
@@ -137,9 +156,12 @@ class InternMLP(nn.Module):
         return self.fc2(self.act(self.fc1(hidden_states)))
 
 
-class _ScaleAndAdd(torch.autograd.Function):
-    """x * scale for a frozen scale, which the backward pass finds without having torch keep it: where activations are
-    computed again, that ends as soon as all that was kept is there, so that the product before this one is spared."""
+class _FrozenLayerScale(torch.autograd.Function):
+    """`x * scale` for a frozen scale, without saved tensors.
+
+    Activation recomputation stops as soon as it has all saved tensors. torch's own product would save `scale`. This
+    one saves nothing, so the matrix product before it, the last one of a block, is not recomputed.
+    """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -151,13 +173,15 @@ class _ScaleAndAdd(torch.autograd.Function):
         return gradient * ctx.scale, None
 
 
-def scale_and_add(x: torch.Tensor, scale: nn.Parameter) -> torch.Tensor:
-    """x (..., C) * scale (C,)."""
-    return x * scale if scale.requires_grad or torch.compiler.is_compiling() else _ScaleAndAdd.apply(x, scale)
+def apply_layer_scale(x: torch.Tensor, scale: nn.Parameter) -> torch.Tensor:
+    """Compute x (..., C) * scale (C,)."""
+    return x * scale if scale.requires_grad or torch.compiler.is_compiling() else _FrozenLayerScale.apply(x, scale)
 
 
 class InternVisionEncoderLayer(nn.Module):
-    # As in the layers of transformers' language models: whether, and how, activations are computed again.
+    """A pre-norm transformer block with layer scale and stochastic depth."""
+
+    # The same attributes as the layers of LLMs in transformers 5, see `activation_checkpointing.py`.
     gradient_checkpointing = False
     _gradient_checkpointing_func = staticmethod(checkpoint)
 
@@ -174,35 +198,40 @@ class InternVisionEncoderLayer(nn.Module):
         self.drop_path2 = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(scale_and_add(self.attn(self.norm1(x).to(x.dtype)), self.ls1))
-        return x + self.drop_path2(scale_and_add(self.mlp(self.norm2(x).to(x.dtype)), self.ls2))
+        x = x + self.drop_path1(apply_layer_scale(self.attn(self.norm1(x).to(x.dtype)), self.ls1))
+        return x + self.drop_path2(apply_layer_scale(self.mlp(self.norm2(x).to(x.dtype)), self.ls2))
 
 
 class InternVisionEncoder(nn.Module):
+    """All layers of InternViT."""
+
     def __init__(self, config: InternVisionConfig):
         super().__init__()
         last = max(config.num_hidden_layers - 1, 1)
-        # Stochastic depth grows linearly; plain Python numbers, so that the model can be built on the meta device.
+        # Drop rates grow linearly. They are Python numbers, not a tensor, for models on the meta device.
         rates = [config.drop_path_rate * layer / last for layer in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList([InternVisionEncoderLayer(config, rate) for rate in rates])
+        self.layers: Any = nn.ModuleList([InternVisionEncoderLayer(config, rate) for rate in rates])
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether layers compute their activations again; setting it is for all of them."""
+        """Whether any layer recomputes its activations; setting it applies to all layers."""
         return any(layer.gradient_checkpointing for layer in self.layers)
 
     @gradient_checkpointing.setter
-    def gradient_checkpointing(self, on: bool):
+    def gradient_checkpointing(self, is_enabled: bool):
         for layer in self.layers:
-            layer.gradient_checkpointing = on
+            layer.gradient_checkpointing = is_enabled
 
     def forward(self, inputs_embeds: torch.Tensor, output_hidden_states: bool = False) -> BaseModelOutput:
-        """`hidden_states`, if asked for: the embeddings followed by the output of every layer."""
+        """Run all layers on embeddings (T, N, C).
+
+        With `output_hidden_states`, `hidden_states` has the embeddings and the output of each layer.
+        """
         x, states = inputs_embeds, [inputs_embeds]
         for layer in self.layers:
-            # Frozen layers below the first that trains make no graph: there is nothing to compute again.
+            # Frozen layers before the first trainable one have no graph, and nothing to recompute.
             if layer.gradient_checkpointing and self.training and (x.requires_grad or has_trainable_parameters(layer)):
-                # Not reentrant: adapters get gradients although the input of a frozen encoder needs none.
+                # Not reentrant: adapters get gradients although the input of a frozen encoder requires none.
                 x = layer._gradient_checkpointing_func(layer, x, use_reentrant=False)
             else:
                 x = layer(x)
@@ -215,11 +244,13 @@ def has_trainable_parameters(module: nn.Module) -> bool:
 
 
 class InternVisionModel(PreTrainedModel):
+    """InternViT: embeddings and layers, without a final norm."""
+
     main_input_name = "pixel_values"
     config_class = InternVisionConfig
     supports_gradient_checkpointing = True
     _no_split_modules = ["InternVisionEncoderLayer"]
-    # What transformers 4 and 5 call the same ability.
+    # The names of this attribute in transformers 4 and 5.
     _supports_flash_attn_2 = _supports_flash_attn = _supports_sdpa = True
 
     def __init__(self, config: InternVisionConfig):
@@ -229,33 +260,39 @@ class InternVisionModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module):
-        """The constructors' own initial values stay."""
+        """Keep the initial values of the constructors."""
 
     def resize_pos_embeddings(self, old_size: int, new_size: int, patch_size: int):
-        """Resizes the position embedding for good, from tiles of `old_size` pixels to `new_size`; not the config."""
+        """Replace the position embedding by one for tiles of `new_size` pixels.
+
+        The configuration is not changed.
+        """
         side, new_side = old_size // patch_size, new_size // patch_size
-        resized = _resized(self.embeddings.position_embedding.detach(), side, (new_side, new_side))
+        resized = resize_position_embedding(self.embeddings.position_embedding.detach(), side, (new_side, new_side))
         self.embeddings.position_embedding = nn.Parameter(resized)
         self.embeddings.image_size = new_size
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embeddings module, on which PEFT hangs its `enable_input_require_grads` hook."""
+        """Return the embeddings, where PEFT's `enable_input_require_grads` registers its hook."""
         return self.embeddings
 
     def forward(self, pixel_values=None, output_hidden_states=None, return_dict=None, pixel_embeds=None):
-        """Encodes tiles (T, 3, H, W), or their embeddings `pixel_embeds` (T, 1 + patches, C).
+        """Encode tiles (T, 3, H, W) or embeddings `pixel_embeds` (T, N, C).
 
-        Returns a BaseModelOutputWithPooling (a tuple if `return_dict=False`): `last_hidden_state` (T, 1 + patches, C)
-        after the last block, without a norm; `pooler_output` its class token; `hidden_states` one more than blocks.
+        Returns:
+            BaseModelOutputWithPooling, or a tuple with `return_dict=False`. `last_hidden_state` (T, N, C) is the output
+            of the last layer, without a norm; `pooler_output` (T, C) is its class token; `hidden_states` has the
+            embeddings and the output of each layer.
         """
         if pixel_values is None and pixel_embeds is None:
-            raise ValueError("InternVisionModel needs pixel_values or pixel_embeds")
+            raise ValueError("InternVisionModel requires pixel_values or pixel_embeds")
         if pixel_embeds is None:
             if pixel_values.ndim != 4:
                 raise ValueError(f"pixel_values must be (tiles, 3, height, width), got {tuple(pixel_values.shape)}")
             pixel_embeds = self.embeddings(pixel_values)
             if self.training and not (pixel_values.requires_grad or has_trainable_parameters(self.embeddings)):
-                # PEFT hangs a hook on frozen embeddings, for reentrant checkpoints: a graph that nobody needs here.
+                # PEFT's hook makes the output of frozen embeddings require grad, which only reentrant checkpointing
+                # needs. `detach` undoes this: the frozen layers that follow build no graph.
                 pixel_embeds = pixel_embeds.detach()
         encoded = self.encoder(pixel_embeds, bool(output_hidden_states))
         output = BaseModelOutputWithPooling(

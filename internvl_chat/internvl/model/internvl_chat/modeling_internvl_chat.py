@@ -1,12 +1,15 @@
-"""The chat model: tiles -> InternViT -> pixel shuffle -> projector -> image tokens of the language model -> loss.
+"""The chat model: InternViT, projector and LLM.
 
-Fed by the collator's batch in training, by `chat` and `batch_chat` in use. Works alike with a plain and with a
-LoRA-wrapped vision encoder or language model.
+Tiles -> InternViT -> pixel shuffle -> projector -> LLM -> loss. The visual tokens of the projector replace the
+embeddings of image tokens in the LLM's input. Each part may have LoRA adapters.
+
+Shapes: B rows, L tokens, T tiles of the batch, C hidden size of the LLM.
 """
 
 import operator
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 import transformers
@@ -18,18 +21,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from internvl.model.internlm2.modeling_internlm2 import InternLM2ForCausalLM
 from internvl.model.internvl_chat.adapter_checkpoint import load_adapter_checkpoint
 from internvl.model.internvl_chat.chat import ChatMixin, build_conversation
-from internvl.model.internvl_chat.checkpoint_keys import older_adapter_names, refuse_wrong_keys
+from internvl.model.internvl_chat.checkpoint_keys import build_legacy_key_mapping, check_checkpoint_keys
 from internvl.model.internvl_chat.configuration_internvl_chat import InternVLChatConfig, count_image_tokens
-from internvl.model.internvl_chat.decoder import choose_attention, decode
-from internvl.model.internvl_chat.documents import document_weights
+from internvl.model.internvl_chat.decoder import configure_attention, run_decoder
+from internvl.model.internvl_chat.documents import compute_label_weights, normalize_document_boundaries
 from internvl.model.internvl_chat.lora_mixin import LoraMixin
 from internvl.model.internvl_chat.modeling_intern_vit import InternVisionModel
 from internvl.model.internvl_chat.safe_loading import refuse_unsafe_files
+from internvl.model.internvl_chat.zero3 import is_partitioned
 from internvl.model.lora import LORA_RANK_FIELDS, freeze_all_but_adapters, is_peft_model, unwrap_peft
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
-from internvl.model.token_loss import balance_loss, compute_logits, keep_logits, scale_logits, token_loss
+from internvl.model.token_loss import compute_logits, compute_router_aux_loss, compute_token_loss, scale_logits
 
-# Language models this repository brings along; every other causal language model is transformers' class of that name.
+# LLMs implemented here; every other causal language model is the class of that name in transformers.
 LLM_CLASSES = {
     "InternLM2ForCausalLM": InternLM2ForCausalLM,
     "InternLM3ForCausalLM": LlamaForCausalLM,  # the same blocks and names, as published (without biases)
@@ -37,23 +41,24 @@ LLM_CLASSES = {
 }
 
 
-def llm_class_of(architecture: str) -> type[PreTrainedModel]:
+def get_llm_class(architecture: str) -> type[PreTrainedModel]:
+    """Return the class of a causal language model by its name."""
     return LLM_CLASSES.get(architecture) or getattr(transformers, architecture)
 
 
 def version_cmp(v1: str, v2: str, op: str = "eq") -> bool:
-    """Compares two version strings with the comparison of that name in `operator`."""
+    """Compare two versions by a function of `operator`; upstream's public helper."""
     from packaging import version
 
     return getattr(operator, op)(version.parse(v1), version.parse(v2))
 
 
 class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
-    """InternViT, projector `mlp1` and a causal language model, under upstream's parameter names.
+    """InternViT, projector `mlp1` and an LLM, under upstream's parameter names.
 
     Args:
-        vision_model, language_model: take these instead of building them from the configuration.
-        use_flash_attn: use flash-attn where it is installed and there is a CUDA device; the numbers are the same.
+        vision_model, language_model: parts to use instead of building them from the configuration.
+        use_flash_attn: use flash-attn if it is installed and there is a CUDA device.
     """
 
     config_class = InternVLChatConfig
@@ -64,12 +69,17 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         f"{llm}DecoderLayer" for llm in ("Llama", "InternLM2", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe", "GptOss")
     ]
     _supports_flash_attn_2 = _supports_flash_attn = _supports_sdpa = True
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # tables in old checkpoints, recomputed today
-    # For saving what was trained alone (see `trained`): the base, and what earlier runs trained beside adapters.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # buffers of old checkpoints
+    # For `adapter_checkpoint.py`: the base checkpoint, and the names of parameters (not adapters) that earlier runs
+    # trained.
     base_checkpoint: dict | None = None
     previously_trained: frozenset[str] = frozenset()
-    # How the documents of a row weigh in the loss: token, sample or square (`token_loss.REDUCTIONS`).
+    # Weight of documents in the loss, a key of `documents.LOSS_REDUCTIONS`.
     loss_reduction: str = "token"
+    config: InternVLChatConfig
+    vision_model: Any  # InternVisionModel, maybe in a PeftModel
+    language_model: Any  # of one of many LLM classes, maybe in a PeftModel
+    mlp1: Any  # nn.Sequential, maybe in a PeftModel
 
     def __init__(self, config: InternVLChatConfig, vision_model=None, language_model=None, use_flash_attn=True):
         super().__init__(config)
@@ -80,59 +90,67 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         self.num_image_token = count_image_tokens(config)
         self.ps_version = config.ps_version
         self.llm_arch_name = config.llm_config.architectures[0]
-        self.img_context_token_id = None  # set from the tokenizer by whoever feeds the model
+        self.img_context_token_id = None  # the caller sets it from its tokenizer
         self.num_samples = 0
         self.conv_template = build_conversation(config)
         self.system_message = self.conv_template.system_message
 
-        llm_class = llm_class_of(self.llm_arch_name)
-        choose_attention(config, llm_class, use_flash_attn)
+        llm_class = get_llm_class(self.llm_arch_name)
+        configure_attention(config, llm_class, use_flash_attn)
         self.vision_model = InternVisionModel(config.vision_config) if vision_model is None else vision_model
         self.language_model = llm_class(config.llm_config) if language_model is None else language_model
         self.mlp1 = self._build_projector()
         self.post_init()
-        # After `post_init`: it may draw new weights, and fresh adapters must change nothing.
-        self.add_configured_adapters(loaded=False)
+        # After `post_init`, which may initialize weights: new adapters must keep B = 0.
+        self.add_configured_adapters(has_base_weights=False)
 
     def _build_projector(self) -> nn.Sequential:
-        wide = self.config.vision_config.hidden_size * int(1 / self.downsample_ratio) ** 2
-        narrow = self.config.llm_config.hidden_size
-        return nn.Sequential(nn.LayerNorm(wide), nn.Linear(wide, narrow), nn.GELU(), nn.Linear(narrow, narrow))
+        # Pixel shuffle concatenates the features of (1 / downsample_ratio)^2 patches.
+        vision_size = self.config.vision_config.hidden_size * int(1 / self.downsample_ratio) ** 2
+        llm_size = self.config.llm_config.hidden_size
+        return nn.Sequential(
+            nn.LayerNorm(vision_size), nn.Linear(vision_size, llm_size), nn.GELU(), nn.Linear(llm_size, llm_size)
+        )
 
     def _init_weights(self, module):
-        """The projector keeps torch's own initial values; both towers know theirs."""
+        """Keep torch's initial values of the projector; the other parts initialize themselves."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads a checkpoint from safetensors, wrapping with LoRA as its config says. No remote code is run.
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:
+        """Load a checkpoint from safetensors, with adapters if its configuration has them.
 
-        One that holds what was trained alone (see `trained`) stands on its base, which is where it was or `base_model`.
+        No remote code is run. If the checkpoint contains only trained tensors (see `adapter_checkpoint.py`), its base
+        checkpoint is loaded first, from the recorded path or from `base_model`.
 
         Raises:
-            ValueError: keys are missing, unexpected or of another shape, all in the message; a file is not opened.
+            ValueError: keys are missing, unexpected or of another shape (the message lists all); or a file is unsafe.
         """
         refuse_unsafe_files(pretrained_model_name_or_path, not kwargs.get("use_safetensors", True))
         base_model = kwargs.pop("base_model", None)
-        config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path)
+        config = kwargs.get("config") or InternVLChatConfig.from_pretrained(pretrained_model_name_or_path)
         if getattr(config, "base_model", None):
             kwargs.pop("config", None)
             return load_adapter_checkpoint(cls, pretrained_model_name_or_path, config, base_model, **kwargs)
-        want_info = kwargs.pop("output_loading_info", False)
-        # Other shapes are ignored so that all can be listed; under ZeRO-3 the model's own are not there to compare.
-        lenient = {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), "output_loading_info": True}
-        names = older_adapter_names(pretrained_model_name_or_path, config)
-        older = {"key_mapping": names} if names else {}  # transformers 5
-        kwargs = {"use_safetensors": True, **kwargs, **lenient, **older}
+        returns_info = kwargs.pop("output_loading_info", False)
+        # Other shapes must not raise in transformers: `check_checkpoint_keys` lists all problems. Under ZeRO-3
+        # transformers has no shapes to compare: parameters are partitioned and their own shapes are empty.
+        kwargs |= {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), "output_loading_info": True}
+        key_mapping = build_legacy_key_mapping(pretrained_model_name_or_path, config)
+        if key_mapping:
+            kwargs["key_mapping"] = key_mapping  # an argument of transformers 5 only
+        kwargs.setdefault("use_safetensors", True)
+        # pyrefly: ignore[not-iterable]  # a pair with output_loading_info
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        refuse_wrong_keys(pretrained_model_name_or_path, info)
-        if older:  # else it would be saved under these names again
+        check_checkpoint_keys(pretrained_model_name_or_path, info)
+        if key_mapping:  # transformers would apply it in reverse when saving
             model.__dict__.pop("_weight_conversions", None)
-        for part in filter(is_peft_model, (getattr(model, part) for part in LORA_RANK_FIELDS)):
-            freeze_all_but_adapters(part)
-        return (model, info) if want_info else model
+        for module in (getattr(model, part) for part in LORA_RANK_FIELDS):
+            if is_peft_model(module):
+                freeze_all_but_adapters(module)
+        return (model, info) if returns_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Writes upstream's layout: safetensors, `config.json` and the language model's `generation_config.json`."""
+        """Save upstream's layout: safetensors, `config.json`, `generation_config.json` of the LLM."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             unwrap_peft(self.language_model).generation_config.save_pretrained(save_directory)
@@ -142,7 +160,7 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         pixel_values=None,
         input_ids=None,
         attention_mask=None,
-        position_ids=None,
+        position_ids: Any = None,
         image_flags=None,
         past_key_values=None,
         labels=None,
@@ -155,51 +173,58 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         loss_reduction_all_gather=False,
         cu_seqlens=None,
     ):
-        """One pass over a batch (B, L).
+        """Compute logits, and the loss if there are labels.
 
         Args:
-            pixel_values: (T, 3, H, W), the tiles of the whole batch in order; None for text only.
-            image_flags: (T,) or (T, 1), 1 for tiles that count and 0 for placeholders of text samples; default all 1.
-            position_ids: (B, L); where they restart at 0 without `attention_mask`, another document begins, and no
-                token sees another document.
-            loss_weight: (B, L) tensor or nested list, weight of each label, default: by `self.loss_reduction`;
-                `loss_reduction_all_gather` then divides by the mean over ranks of the summed weights.
-            statistics: accepted for upstream's callers.
-            cu_seqlens: a list of where documents begin in the rows laid end to end, and B L, so that `position_ids`
-                need not be searched. InternVL 3.5's callers give a tensor: all that says is not to mind the mask.
+            pixel_values: (T, 3, H, W), the tiles of the batch in order; None for text only.
+            input_ids, labels: (B, L); labels are -100 where there is no loss.
+            attention_mask: (B, L), for padding. Upstream's packed batches have cumulative document lengths here, see
+                `documents.normalize_document_boundaries`.
+            position_ids: (B, L). Without `attention_mask` a document begins wherever they are 0, and no token sees
+                another document.
+            image_flags: (T,) or (T, 1), 1 for tiles of images, 0 for placeholder tiles of text samples; default: all 1.
+            loss_weight: (B, L) tensor or nested list, weight of each label; default: by `self.loss_reduction`.
+            loss_reduction_all_gather: divide the loss by the mean over ranks of the summed `loss_weight`.
+            statistics: ignored; upstream's callers pass it.
+            cu_seqlens: cumulative document lengths over the flattened rows, a list [0, ..., B * L]. They save searching
+                `position_ids`. For InternVL 3.5's callers it may be a tensor.
 
         Returns:
-            CausalLMOutputWithPast. In training mode with labels `logits` is None: they never exist as a whole.
+            CausalLMOutputWithPast, or a tuple with `return_dict=False`. In training mode with labels, `logits` is None:
+            the full logits (B, L, V) never exist.
 
         Raises:
-            ValueError: image tokens in `input_ids` and visual tokens of the flagged tiles differ in number.
+            ValueError: the numbers of image tokens in `input_ids` and of visual tokens differ.
         """
+        attention_mask, cu_seqlens = normalize_document_boundaries(attention_mask, cu_seqlens)
         llm = unwrap_peft(self.language_model)
-        bounds = getattr(attention_mask, "dtype", None) == torch.int32  # upstream's packed batches
-        attention_mask = None if bounds or cu_seqlens is not None else attention_mask
-        outputs = decode(
+        outputs = run_decoder(
             llm,
-            self._embed(input_ids, pixel_values, image_flags),
+            self.embed_inputs(input_ids, pixel_values, image_flags),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cu_seqlens=cu_seqlens if isinstance(cu_seqlens, list) else None,
+            cu_seqlens=cu_seqlens,
             past_key_values=past_key_values,
             use_cache=bool(use_cache) and labels is None and not self.training,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        states, head, scale = outputs.last_hidden_state, llm.get_output_embeddings(), partial(scale_logits, llm)
+        states = outputs.last_hidden_state  # (B, L, C)
         loss = logits = None
         if labels is None or not self.training:
             logits = compute_logits(llm, states)
-            states, head, scale = logits, nn.Identity(), keep_logits
         if labels is not None:
             if loss_weight is None and self.loss_reduction != "token":
-                loss_weight = document_weights(labels, position_ids, self.loss_reduction)
+                loss_weight = compute_label_weights(labels, position_ids, self.loss_reduction)
             average = loss_weight is not None and loss_reduction_all_gather
-            loss = token_loss(states, head, labels, position_ids, loss_weight, average, scale)
-            if router_logits := getattr(outputs, "router_logits", None):  # as `output_router_logits` of its config says
-                loss = loss + balance_loss(llm, router_logits, attention_mask)
+            loss_args = (labels, position_ids, loss_weight, average)
+            if logits is None:  # only the states of loss tokens go through the head, in chunks
+                loss = compute_token_loss(states, llm.get_output_embeddings(), *loss_args, partial(scale_logits, llm))
+            else:
+                loss = compute_token_loss(logits, nn.Identity(), *loss_args)
+            # The LLM returns router logits if its configuration has `output_router_logits`.
+            if router_logits := getattr(outputs, "router_logits", None):
+                loss = loss + compute_router_aux_loss(llm, router_logits, attention_mask)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -209,55 +234,70 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _embed(self, input_ids, pixel_values=None, image_flags=None, visual_features=None) -> torch.Tensor:
-        """Token embeddings (B, L, C), those of the image tokens replaced by the visual tokens, in order."""
-        # The vision encoder first, whatever it is shown: under ZeRO-3 all ranks must use weights in the same order.
-        shown, unused = pixel_values is not None and len(pixel_values) > 0, 0
-        if visual_features is None and shown:
+    def embed_inputs(self, input_ids, pixel_values: Any = None, image_flags=None, visual_features=None) -> torch.Tensor:
+        """Compute input embeddings (B, L, C) of text and image tokens.
+
+        `visual_features` (T, tokens, C) replace the features of `pixel_values`, if these are known already.
+        """
+        # The vision encoder runs before the embeddings in every batch: under ZeRO-3 all ranks must use weights in the
+        # same order.
+        has_tiles = pixel_values is not None and len(pixel_values) > 0
+        zero_term = 0  # keeps the vision encoder in the graph of a batch without tiles
+        if visual_features is None and has_tiles:
             visual_features = self.extract_feature(pixel_values)
-        elif visual_features is None and self._see_anyway():
-            unused = 0 * self.extract_feature(self._smallest_picture()).sum()
+        elif visual_features is None and self._must_run_vision_encoder():
+            zero_term = 0 * self.extract_feature(self._make_dummy_tile()).sum()
         embeds = self.get_input_embeddings()(input_ids)
         if visual_features is None:
-            return embeds + unused
+            return embeds + zero_term
         if image_flags is not None:
             visual_features = visual_features[image_flags.flatten() == 1]
         if self.img_context_token_id is None:
-            raise ValueError("img_context_token_id is not set: give the model the id of the tokenizer's <IMG_CONTEXT>")
-        is_image = input_ids == self.img_context_token_id
-        visual_tokens = visual_features.flatten(0, 1).to(embeds.dtype)
-        if (found := int(is_image.sum())) != (seen := len(visual_tokens)):
-            raise ValueError(f"{found} image tokens in input_ids, but {seen} visual tokens from the tiles")
-        return embeds.masked_scatter(is_image[..., None], visual_tokens)
+            raise ValueError("img_context_token_id is not set: set it to the tokenizer's id of <IMG_CONTEXT>")
+        is_image_token = input_ids == self.img_context_token_id  # (B, L)
+        visual_tokens = visual_features.flatten(0, 1).to(embeds.dtype)  # (tokens of all tiles, C)
+        if (num_image_tokens := int(is_image_token.sum())) != len(visual_tokens):
+            raise ValueError(
+                f"{num_image_tokens} image tokens in input_ids, but {len(visual_tokens)} visual tokens from the tiles"
+            )
+        return embeds.masked_scatter(is_image_token[..., None], visual_tokens)
 
-    def _see_anyway(self) -> bool:
-        """Whether the vision encoder must run without a picture: its weights train, or lie on all ranks (ZeRO-3)."""
+    def _must_run_vision_encoder(self) -> bool:
+        """Return whether the vision encoder must run in batches without tiles, too.
+
+        All ranks must use the same weights if these are trainable (gradients are reduced) or partitioned (ZeRO-3).
+        """
         weights = chain(self.vision_model.parameters(), self.mlp1.parameters())
-        return any((self.training and weight.requires_grad) or hasattr(weight, "ds_id") for weight in weights)
+        return any((self.training and weight.requires_grad) or is_partitioned(weight) for weight in weights)
 
-    def _smallest_picture(self) -> torch.Tensor:
-        """Black, of one visual token. Asks no weight by name, which ZeRO-3 would gather: not all ranks come here."""
+    def _make_dummy_tile(self) -> torch.Tensor:
+        """Make a black tile of one visual token.
+
+        The dtype comes from an iteration over parameters. Reading a weight as an attribute would make ZeRO-3 gather it,
+        while ranks with tiles never call this function.
+        """
         side = self.config.vision_config.patch_size * round(1 / self.downsample_ratio)
         weight = next(unwrap_peft(self.vision_model).embeddings.patch_embedding.parameters())
         return torch.zeros(1, 3, side, side, dtype=weight.dtype, device=weight.device)
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Tiles (T, 3, H, W) -> visual tokens (T, num_image_token, language model's hidden size)."""
-        deeper = self.select_layer != -1
-        outputs = self.vision_model(pixel_values=pixel_values, output_hidden_states=deeper, return_dict=True)
-        states = outputs.hidden_states[self.select_layer] if deeper else outputs.last_hidden_state
+        """Compute visual tokens (T, num_image_token, C) of tiles (T, 3, H, W)."""
+        is_last_layer = self.select_layer == -1
+        outputs = self.vision_model(pixel_values=pixel_values, output_hidden_states=not is_last_layer, return_dict=True)
+        states = outputs.last_hidden_state if is_last_layer else outputs.hidden_states[self.select_layer]
         patches = states[:, 1:]  # without the class token
         side = int(patches.shape[1] ** 0.5)
         patches = self.pixel_shuffle(patches.unflatten(1, (side, side)), self.downsample_ratio)
         return self.mlp1(patches.flatten(1, 2))
 
     def pixel_shuffle(self, x: torch.Tensor, scale_factor: float = 0.5) -> torch.Tensor:
-        """(N, R, C, K) -> (N, R s, C s, K / s^2): each m x m neighbourhood (m = 1 / s), row by row, becomes one token.
+        """Join m x m patches to one token.
 
-        Version `v1` gives the grid transposed, as the first checkpoints were trained.
+        (T, rows, columns, K) -> (T, rows / m, columns / m, K * m^2) with m = 1 / scale_factor. The patches of a token
+        are in row order. Version `v1` transposes the grid of tokens; the first checkpoints were trained like this.
         """
         m = round(1 / scale_factor)
-        x = x.unflatten(2, (-1, m)).unflatten(1, (-1, m))  # (N, R/m, m, C/m, m, K)
+        x = x.unflatten(2, (-1, m)).unflatten(1, (-1, m))  # (T, rows / m, m, columns / m, m, K)
         order = (0, 3, 1, 2, 4, 5) if self.ps_version == "v1" else (0, 1, 3, 2, 4, 5)
         return x.permute(*order).flatten(3)
 
@@ -272,8 +312,11 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         output_hidden_states=None,
         **generate_kwargs,
     ) -> torch.Tensor:
-        """Generated ids (B, new tokens). `visual_features` (T, tokens, C) spare a second pass over known tiles."""
-        embeds = self._embed(input_ids, pixel_values, visual_features=visual_features)
+        """Generate token ids (B, new tokens).
+
+        `visual_features` (T, tokens, C) replace `pixel_values`, as in `embed_inputs`.
+        """
+        embeds = self.embed_inputs(input_ids, pixel_values, visual_features=visual_features)
         return unwrap_peft(self.language_model).generate(
             inputs_embeds=embeds,
             attention_mask=attention_mask,

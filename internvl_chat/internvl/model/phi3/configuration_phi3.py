@@ -1,10 +1,13 @@
-"""Upstream's path to the Phi-3 configuration: transformers' own, which no longer knows one older spelling."""
+"""Upstream's path to the Phi-3 configuration."""
 
 import transformers
 
 
 class Phi3Config(transformers.Phi3Config):
-    """transformers' `Phi3Config`, reading the published `rope_scaling` type `su` as what it is called today."""
+    """transformers' Phi3Config that accepts older names of `longrope`.
+
+    Published checkpoints have `rope_scaling` of type `su` or `yarn`, which transformers 5 does not accept.
+    """
 
     def convert_rope_params_to_dict(self, rope_scaling=None, **kwargs):
         if rope_scaling and rope_scaling.get("type") in ("su", "yarn"):

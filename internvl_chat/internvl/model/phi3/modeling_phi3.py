@@ -1,4 +1,4 @@
-"""Upstream's path to the Phi-3 language model: transformers' own, whose parameter names are the same."""
+"""Upstream's path to the Phi-3 models, which are transformers'."""
 
 from transformers.models.phi3.modeling_phi3 import (
     Phi3Attention,
@@ -16,7 +16,7 @@ from transformers.models.phi3.modeling_phi3 import (
     rotate_half,
 )
 
-# Upstream's names: in transformers one class computes with any kernel.
+# Upstream's names. In transformers one class supports all attention kernels.
 Phi3FlashAttention2 = Phi3SdpaAttention = Phi3Attention
 PHI3_ATTENTION_CLASSES = dict.fromkeys(("eager", "flash_attention_2", "sdpa"), Phi3Attention)
 

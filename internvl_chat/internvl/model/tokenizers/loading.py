@@ -1,4 +1,7 @@
-"""Which tokenizer a checkpoint holds; the one way in which this package loads any."""
+"""Loading the tokenizer of a checkpoint.
+
+This package loads tokenizers by `load_tokenizer` only.
+"""
 
 from pathlib import Path
 
@@ -10,55 +13,72 @@ from transformers.utils import cached_file
 from internvl.model.internlm2.tokenization_internlm2 import InternLM2Tokenizer
 from internvl.model.internvl_chat.safe_loading import one_line_checkpoint_errors
 from internvl.model.tokenizers.llama import LlamaTokenizer
-from internvl.model.tokenizers.v4_compat import SavedForTransformers4
+from internvl.model.tokenizers.v4_compat import Transformers4SavingMixin
 
 
-class PreTrainedTokenizerFast(SavedForTransformers4, transformers.PreTrainedTokenizerFast):
-    """Whatever `tokenizer.json` says."""
+class PreTrainedTokenizerFast(Transformers4SavingMixin, transformers.PreTrainedTokenizerFast):
+    """Any tokenizer that a `tokenizer.json` defines."""
 
 
-class Qwen2Tokenizer(SavedForTransformers4, transformers.Qwen2Tokenizer):
-    """Qwen2's and Qwen3's, from `vocab.json` and `merges.txt` or from `tokenizer.json`."""
+class Qwen2Tokenizer(Transformers4SavingMixin, transformers.Qwen2Tokenizer):
+    """The tokenizer of Qwen2 and Qwen3.
 
-    __init__ = transformers.Qwen2Tokenizer.__init__  # a class without an own one the library builds by other rules
+    It loads `tokenizer.json`, or `vocab.json` and `merges.txt`.
+    """
 
-    def _save_slow_files(self, folder) -> list[str]:
+    # `from_pretrained` of transformers 5 looks at `cls.__dict__`: without an `__init__` there, it loads tokenizer.json
+    # by other rules.
+    __init__ = transformers.Qwen2Tokenizer.__init__
+
+    def _save_slow_tokenizer_files(self, folder) -> list[str]:
         return self.backend_tokenizer.model.save(str(folder))
 
 
-OWN = {cls.__name__: cls for cls in (InternLM2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer)}
-OWN["TokenizersBackend"] = PreTrainedTokenizerFast  # as transformers 5 calls it
+# `tokenizer_class` in tokenizer_config.json (also with the suffix "Fast") -> class.
+TOKENIZER_CLASSES = {cls.__name__: cls for cls in (InternLM2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer)}
+TOKENIZER_CLASSES["TokenizersBackend"] = PreTrainedTokenizerFast  # its name in transformers 5
 
 
 def load_tokenizer(path: str | Path, **kwargs) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or of a hub's ORG/NAME, always a fast one; code that lies there is not run.
+    """Load the tokenizer of a checkpoint without running code from it.
+
+    Args:
+        path: a folder, or ORG/NAME on the hub.
+        kwargs: for `from_pretrained`.
+
+    Returns:
+        a fast tokenizer.
 
     Raises:
-        ValueError: there is no such folder, no tokenizer_config.json in it, or a class that only code in it defines.
+        ValueError: the folder or its tokenizer_config.json is missing, or only the checkpoint's code defines the class.
     """
     if not Path(path).is_dir() and str(path).count("/") > 1:
-        raise ValueError(f"there is no checkpoint folder {str(path)!r}")
+        raise ValueError(f"the checkpoint folder {str(path)!r} does not exist")
     with one_line_checkpoint_errors(f"the tokenizer in {str(path)!r}"):
-        return _load(path, get_tokenizer_config(path), **kwargs)
+        return _load_by_class(path, get_tokenizer_config(path), **kwargs)
 
 
-def _load(path: str | Path, config: dict, **kwargs) -> PreTrainedTokenizerBase:
+def _load_by_class(path: str | Path, config: dict, **kwargs) -> PreTrainedTokenizerBase:
+    """Load a tokenizer with the class that its tokenizer_config.json names."""
     if not config:
-        raise ValueError(f"no tokenizer in {str(path)!r}: tokenizer_config.json is missing there")
+        raise ValueError(f"no tokenizer in {str(path)!r}: tokenizer_config.json is missing")
     name = config.get("tokenizer_class") or ""
-    own = OWN.get(name) or OWN.get(name.removesuffix("Fast"))
-    if name.startswith(LlamaTokenizer.__name__) and config.get("legacy") is False and _has_sentencepiece(path):
-        own = LlamaTokenizer
-    if not own and "auto_map" in config and tokenizer_class_from_name(name) is None:
+    tokenizer_class = TOKENIZER_CLASSES.get(name) or TOKENIZER_CLASSES.get(name.removesuffix("Fast"))
+    if name.startswith(LlamaTokenizer.__name__) and config.get("legacy") is False and _has_sentencepiece_model(path):
+        tokenizer_class = LlamaTokenizer
+    if not tokenizer_class and "auto_map" in config and tokenizer_class_from_name(name) is None:
         raise ValueError(
-            f"the tokenizer of {str(path)!r} is of class {name}, which only Python code of the checkpoint defines, and "
-            "that is not run: save the tokenizer once as tokenizer.json with tokenizer_class PreTrainedTokenizerFast"
+            f"the tokenizer class {name} in {str(path)!r} is not supported: only Python code of the checkpoint defines "
+            "it, and that code is not run. Save the tokenizer once as tokenizer.json with tokenizer_class "
+            "PreTrainedTokenizerFast"
         )
-    if own:
-        return own.from_pretrained(path, **kwargs)
-    # The chat model's configuration would tell AutoTokenizer nothing, and it would warn that it does not know it.
-    return AutoTokenizer.from_pretrained(path, config=PretrainedConfig(), trust_remote_code=False, **kwargs)
+    if tokenizer_class:
+        return tokenizer_class.from_pretrained(path, **kwargs)
+    # Given a configuration, AutoTokenizer does not read the chat model's, whose unknown type it would warn about.
+    tokenizer = AutoTokenizer.from_pretrained(path, config=PretrainedConfig(), trust_remote_code=False, **kwargs)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
 
 
-def _has_sentencepiece(path: str | Path) -> bool:
+def _has_sentencepiece_model(path: str | Path) -> bool:
     return cached_file(path, "tokenizer.model", _raise_exceptions_for_missing_entries=False) is not None

@@ -1,42 +1,51 @@
-"""Tokenizers saved so that transformers 4 loads them, too, as upstream and the model cards do (`use_fast=False`).
+"""Saving tokenizers for transformers 4 as well as 5.
 
-Version 5 leaves out of `tokenizer_config.json` what the slow classes of version 4 read, writes class names that version
-4 does not know, and merges in a form that its `tokenizers` do not.
+Upstream and the model cards load the slow classes of version 4 (`use_fast=False`). Version 5 omits fields of
+`tokenizer_config.json` that these read, writes class names that version 4 does not have, and stores merges in a form
+that its `tokenizers` library does not parse.
 """
 
 import json
 from pathlib import Path
 
 
-class SavedForTransformers4:
-    """Goes before a class of transformers 5 and gives its name to the saved tokenizer, for either version to load."""
+class Transformers4SavingMixin:
+    """Mixin for tokenizers of transformers 5 that both versions load.
+
+    The saved class name is the subclass's, which must be a class of transformers 4.
+    """
 
     def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
-        complete_config(self, file_names[0], tokenizer_class=type(self).__name__)
+        add_v4_config_fields(self, file_names[0], tokenizer_class=type(self).__name__)
+        # pyrefly: ignore[missing-attribute]  # of the tokenizer class beside this mixin
         files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        _spell_merges_as_before(Path(files[-1]))
-        return (*files, *self._save_slow_files(save_directory))
+        _convert_merges_to_v4(Path(files[-1]))
+        return (*files, *self._save_slow_tokenizer_files(save_directory))
 
-    def _save_slow_files(self, folder) -> list[str]:
-        """Writes what only a slow class reads."""
+    def _save_slow_tokenizer_files(self, folder) -> list[str]:
+        """Save files that only a slow class reads; return their paths."""
         return []
 
 
-def complete_config(tokenizer, file, **fields) -> None:
-    """Adds the list of added tokens and these fields to a saved `tokenizer_config.json`."""
-    config = json.loads(Path(file).read_text(encoding="utf-8"))
+def add_v4_config_fields(tokenizer, config_path, **fields) -> None:
+    """Add the list of added tokens and `fields` to a tokenizer_config.json."""
+    config = json.loads(Path(config_path).read_text(encoding="utf-8"))
     config["added_tokens_decoder"] = {
-        index: token.__getstate__() for index, token in sorted(tokenizer.added_tokens_decoder.items())
+        token_id: token.__getstate__() for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
     }
+    # transformers 5 renamed this field.
     config["additional_special_tokens"] = [str(token) for token in config.pop("extra_special_tokens", [])]
-    Path(file).write_text(json.dumps(config | fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    Path(config_path).write_text(json.dumps(config | fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _spell_merges_as_before(file: Path) -> None:
-    """In `tokenizer.json`: "a b" instead of ["a", "b"], unless a space in a piece makes that ambiguous."""
-    pipeline = json.loads(file.read_text(encoding="utf-8"))
+def _convert_merges_to_v4(tokenizer_path: Path) -> None:
+    """Rewrite the merges in tokenizer.json: ["a", "b"] -> "a b".
+
+    The file stays unchanged if a piece contains a space, which would be ambiguous.
+    """
+    pipeline = json.loads(tokenizer_path.read_text(encoding="utf-8"))
     merges = pipeline["model"].get("merges")
     if not merges or any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
         return
     pipeline["model"]["merges"] = [" ".join(merge) for merge in merges]
-    file.write_text(json.dumps(pipeline, indent=2, ensure_ascii=False), encoding="utf-8")
+    tokenizer_path.write_text(json.dumps(pipeline, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,53 @@
+"""Batches of one rank, in the order of the epoch plans."""
+
+import math
+from collections.abc import Iterator
+
+from internvl.planning.data_schedule import DataSchedule
+
+
+def count_run_steps(
+    schedule: DataSchedule, epoch: int, steps_before: int, num_train_epochs: float, max_steps: int = -1
+) -> int:
+    """Count the steps of a run; its epochs may differ in length.
+
+    Args:
+        epoch: the epoch that the run starts in.
+        steps_before: steps of the epochs before it.
+        num_train_epochs: may be fractional; ignored if `max_steps` is positive.
+    """
+    if max_steps > 0:
+        return max_steps
+    steps = steps_before
+    while epoch < num_train_epochs:
+        steps += math.ceil(schedule.count_epoch_steps(epoch) * min(1, num_train_epochs - epoch))
+        epoch += 1
+    return steps
+
+
+class PlanBatchSampler:
+    """Batches of one rank, from a position to the run's end.
+
+    A batch is a list of keys `(epoch, *sample ids)`, one for each packed sequence, as `PackedDataset` expects them. One
+    iteration covers all epochs, so DataLoader workers prefetch across their boundaries. There is no `__len__` on
+    purpose: transformers then takes the number of steps from `max_steps`.
+
+    Args:
+        rank: the column of the plan to read.
+        epoch, step: the position to start from: `step` steps of `epoch` are done.
+        num_steps: optimizer steps to yield batches for.
+    """
+
+    def __init__(self, schedule: DataSchedule, rank: int, epoch: int, step: int, num_steps: int):
+        self.schedule, self.rank = schedule, rank
+        self.epoch, self.step, self.num_steps = epoch, step, num_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        epoch, step, num_left = self.epoch, self.step, self.num_steps
+        while num_left > 0:
+            plan = self.schedule.plan(epoch)
+            steps = plan.steps[step : step + num_left, :, self.rank]  # (steps, accumulation, micro-batch)
+            for rows in steps.reshape(-1, steps.shape[-1]).tolist():
+                # A micro-batch without rows gets one empty row, because every rank must take part in every step.
+                yield [(epoch, *plan.get_row_samples(row)) for row in rows if row >= 0] or [(epoch,)]
+            epoch, step, num_left = epoch + 1, 0, num_left - len(steps)

@@ -1,0 +1,25 @@
+"""Private names of torch that this package uses.
+
+`tests/test_torch_internals.py` fails with the private name when a new version of torch moves it.
+"""
+
+import traceback
+
+import torch.distributed as dist
+
+# Method of `torch.utils.data.dataloader._MultiProcessingDataLoaderIter` that waits for a worker. Seen in torch 2.14.
+DATALOADER_WAIT_METHOD = "_try_get_data"
+
+
+def list_process_groups() -> list[dist.ProcessGroup]:
+    """List the process groups of this rank, those of libraries included.
+
+    Reads `torch.distributed.distributed_c10d._world.pg_map`, seen in torch 2.14, which has no public list of groups.
+    """
+    # For a group that this rank is not in, torch has a placeholder object.
+    return [group for group in dist.distributed_c10d._world.pg_map if isinstance(group, dist.ProcessGroup)]
+
+
+def is_raised_in_dataloader_wait(error: BaseException) -> bool:
+    """Check whether a DataLoader raised an error while waiting for workers."""
+    return any(frame.f_code.co_name == DATALOADER_WAIT_METHOD for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -1,0 +1,44 @@
+"""The private names of torch that the package reads exist."""
+
+import pytest
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from internvl.torch_internals import DATALOADER_WAIT_METHOD, is_raised_in_dataloader_wait, list_process_groups
+
+
+def test_all_process_groups_are_listed(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        added = dist.new_group([0])
+        assert list_process_groups() == [dist.group.WORLD, added]
+    finally:
+        dist.destroy_process_group()
+
+
+def fail():
+    raise ConnectionResetError
+
+
+class FailsWhenReceived(Dataset):
+    """A sample whose unpickling fails in the process that waits for it."""
+
+    def __getitem__(self, index):
+        return self
+
+    def __reduce__(self):
+        return (fail, ())
+
+
+def test_the_dataloader_waits_in_the_named_method():
+    assert hasattr(_MultiProcessingDataLoaderIter, DATALOADER_WAIT_METHOD)
+    with pytest.raises(ConnectionResetError) as raised:
+        next(iter(DataLoader(FailsWhenReceived(), sampler=[0], num_workers=1, collate_fn=list)))
+    assert is_raised_in_dataloader_wait(raised.value)
+
+
+def test_other_errors_are_not_raised_in_the_dataloader():
+    with pytest.raises(ConnectionResetError) as raised:
+        fail()
+    assert not is_raised_in_dataloader_wait(raised.value)
