@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # InternVL2.5-8B (InternViT-300M + InternLM2.5-7B): LoRA in the vision encoder and the LLM.
 # Memory: 16 GB of bf16 weights, 4 GB of activations per sequence of 8192 tokens and 32 tiles. 4 of them: below 50 GB.
-# ZeRO-2 is enough: only the adapters (40M parameters, 16 bytes each) have optimizer states.
+# ZeRO-2 is enough: only the adapters (44M parameters, 16 bytes each) have optimizer states.
 # Learning rate: 5x the 4e-5 of full fine-tuning at this batch size (128), since adapters start at zero.
 : "${MODEL_PATH:=OpenGVLab/InternVL2_5-8B}" "${ZERO_CONFIG:=zero_stage2_config.json}" "${PER_DEVICE_BATCH_SIZE:=4}"
 FLAGS="
