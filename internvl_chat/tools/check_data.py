@@ -19,10 +19,10 @@ from internvl.arguments.validate import validate_arguments
 from internvl.command_line import exit_on_user_error
 from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
-from internvl.planning.epoch_plan import SAMPLE_LENGTHS, PlanLayout, plan_epoch
+from internvl.planning.epoch_plan import SAMPLE_LENGTHS, plan_epoch
 from internvl.planning.plan_report import format_epoch_plan
 from internvl.planning.sample_cost import count_forward_flops, scale_to_training
-from internvl.train.build_data import TrainingData, measure_data
+from internvl.train.build_data import TrainingData, build_plan_layout, measure_data
 from internvl.train.build_model import build_tokenizer
 
 NUM_HISTOGRAM_LINES = 12
@@ -53,19 +53,10 @@ def main(argv=None):
     (report_dir / "skipped_samples.jsonl").write_text("".join(lines), encoding="utf-8")
     sections = [format_datasets(data), *format_extremes(data), *format_skipped(data)]
     if data.is_usable.any():
-        layout = PlanLayout(
-            seed=training_args.seed,
-            world_size=args.ranks,
-            micro_batch_size=training_args.per_device_train_batch_size,
-            gradient_accumulation=training_args.gradient_accumulation_steps,
-            group_by_length=training_args.group_by_length and not data_args.use_packed_ds,
-            packed=data_args.use_packed_ds,
-            max_tokens=data_args.max_packed_tokens,
-            max_tiles=data_args.num_images_expected,
-            # As with LoRA in vision encoder and LLM and gradient checkpointing: 3 passes are forward, recomputation and
-            # gradients of inputs.
-            sample_cost=scale_to_training(count_forward_flops(config), vision_passes=3, llm_passes=3),
-        )
+        # As with LoRA in vision encoder and LLM and gradient checkpointing: 3 passes are forward, recomputation and
+        # gradients of inputs.
+        sample_cost = scale_to_training(count_forward_flops(config), vision_passes=3, llm_passes=3)
+        layout = build_plan_layout(data_args, training_args, args.ranks, sample_cost)
         plan = plan_epoch(data.lengths, layout, epoch=0, weights=data.weights)
         table = format_epoch_plan(data.lengths, plan, layout, len(data.skipped_samples))
         sections.append(f"Epoch plan:\n{table}")

@@ -4,10 +4,9 @@ import hashlib
 import json
 import random
 
-import PIL
 import pytest
 import torch
-import torchvision
+from helpers.samples import HAS_RECORDED_VERSIONS, ROUNDING_TOLERANCE
 from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
@@ -22,10 +21,6 @@ from internvl.data.images import (
     read_image_size,
     simulate_jpeg_degradation,
 )
-
-# The versions that the goldens were recorded with; other ones may round differently.
-HAS_RECORDED_VERSIONS = PIL.__version__ == "13.0.0" and torchvision.__version__.startswith("0.29.1")
-ROUNDING_TOLERANCE = 0.04  # two steps of 1 / 255, normalized
 
 
 def read_rows(path):

@@ -9,13 +9,13 @@ import json
 import pickle
 
 import numpy as np
-import PIL
 import pytest
 import torch
-import torchvision
 from helpers.samples import (
     ANSWER,
+    HAS_RECORDED_VERSIONS,
     QUESTION,
+    ROUNDING_TOLERANCE,
     UNUSABLE_RECORDS,
     are_samples_equal,
     build_recorded_dataset,
@@ -26,10 +26,6 @@ from helpers.samples import (
 
 from internvl.constants import UnusableSample
 from internvl.data.supervised_dataset import LazySupervisedDataset
-
-# The versions that the goldens were recorded with; other ones may round differently.
-HAS_RECORDED_VERSIONS = PIL.__version__ == "13.0.0" and torchvision.__version__.startswith("0.29.1")
-ROUNDING_TOLERANCE = 0.04  # two steps of 1 / 255, normalized
 
 
 def assert_equals_recorded(sample: dict, recorded: dict, where: str):

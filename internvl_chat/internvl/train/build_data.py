@@ -12,7 +12,7 @@ from internvl.constants import UnusableSample
 from internvl.data.schema import load_meta
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.dist_utils import count_cores_per_rank, gather_objects, get_rank, get_world_size
-from internvl.planning.epoch_plan import SAMPLE_LENGTHS
+from internvl.planning.epoch_plan import SAMPLE_LENGTHS, PlanLayout, SampleCost
 from internvl.planning.oversized_samples import SamplePiece, find_image_spans, split_sample
 from internvl.planning.packed_dataset import PackedDataset
 from internvl.planning.sample_lengths import RankGroup, measure_dataset
@@ -212,3 +212,20 @@ def count_max_skipped_samples(data_args: DataTrainingArguments, num_samples: int
     """Convert `--max_bad_samples`, a count or a share below 1, to a count."""
     limit = data_args.max_bad_samples
     return int(limit * num_samples) if limit < 1 else int(limit)
+
+
+def build_plan_layout(
+    data_args: DataTrainingArguments, training_args: TrainingArguments, world_size: int, sample_cost: SampleCost
+) -> PlanLayout:
+    """Collect the settings of the epoch plan from the flags."""
+    return PlanLayout(
+        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
+        world_size=world_size,
+        micro_batch_size=training_args.per_device_train_batch_size,
+        gradient_accumulation=training_args.gradient_accumulation_steps,
+        group_by_length=training_args.group_by_length and not data_args.use_packed_ds,
+        packed=data_args.use_packed_ds,
+        max_tokens=data_args.max_packed_tokens,
+        max_tiles=data_args.num_images_expected,
+        sample_cost=sample_cost,
+    )

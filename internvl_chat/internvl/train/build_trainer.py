@@ -12,10 +12,9 @@ from internvl.data.collators import collate_rows
 from internvl.data.images import NORMALIZATION_STATS
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.planning.data_schedule import DataSchedule
-from internvl.planning.epoch_plan import PlanLayout
 from internvl.planning.plan_report import format_epoch_plan
 from internvl.planning.sample_cost import compute_sample_cost
-from internvl.train.build_data import TrainingData, count_max_skipped_samples
+from internvl.train.build_data import TrainingData, build_plan_layout, count_max_skipped_samples
 from internvl.train.skipped_samples import SkippedSampleReport
 from internvl.train.trainer import InternVLTrainer
 
@@ -53,9 +52,8 @@ def build_trainer(
     Args:
         kwargs: passed on to `trainer_class`.
     """
-    schedule = DataSchedule(
-        data.lengths, data.digests, build_plan_layout(model, data_args, training_args), data.weights
-    )
+    layout = build_plan_layout(data_args, training_args, training_args.world_size, compute_sample_cost(model))
+    schedule = DataSchedule(data.lengths, data.digests, layout, data.weights)
     logger.info(
         "Epoch plan:\n%s", format_epoch_plan(data.lengths, schedule.plan(0), schedule.layout, len(data.skipped_samples))
     )
@@ -76,21 +74,4 @@ def build_trainer(
         accept_changed_data=data_args.accept_changed_data,
         all_gather_loss=data_args.loss_reduction_all_gather,
         **kwargs,
-    )
-
-
-def build_plan_layout(
-    model: InternVLChatModel, data_args: DataTrainingArguments, training_args: TrainingArguments
-) -> PlanLayout:
-    """Collect the settings of the epoch plan from flags and model."""
-    return PlanLayout(
-        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
-        world_size=training_args.world_size,
-        micro_batch_size=training_args.per_device_train_batch_size,
-        gradient_accumulation=training_args.gradient_accumulation_steps,
-        group_by_length=training_args.group_by_length and not data_args.use_packed_ds,
-        packed=data_args.use_packed_ds,
-        max_tokens=data_args.max_packed_tokens,
-        max_tiles=data_args.num_images_expected,
-        sample_cost=compute_sample_cost(model),
     )
