@@ -1,4 +1,6 @@
-"""Special tokens, pixel statistics and the error for unusable samples; imports nothing."""
+"""Special tokens, pixel statistics, the error for unusable samples; imports only the standard library."""
+
+import reprlib
 
 IMG_CONTEXT_TOKEN = "<IMG_CONTEXT>"
 IMG_START_TOKEN = "<img>"
@@ -31,8 +33,21 @@ CLIP_STD = (0.2686295, 0.2613025, 0.2757711)
 SIGLIP_MEAN = (0.5, 0.5, 0.5)
 SIGLIP_STD = (0.5, 0.5, 0.5)
 
+MAX_TILES_PER_IMAGE = 1024  # choosing a grid of tiles takes time quadratic in it
+MAX_FRAMES_PER_VIDEO = 10_000
 IGNORE_INDEX = -100  # label of a token that is not a loss token
 
 
 class UnusableSample(ValueError):
     """A record that cannot be used as a sample; the message is the reason."""
+
+
+def shorten(value: object, max_length: int = 100) -> str:
+    """Format any value for a message, in at most `max_length` characters.
+
+    Large and deeply nested values are not formatted in full first. Lone surrogates and control characters are escaped.
+    """
+    formatter = reprlib.Repr()
+    formatter.maxstring = formatter.maxother = formatter.maxlong = max_length
+    text = formatter.repr(value)
+    return text if len(text) <= max_length else f"{text[: max_length - 3]}..."

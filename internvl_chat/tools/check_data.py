@@ -2,32 +2,45 @@
 
     python tools/check_data.py META --model_name_or_path DIR [flags of training]
 
-With the flags of training the samples are the same as in training, and training reuses the measurements. Writes
+With the flags of training the samples are the same as in training, and training reuses the measurements. Of images only
+the headers are read; --decode loads every sample as training does, with --dataloader_num_workers processes. Writes
 `lengths.png`, `summary.txt` and `skipped_samples.jsonl` into --report. Exit status: 1 if a sample is unusable, else 0.
 """
 
 import argparse
 import json
 import logging
+import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from internvl.arguments.training import parse_args
-from internvl.arguments.validate import validate_arguments
+from internvl.arguments.preference import PREFERENCE_ARGUMENTS
+from internvl.arguments.training import FINETUNE_ARGUMENTS, TrainingArguments, parse_args
+from internvl.arguments.validate import validate_arguments, validate_preference_arguments
 from internvl.command_line import exit_on_user_error
+from internvl.data.preference_dataset import PreferenceDataset
+from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
 from internvl.planning.epoch_plan import SAMPLE_LENGTHS, plan_epoch
-from internvl.planning.plan_report import format_epoch_plan
+from internvl.planning.plan_report import format_epoch_plan, summarize_truncation
 from internvl.planning.sample_cost import count_forward_flops, scale_to_training
-from internvl.train.build_data import TrainingData, build_plan_layout, measure_data
+from internvl.planning.sample_inspection import Inspection, inspect_samples
+from internvl.train.build_data import TrainingData, build_plan_layout, describe_skipped, measure_data
 from internvl.train.build_model import build_tokenizer
+from internvl.train.trainable_parameters import find_untrained_tokens
 
 NUM_HISTOGRAM_LINES = 12
 NUM_EXTREMES = 5  # samples listed at each extreme
 NUM_LISTED_SKIPPED = 10
+MAX_RANKS = 65_536
+# Of each program: its dataclasses of flags, their validation, its dataset.
+FINETUNE_PARTS = FINETUNE_ARGUMENTS, validate_arguments, LazySupervisedDataset
+PREFERENCE_PARTS = PREFERENCE_ARGUMENTS, validate_preference_arguments, PreferenceDataset
+MAX_DECODED_EPOCHS = 10  # each reads other frames of a video
 
 
 @exit_on_user_error
@@ -36,37 +49,64 @@ def main(argv=None):
     parser.add_argument("meta", metavar="META", help="JSON file that lists the datasets")
     parser.add_argument("--report", default="check_data", help="output folder (default: check_data)")
     parser.add_argument("--ranks", type=int, default=1, help="number of GPUs to plan for (default: 1)")
+    parser.add_argument("--decode", action="store_true", help="also decode all images and the video frames of training")
+    parser.add_argument("--preference", action="store_true", help="the records are preference pairs")
     args, flags = parser.parse_known_args(argv)
+    if not 1 <= args.ranks <= MAX_RANKS:
+        raise ValueError(f"--ranks {args.ranks} is invalid: expected an integer from 1 to {MAX_RANKS:,}.")
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
-    report_dir = Path(args.report)
-    model_args, data_args, training_args = parse_args(
-        ["--meta_path", args.meta, "--output_dir", str(report_dir), *flags]
-    )
-    validate_arguments(model_args, data_args, training_args)
+    classes, validate_fn, dataset_class = PREFERENCE_PARTS if args.preference else FINETUNE_PARTS
+    argv = ["--meta_path", args.meta, "--output_dir", args.report, *flags]
+    model_args, data_args, training_args = parse_args(argv, classes)
+    validate_fn(model_args, data_args, training_args)
     config = InternVLChatConfig.from_pretrained(model_args.model_name_or_path or "")
     config.force_image_size = data_args.force_image_size
     tokenizer = build_tokenizer(model_args, data_args)
-    data = measure_data(data_args, training_args, tokenizer, count_image_tokens(config))
+    untrained_tokens = find_untrained_tokens(model_args, tokenizer)
+    num_image_token = count_image_tokens(config)
+    data = measure_data(data_args, training_args, tokenizer, num_image_token, dataset_class, untrained_tokens)
 
-    report_dir.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in data.skipped_samples]
-    (report_dir / "skipped_samples.jsonl").write_text("".join(lines), encoding="utf-8")
-    sections = [format_datasets(data), *format_extremes(data), *format_skipped(data)]
-    if data.is_usable.any():
-        # As with LoRA in vision encoder and LLM and gradient checkpointing: 3 passes are forward, recomputation and
-        # gradients of inputs.
-        sample_cost = scale_to_training(count_forward_flops(config), vision_passes=3, llm_passes=3)
-        layout = build_plan_layout(data_args, training_args, args.ranks, sample_cost)
-        plan = plan_epoch(data.lengths, layout, epoch=0, weights=data.weights)
-        table = format_epoch_plan(data.lengths, plan, layout, len(data.skipped_samples))
+    # As with LoRA in vision encoder and LLM and gradient checkpointing: 3 passes are forward, recomputation and
+    # gradients of inputs.
+    sample_cost = scale_to_training(count_forward_flops(config), vision_passes=3, llm_passes=3)
+    layout = build_plan_layout(data_args, training_args, args.ranks, sample_cost)
+    plan = plan_epoch(data.lengths, layout, epoch=0, weights=data.weights) if data.is_usable.any() else None
+    num_epochs = count_decoded_epochs(training_args, len(plan)) if args.decode and plan else 0
+    samples = np.unique(data.dataset.get_source_samples()[data.is_usable]).tolist()
+    inspection = inspect_samples(data.dataset, samples, num_epochs, training_args.dataloader_num_workers)
+    num_measured_skipped = len(data.skipped_samples)
+    data.skipped_samples.extend(
+        describe_skipped(*data.dataset.locate(sample), reason) for sample, reason in inspection.unusable.items()
+    )
+
+    sections = [format_datasets(data), *format_extremes(data), format_decoding(len(samples), inspection, num_epochs)]
+    sections += [*format_skipped(data), *format_warnings(data, inspection)]
+    if plan:
+        table = format_epoch_plan(data.lengths, plan, layout, num_measured_skipped, data.lost_loss_tokens)
         sections.append(f"Epoch plan:\n{table}")
         sections += [format_histogram(name, data.lengths[name][data.is_usable]) for name in SAMPLE_LENGTHS.names or ()]
-        draw_histograms(data, report_dir / "lengths.png")
-    text = "\n\n".join(sections)
-    (report_dir / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    print(text)
-    print(f"\nSaved in {report_dir}: " + ", ".join(sorted(file.name for file in report_dir.iterdir())))
+    write_report(Path(args.report), "\n\n".join(sections), data)
     sys.exit(1 if data.skipped_samples else 0)
+
+
+def count_decoded_epochs(args: TrainingArguments, steps_per_epoch: int) -> int:
+    """Return the number of epochs of the training, at most MAX_DECODED_EPOCHS."""
+    num_epochs = args.max_steps / steps_per_epoch if args.max_steps > 0 else args.num_train_epochs
+    return min(max(1, math.ceil(num_epochs)), MAX_DECODED_EPOCHS)
+
+
+def write_report(report_dir: Path, summary: str, data: TrainingData) -> None:
+    """Print the summary, and write it with the skipped samples and histograms."""
+    report_dir.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in data.skipped_samples]
+    # Names of files that are not UTF-8 have lone surrogates; escaped by \\udcXX, the line is still JSON.
+    texts = {"skipped_samples.jsonl": "".join(lines), "summary.txt": summary + "\n"}
+    for name, text in texts.items():
+        (report_dir / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+    if data.is_usable.any():
+        draw_histograms(data, report_dir / "lengths.png")
+    print(summary)
+    print(f"\nSaved in {report_dir}: " + ", ".join(sorted(file.name for file in report_dir.iterdir())))
 
 
 def format_datasets(data: TrainingData) -> str:
@@ -75,37 +115,63 @@ def format_datasets(data: TrainingData) -> str:
         f"{'dataset':24}{'samples':>10}{'skipped':>9}{'tokens':>14}{'loss tokens':>13}{'tiles':>10}{'text only':>11}"
     ]
     dataset_of_sample = np.searchsorted(data.dataset.ends, data.dataset.get_source_samples(), side="right")
+    is_usable = data.is_usable
+    columns = {name: data.lengths[name] for name in SAMPLE_LENGTHS.names or ()}
+    columns |= {"usable": is_usable, "text only": is_usable & (data.lengths["tiles"] == 0)}
+    # name -> sum of each dataset
+    sums = {name: np.bincount(dataset_of_sample, values).astype(int) for name, values in columns.items()}
+    num_skipped = Counter(sample.dataset for sample in data.skipped_samples)
     for number, dataset in enumerate(data.dataset.datasets):
-        lengths = data.lengths[dataset_of_sample == number]
-        is_usable = lengths["tokens"] > 0
-        is_text_only = is_usable & (lengths["tiles"] == 0)
-        num_skipped = sum(sample.dataset == dataset.ds_name for sample in data.skipped_samples)
-        num_tokens = lengths["tokens"].sum()
+        num_tokens, num_loss_tokens, num_tiles, num_usable, num_text_only = (sums[name][number] for name in sums)
         lines.append(
-            f"{dataset.ds_name:24}{len(dataset):10,}{num_skipped:9,}{num_tokens:14,}"
-            f"{lengths['loss_tokens'].sum() / max(1, num_tokens):13.1%}{lengths['tiles'].sum():10,}"
-            f"{is_text_only.sum() / max(1, is_usable.sum()):11.1%}"
+            f"{dataset.ds_name:24}{len(dataset):10,}{num_skipped[dataset.ds_name]:9,}{num_tokens:14,}"
+            f"{num_loss_tokens / max(1, num_tokens):13.1%}{num_tiles:10,}{num_text_only / max(1, num_usable):11.1%}"
         )
     return "\n".join(lines)
 
 
 def format_extremes(data: TrainingData) -> list[str]:
-    """List the samples with most tokens, most tiles and fewest loss tokens."""
+    """List the samples at the extremes, and those that lose most loss tokens."""
     usable = np.flatnonzero(data.is_usable)
     lengths = data.lengths[usable]
     loss_share = lengths["loss_tokens"] / np.maximum(lengths["tokens"], 1)
+    tables = [
+        ("Most tokens", usable, lengths["tokens"], -lengths["tokens"]),
+        ("Most tiles", usable, lengths["tiles"], -lengths["tiles"]),
+        ("Smallest share of loss tokens", usable, loss_share, loss_share),
+    ]
+    if len(truncated := np.flatnonzero(data.lost_loss_tokens)):
+        summary = summarize_truncation(data.lengths, data.lost_loss_tokens)
+        lost = data.lost_loss_tokens[truncated]
+        tables.append((f"Truncated answers: {summary}. Most lost loss tokens", truncated, lost, -lost))
     sections = []
-    for title, values, sort_key in (
-        ("Most tokens", lengths["tokens"], -lengths["tokens"]),
-        ("Most tiles", lengths["tiles"], -lengths["tiles"]),
-        ("Smallest share of loss tokens", loss_share, loss_share),
-    ):
+    for title, samples, values, sort_key in tables:
         lines = [f"{title}:"]
         for i in np.argsort(sort_key, kind="stable")[:NUM_EXTREMES]:
-            dataset, index = data.dataset.locate(int(usable[i]))
+            dataset, index = data.dataset.locate(int(samples[i]))
             lines.append(f"  {values[i]:10.4g}  {dataset.describe(index)}")
         sections.append("\n".join(lines))
     return sections
+
+
+def format_decoding(num_samples: int, inspection: Inspection, num_epochs: int) -> str:
+    """Say what was decoded."""
+    if not num_epochs:
+        return "Images and videos: only headers were read. --decode also finds damage of pixels and frames."
+    epochs = "1 epoch" if num_epochs == 1 else f"{num_epochs} epochs"
+    return (
+        f"Images and videos: {num_samples:,} samples decoded, with the video frames of {epochs}; "
+        f"{len(inspection.unusable):,} of them unusable."
+    )
+
+
+def format_warnings(data: TrainingData, inspection: Inspection) -> list[str]:
+    """Count what is suspicious in usable samples, each with its first sample."""
+    lines = []
+    for name, samples in inspection.warnings.items():
+        dataset, index = data.dataset.locate(samples[0])
+        lines.append(f"  {len(samples):10,}  {name}, first {dataset.describe(index)}")
+    return ["\n".join(["Suspicious samples (used as they are):", *lines])] if lines else []
 
 
 def format_skipped(data: TrainingData) -> list[str]:

@@ -16,8 +16,10 @@ from helpers.samples import are_samples_equal, make_turns
 from helpers.video_files import write_gif, write_video
 
 from internvl.constants import UnusableSample
-from internvl.data.annotations import JsonlFile
-from internvl.data.file_io import MissingPackageError, fetch_local_copy, get_cache_dir, join_root
+from internvl.data.annotations import open_annotations
+from internvl.data.disk_cache import get_cache_dir
+from internvl.data.file_io import MissingPackageError, fetch_local_copy, join_root
+from internvl.data.outages import StoreUnavailableError
 from internvl.data.schema import load_meta
 from internvl.planning.sample_lengths import measure_dataset
 from internvl.train.dataset import TCSLoader
@@ -53,6 +55,10 @@ def buckets(tmp_path, monkeypatch):
     fsspec.register_implementation("s3", importlib.import_module("s3fs").S3FileSystem, clobber=True)
     yield tmp_path / "buckets"
     fsspec.filesystem("memory").store.clear()
+    # Other modules use the real package.
+    del sys.modules["s3fs"]
+    monkeypatch.undo()
+    fsspec.register_implementation("s3", importlib.import_module("s3fs").S3FileSystem, clobber=True)
 
 
 @pytest.fixture
@@ -110,24 +116,25 @@ def test_remote_dataset_is_measured_as_the_local_one(make_local_and_remote):
     local, remote = make_local_and_remote("s3://bucket")
     here, there = measure_dataset(local, show_progress=False), measure_dataset(remote, show_progress=False)
     assert here.lengths.tolist() == there.lengths.tolist()
-    # The other unusable files exist and fail only when they are decoded.
-    assert [index for index, _ in there.unusable] == [8, 10]
+    # The truncated image has a header and fails only when it is decoded.
+    assert [index for index, _ in there.unusable] == [8, 10, 11]
     assert "s3://bucket/absent.png does not exist" in dict(there.unusable)[8]
 
 
 def test_remote_annotation_file_is_copied_once_per_version(buckets):
     (buckets / "b").mkdir(parents=True)
     (buckets / "b" / "a.jsonl").write_text('{"id": 0}\n')
-    assert JsonlFile("s3://b/a.jsonl")[0] == {"id": 0}
-    JsonlFile("s3://b/a.jsonl")
+    assert open_annotations("s3://b/a.jsonl")[0] == {"id": 0}
     (copy,) = get_cache_dir().iterdir()
+    time_of_copy = copy.stat().st_mtime_ns
+    assert open_annotations("s3://b/a.jsonl")[0] == {"id": 0} and copy.stat().st_mtime_ns == time_of_copy
     copy.write_text('{"id": 1}\n')
-    assert JsonlFile("s3://b/a.jsonl")[0] == {"id": 1}, "the copy is read"
+    assert open_annotations("s3://b/a.jsonl")[0] == {"id": 0}, "a damaged copy is fetched again"
     (buckets / "b" / "a.jsonl").write_text('{"id": 2, "changed": true}\n')
-    assert JsonlFile("s3://b/a.jsonl")[0]["id"] == 2 and len(list(get_cache_dir().iterdir())) == 2
+    assert open_annotations("s3://b/a.jsonl")[0]["id"] == 2 and len(list(get_cache_dir().iterdir())) == 2
     for url in ("s3://b/absent.jsonl", "s3://absent/a.jsonl"):
         with pytest.raises(ValueError, match=f"{url} does not exist"):
-            JsonlFile(url)
+            open_annotations(url)
     (buckets / "b" / "meta.json").write_text(json.dumps({"mine": {"root": "s3://b", "annotation": "s3://b/a.jsonl"}}))
     assert list(load_meta("s3://b/meta.json")) == ["mine"]
     assert fetch_local_copy(str(buckets / "b" / "a.jsonl")) == str(buckets / "b" / "a.jsonl"), (
@@ -175,7 +182,7 @@ def test_missing_package_ends_the_run(make_dataset, monkeypatch, url, missing_mo
     dataset = make_dataset(*records, allow_outside_root=True)
     if missing_module:
         monkeypatch.setitem(sys.modules, missing_module, None)
-    calls = [partial(JsonlFile, url)]
+    calls = [partial(open_annotations, url)]
     calls += [partial(method, index) for method in (dataset.__getitem__, dataset.measure) for index in (0, 1)]
     for call in calls:
         with pytest.raises(ValueError, match=f"{url[:8]}.* cannot be opened by fsspec: .*{reason}") as caught:
@@ -183,13 +190,14 @@ def test_missing_package_ends_the_run(make_dataset, monkeypatch, url, missing_mo
         assert isinstance(caught.value, MissingPackageError) and not isinstance(caught.value, UnusableSample)
 
 
-def test_failing_object_store_gives_unusable_samples(buckets, make_dataset, monkeypatch):
+def test_failing_object_store_is_an_outage(buckets, make_dataset, monkeypatch):
     """Whatever it raises: the exceptions of cloud packages are no OSErrors."""
     dataset = make_dataset(
         {"image": "s3://b/a.png", **ANSWER},
         {"video": "s3://b/a.mp4", **ANSWER},
         {"video": "s3://b/f/", **ANSWER},
         allow_outside_root=True,
+        store_retry_seconds=0,
     )
 
     class NoCredentials(Exception):
@@ -200,11 +208,9 @@ def test_failing_object_store_gives_unusable_samples(buckets, make_dataset, monk
 
     for name in ("exists", "isdir", "ls", "cat_file", "open", "checksum"):
         monkeypatch.setattr(sys.modules["s3fs"].S3FileSystem, name, raise_no_credentials)
-        for method in (dataset.__getitem__, dataset.measure):
-            for index in range(3):
-                with pytest.raises(
-                    UnusableSample, match="s3://b/.* (does not exist|cannot be read: NoCredentials: no key)"
-                ):
-                    method(index)
-    with pytest.raises(ValueError, match="s3://b/a.jsonl cannot be fetched: NoCredentials: no key"):
-        JsonlFile("s3://b/a.jsonl")
+    for method in (dataset.__getitem__, dataset.measure):
+        for index in range(3):
+            with pytest.raises(StoreUnavailableError, match=r"s3://b/.* \(NoCredentials: no key\)"):
+                method(index)
+    with pytest.raises(ValueError, match="s3://b/a.jsonl cannot be fetched: .*NoCredentials: no key"):
+        open_annotations("s3://b/a.jsonl")

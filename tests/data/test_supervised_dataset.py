@@ -191,22 +191,20 @@ def test_missing_placeholders_go_to_the_first_human_turn(make_dataset):
     assert "user\n[4]\nWhat?" in decode_sample(dataset, 3)
 
 
-def test_surplus_placeholders_stay_text(make_dataset):
-    dataset = make_dataset(
-        {"image": "a.png", "conversations": make_turns("<image> and <image>?", "A.")}, max_dynamic_patch=1
-    )
-    assert "[4] and <image>?" in decode_sample(dataset)
+def test_surplus_placeholders_stay_text_with_the_flag(make_dataset):
+    """As in upstream; test_schema_records.py has the default."""
+    record = {"image": "a.png", "conversations": make_turns("<image> and <image>?", "A <image>.")}
+    dataset = make_dataset(record, max_dynamic_patch=1, keep_surplus_placeholders=True)
+    assert "[4] and <image>?" in decode_sample(dataset) and "A <image>." in decode_sample(dataset)
 
 
 def test_null_and_empty_media_mean_a_text_record(make_dataset):
-    records = [
-        {"image": value, "video": value, "conversations": make_turns("<image>?", "A.")} for value in (None, "", [])
-    ]
+    records = [{"image": value, "video": value, "conversations": make_turns("What?", "A.")} for value in (None, "", [])]
     dataset = make_dataset(*records)
     for index in range(3):
         sample = dataset.get(index, 0)
         assert sample["image_flags"].tolist() == [] and sample["pixel_values"].shape == (0, 3, 28, 28)
-        assert "<image>?" in decode_sample(dataset, index)
+        assert "user\nWhat?" in decode_sample(dataset, index)
 
 
 def test_images_of_a_record_share_the_maximum_of_tiles(make_dataset):

@@ -10,7 +10,8 @@ from helpers.video_files import write_video
 from PIL import Image
 
 from internvl.constants import UnusableSample
-from internvl.data.videos import MAX_FRAME_PIXELS, read_frames
+from internvl.data.video_files import MAX_FRAME_PIXELS
+from internvl.data.videos import read_frames
 
 HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{0}\n#EXT-X-ENDLIST\n"
 SDP = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n"

@@ -1,6 +1,7 @@
 """Sampling frames and reading them from video files, GIFs and folders."""
 
 import json
+import os
 import random
 import wave
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from helpers.samples import ANSWER as SAMPLE_ANSWER
+from helpers.samples import QUESTION
 from helpers.video_files import (
     NUM_FRAMES,
     read_frame_number,
@@ -16,10 +19,15 @@ from helpers.video_files import (
     write_gif,
     write_video,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from internvl.constants import UnusableSample
+from internvl.data.image_files import load_image
 from internvl.data.videos import count_frames, get_frame_indices, read_frames, sort_frames
 from internvl.train.dataset import TCSLoader, read_frames_decord, read_frames_folder, read_frames_gif
+
+FAULTS = Path(__file__).parent / "faults/vid"
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
 
@@ -123,9 +131,10 @@ def test_clip_is_in_seconds(tmp_path):
     assert numbers == [15 + index for index in get_frame_indices(5, 10, "middle")]
     numbers = read_frame_numbers(read_frames(path, 1, "middle", clip=(3.8, 99)))
     assert numbers == [38], "a clip that is too long ends with the video"
-    reason = r"clip \(7, 8\) of video .*a.mp4 \(40 frames, 10 per second\) contains no frame"
-    with pytest.raises(UnusableSample, match=reason):
-        read_frames(path, 5, "middle", clip=(7, 8))
+    reason = r"clip \[7, 8\] of video .*a.mp4 contains no frame: the video ends at 4 s"
+    for function in (count_frames, read_frames):
+        with pytest.raises(UnusableSample, match=reason):
+            function(path, 5, clip=(7, 8))
 
 
 @pytest.mark.parametrize("clip", [3, [1], [1, 2, 3], ["1", "2"], [2, 1], [-1, 1], [1, 1], [True, 2], {}])
@@ -158,6 +167,57 @@ def test_frames_of_a_folder_are_sorted_by_number():
     assert sort_frames(names) == ["cover.jpg", "b_1.png", "a_2.jpg", "a_10.jpg"]
 
 
+def test_files_without_a_number_at_the_end_are_in_natural_order():
+    names = ["1.jpg", "2.jpg", "10.jpg", "11.jpg", "shot2 a9.png", "shot2 a10.png", "shot10 a1.png", "frame_0.jpg"]
+    assert sort_frames(names[::-1]) == names
+    # Names with `_N` keep upstream's order, by N alone.
+    assert sort_frames(["b2_1.jpg", "a1_2.jpg", "b10_1.jpg", "a_10.jpg"]) == [
+        "b2_1.jpg",
+        "b10_1.jpg",
+        "a1_2.jpg",
+        "a_10.jpg",
+    ]
+
+
+@given(st.lists(st.text("ab1_.é9²٣ -", min_size=1, max_size=9), min_size=1, max_size=8, unique=True))
+def test_any_names_have_one_order(names):
+    in_order = sort_frames(names)
+    assert sorted(in_order) == sorted(names) and in_order == sort_frames(sorted(names))
+
+
+@pytest.mark.parametrize("name", ["frames_plain", "frames_noise"])
+def test_fault_folders(name):
+    """Unpadded numbers; beside the frames lie Thumbs.db and captions.txt."""
+    folder = FAULTS / name
+    names = [f"{'' if name == 'frames_plain' else 'frame_'}{number}.jpg" for number in range(12)]
+    frames = read_frames(str(folder), 12)
+    assert [frame.tobytes() for frame in frames] == [load_image(str(folder / name)).tobytes() for name in names]
+    assert count_frames(str(folder), 32) == 12
+
+
+def test_only_image_files_of_a_folder_are_frames(tmp_path):
+    path = Path(write_frame_folder(tmp_path / "frames", 5))  # with .DS_Store
+    for name in ("Thumbs.db", "captions.txt", "index.json", "frame_7", "._frame_1.png", "sound.wav", "frame_8.mp4"):
+        (path / name).write_text("no frame")
+    os.mkfifo(path / "control")
+    (path / "frame_9.png").mkdir()
+    (path / "frame_3.png").rename(path / "frame_3.PNG")
+    assert read_frame_numbers(read_frames(str(path), 9)) == list(range(5)) and count_frames(str(path), 9) == 5
+
+
+def test_frames_that_are_links_are_checked_when_measured(make_dataset, tmp_path, tmp_path_factory):
+    elsewhere = write_frame_folder(tmp_path_factory.mktemp("elsewhere") / "frames", 3)
+    path = Path(write_frame_folder(tmp_path / "linked", 3))
+    (path / "frame_3.png").symlink_to("frame_1.png")
+    record = {"video": "linked", "conversations": [QUESTION | {"value": "<video>\nWhat?"}, SAMPLE_ANSWER]}
+    dataset = make_dataset(record, max_length=4000)
+    assert dataset.measure(0)[2] == 4 == len(dataset.get(0, 0)["pixel_values"])
+    (path / "frame_4.png").symlink_to(f"{elsewhere}/frame_1.png")
+    for method in (dataset.measure, lambda index: dataset.get(index, 0)):
+        with pytest.raises(UnusableSample, match="frame_4.png lies outside the root"):
+            method(0)
+
+
 def test_unreadable_videos_are_reported(tmp_path):
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "text.gif").write_text("not a video")
@@ -178,7 +238,7 @@ def test_unreadable_videos_are_reported(tmp_path):
         ("truncated.mp4", r"is truncated: it has \d+ of its 40 frames"),
         ("no frame.mkv", "cannot be read: .*End of file"),
         ("no frame.mp4", "has no (frame|video stream)"),
-        ("empty", "empty folder"),
+        ("empty", "is a folder without image files"),
     ]:
         with pytest.raises(UnusableSample, match=reason) as caught:
             read_frames(str(tmp_path / name), 4)

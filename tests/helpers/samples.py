@@ -48,7 +48,9 @@ def build_recorded_dataset(goldens: Path, config: dict, **meta) -> LazySupervise
     """Build our dataset of a recorded configuration; `meta` overrides its meta entry."""
     args = config["args"]
     flags = {name: args[name] for name in RECORDED_FLAGS}
-    data_args = DataTrainingArguments(conv_style=config["template"], force_image_size=args["image_size"], **flags)
+    flags |= {"conv_style": config["template"], "force_image_size": args["image_size"]}
+    # One of the recorded images is transparent, which upstream draws on black.
+    data_args = DataTrainingArguments(**flags, upstream_image_decoding=True)
     folder = goldens / "dataset"
     # A recorded video is all images of a folder. Ours reads all of them, too, as long as it asks for more.
     root = "videos/" if "video" in config["annotation"] else config["root"]

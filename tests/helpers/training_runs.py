@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from internvl.arguments.training import parse_args
 from internvl.arguments.validate import validate_arguments
 from internvl.checkpoint.resume import choose_resume_checkpoint
+from internvl.checkpoint.resume_rules import RunRecord
 from internvl.constants import SPECIAL_TOKENS
 from internvl.launchers import find_free_port
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.train.build_data import build_data
 from internvl.train.build_model import build_model, build_tokenizer
 from internvl.train.build_trainer import build_trainer
+from internvl.train.trainable_parameters import find_untrained_tokens
 
 TRAIN_LLM_AND_PROJECTOR = (
     "--freeze_backbone True".split()
@@ -162,8 +164,10 @@ def prepare_trainer(argv: list[str]):
     choose_resume_checkpoint(training_args)
     tokenizer = build_tokenizer(model_args, data_args)
     model = build_model(model_args, data_args, training_args, tokenizer)
-    data = build_data(data_args, training_args, tokenizer, model.num_image_token)
-    return build_trainer(model, tokenizer, data, data_args, training_args)
+    untrained_tokens = find_untrained_tokens(model_args, tokenizer)
+    data = build_data(data_args, training_args, tokenizer, model.num_image_token, untrained_tokens=untrained_tokens)
+    record = RunRecord(model_args, data_args, training_args)
+    return build_trainer(model, tokenizer, data, data_args, training_args, run_record=record)
 
 
 def prepare_batch(trainer, batch: dict) -> dict:

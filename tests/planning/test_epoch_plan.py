@@ -272,5 +272,5 @@ def test_packed_rows_come_in_random_order_with_changing_members():
 )
 def test_report_has_singular_and_plural(world_size, expected):
     lengths, layout = make_lengths(4), PlanLayout(0, world_size, 1, 1)
-    report = format_epoch_plan(lengths, plan_epoch(lengths, layout, 0), layout, num_skipped=0)
+    report = format_epoch_plan(lengths, plan_epoch(lengths, layout, 0), layout, 0, np.zeros(4, np.int32))
     assert expected in report and "4 (1.0 samples per row)" in report

@@ -77,7 +77,8 @@ def data(goldens, tmp_path):
     def make(config: str, **meta) -> TrainingData:
         dataset = build_recorded_dataset(goldens, read_recorded_configs(goldens)[config], **meta)
         measurements = measure_dataset(dataset, cache_dir=str(tmp_path), show_progress=False)
-        return TrainingData(PackedDataset([dataset]), measurements.lengths, measurements.digests, [], None)
+        arrays = measurements.lengths, measurements.digests
+        return TrainingData(PackedDataset([dataset]), *arrays, [], None, measurements.lost_loss_tokens)
 
     return make
 
@@ -103,7 +104,7 @@ def test_pieces_equal_those_recorded_from_upstream(goldens, data):
 
 def test_pieces_are_samples_of_an_epoch(data):
     before = data("dyn_thumb_group")
-    tokens = before.lengths["tokens"].copy()
+    tokens, loss_tokens = before.lengths["tokens"].copy(), before.lengths["loss_tokens"].copy()
     args = DataTrainingArguments(use_packed_ds=True, allow_overflow=True, max_packed_tokens=110, num_images_expected=14)
     after = split_oversized_samples(before, args, SINGLE_RANK)
     large = np.flatnonzero(tokens > 110)
@@ -116,6 +117,10 @@ def test_pieces_are_samples_of_an_epoch(data):
         assert torch.equal(row["position_ids"], torch.arange(sizes[0]))
     skipped = {sample.line for sample in after.skipped_samples}
     split = {sample for sample, _ in after.dataset.pieces}
+    for sample in split:
+        num_kept = sum(piece.loss_tokens for other, piece in after.dataset.pieces if other == sample)
+        assert num_kept + after.lost_loss_tokens[sample] == loss_tokens[sample]
+    assert after.lost_loss_tokens.sum() == after.lost_loss_tokens[sorted(split)].sum()
     assert {after.dataset.locate(sample)[1] + 1 for sample in set(large.tolist()) - split} == skipped
 
 

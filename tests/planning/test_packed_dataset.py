@@ -1,17 +1,22 @@
 """Packed rows: samples concatenated; unusable ones skipped with their reason, never replaced."""
 
+import os
 import pickle
 
 import numpy as np
 import pytest
 import torch
 from helpers.samples import are_samples_equal, build_recorded_dataset, make_turns, read_recorded_configs
+from PIL import Image
 from torch.utils.data import DataLoader
 
+from internvl.arguments.data import DataTrainingArguments
 from internvl.data.collators import collate_rows
+from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.planning.epoch_plan import PlanLayout, plan_epoch
 from internvl.planning.packed_dataset import PackedDataset
-from internvl.planning.sample_lengths import measure_dataset
+from internvl.planning.sample_lengths import SINGLE_RANK, measure_dataset
+from internvl.train.build_data import TrainingData, split_oversized_samples
 
 TENSORS = ("input_ids", "labels", "position_ids", "pixel_values", "image_flags")
 
@@ -79,6 +84,50 @@ def test_only_unusable_samples_are_skipped(make_dataset):
     dataset = make_dataset(record, meta={"root": ""}, allow_outside_root=True)
     with pytest.raises(ValueError, match="cannot be opened by fsspec: Protocol not known: nowhere"):
         PackedDataset([dataset])[0, 0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sample_whose_image_changed_after_measuring_is_skipped_with_its_name(make_dataset, tmp_path, packed):
+    """It could be too long for its row. The same for the pieces of a split sample."""
+    text = {"conversations": make_turns("What?", "A.")}
+    grown = {"image": ["b.jpg", "a.png"], "conversations": make_turns("Which?", "B.")}
+    dataset = make_dataset(text, grown, text, max_dynamic_patch=8)
+    measured = measure_dataset(dataset, cache_dir=str(tmp_path / "cache"), show_progress=False)
+    rows = PackedDataset([dataset], measured.lengths)
+    data = TrainingData(rows, measured.lengths, measured.digests, [], None, measured.lost_loss_tokens)
+    sample = 1
+    if packed:
+        flags = {"max_packed_tokens": int(measured.lengths["tokens"][1]) - 1, "num_images_expected": 40}
+        args = DataTrainingArguments(use_packed_ds=True, allow_overflow=True, **flags)
+        data = split_oversized_samples(data, args, SINGLE_RANK)
+        sample = data.dataset.num_unsplit
+        assert data.dataset.pieces and len(data.dataset) > 3
+    assert data.dataset[0, 0, sample, 2]["bad_samples"] == []
+    Image.new("RGB", (28, 84)).save(tmp_path / "a.png")  # 4 tiles instead of 5
+    row = data.dataset[0, 0, sample, 2]
+    (reason,) = row["bad_samples"]
+    assert reason.startswith(f"mine line 2 ({tmp_path}/data.jsonl): it has ") and f"{tmp_path}/a.png changed" in reason
+    assert row["documents"] == measured.lengths["tokens"][[0, 2]].tolist()
+
+
+def test_record_changed_after_measuring_is_skipped_with_its_name(make_dataset, tmp_path):
+    """The file is rewritten in place, with the old size and time."""
+    dataset = make_dataset(*({"conversations": make_turns("What?", text)} for text in ("A.", "B.", "C.")))
+    measured = measure_dataset(dataset, cache_dir=str(tmp_path / "cache"), show_progress=False)
+    path = tmp_path / "data.jsonl"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_text(path.read_text().replace("B.", "X."))
+    os.utime(path, ns=times)
+    row = PackedDataset([dataset], measured.lengths)[0, 0, 1, 2]
+    (reason,) = row["bad_samples"]
+    assert reason.startswith(f"mine line 2 ({path}): line 2 is not what it was when the run opened {path}")
+    assert row["documents"] == measured.lengths["tokens"][[0, 2]].tolist()
+    again = measure_dataset(
+        LazySupervisedDataset("mine", {"root": "", "annotation": str(path)}, dataset.tokenizer, 4, dataset.data_args),
+        cache_dir=str(tmp_path / "cache"),
+        show_progress=False,
+    )
+    assert (again.digests != measured.digests).tolist() == [False, True, False], "a run that resumes sees the change"
 
 
 def test_dataset_can_be_pickled(rows):

@@ -1,9 +1,9 @@
 """Measured lengths equal those in training; caching, resuming, several ranks."""
 
 import os
+import random
 import shutil
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -34,7 +34,7 @@ def are_equal(one: MeasuredDataset, other: MeasuredDataset) -> bool:
 
 def assert_equal_to_samples(dataset):
     """Compare measurements with samples, reasons with the errors of `get`."""
-    lengths, _, unusable = measure_dataset(dataset, show_progress=False)
+    lengths, _, unusable, _ = measure_dataset(dataset, show_progress=False)
     reasons = dict(unusable)
     assert len(lengths) == len(dataset) and lengths.dtype == SAMPLE_LENGTHS
     for index in range(len(dataset)):
@@ -65,7 +65,7 @@ def test_unusable_samples_are_found_with_the_reason_that_get_gives(make_dataset)
     good = {"image": "a.png", "conversations": make_turns("What?", "A.")}
     names = [name for name in UNUSABLE_RECORDS if name not in DECODING_ONLY]
     dataset = make_dataset(good, *(UNUSABLE_RECORDS[name][0] for name in names), good)
-    lengths, _, unusable = measure_dataset(dataset, show_progress=False)
+    lengths, _, unusable, _ = measure_dataset(dataset, show_progress=False)
     tokens = lengths["tokens"]
     assert [index for index, _ in unusable] == list(range(1, len(names) + 1))
     assert all(tokens[[0, -1]]) and not tokens[1:-1].any()
@@ -80,7 +80,7 @@ def test_repeated_records_are_measured_once(make_dataset, monkeypatch):
     bad = {"image": "absent.png", "conversations": make_turns("What?", "A.")}
     dataset = make_dataset(good, bad, good, meta={"repeat_time": 2.4})
     seen = []
-    monkeypatch.setattr(type(dataset), "measure", lambda self, index: seen.append(index) or (5, 2, 1))
+    monkeypatch.setattr(type(dataset), "measure", lambda self, index: seen.append(index) or (5, 2, 1, 0))
     lengths = measure_dataset(dataset, show_progress=False).lengths
     assert seen == [0, 1, 2] and lengths["tokens"].tolist() == [5] * 7
     monkeypatch.undo()
@@ -113,7 +113,7 @@ def test_only_the_random_part_is_measured(make_dataset, monkeypatch):
     dataset = make_dataset(*[{"conversations": make_turns("What?", "A.")}] * 10, meta={"repeat_time": 0.3})
     seen = []
     monkeypatch.setattr(
-        type(dataset), "measure", lambda self, index: seen.append(self.record_indices[index]) or (5, 2, 1)
+        type(dataset), "measure", lambda self, index: seen.append(self.record_indices[index]) or (5, 2, 1, 0)
     )
     lengths = measure_dataset(dataset, show_progress=False).lengths
     assert lengths["tokens"].tolist() == [5] * 3 and seen == dataset.record_indices.tolist()
@@ -181,23 +181,56 @@ def test_samples_whose_images_changed_are_measured_again(make_dataset):
     assert (after.digests == before.digests).all(), "the record is unchanged"
 
 
-@pytest.mark.parametrize("damage", ["absent", "empty", "half", "text", "of another dataset", "of an old version"])
-def test_damaged_cache_files_are_replaced(counting_dataset, cache, damage):
+def flip_bits(content: bytes, seed: int) -> bytes:
+    generator = random.Random(seed)
+    damaged = bytearray(content)
+    for _ in range(generator.choice([1, 1, 3, 40])):
+        damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+    return bytes(damaged)
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "longer": lambda content: content + b"\0" * 16,
+    "text": lambda content: b"hm",
+    "zeros": lambda content: bytes(len(content)),
+}
+DAMAGES |= {f"bits {seed}": partial(flip_bits, seed=seed) for seed in range(40)}
+
+
+def test_damaged_cache_files_are_replaced(counting_dataset, cache, caplog):
     dataset, measured = counting_dataset
     first = measure_dataset(dataset, show_progress=False)
-    measured.clear()
     (file,) = cache.glob("lengths-*")
     content = file.read_bytes()
-    if damage == "absent":
-        file.unlink()
-    elif damage == "of another dataset":
-        np.save(file, np.ones(4, sample_lengths.MEASUREMENT))
-    elif damage == "of an old version":
-        np.save(file, np.ones((5, 6), np.int32))
-    else:
-        new = {"empty": b"", "half": content[: len(content) // 2], "text": b"hm"}
-        file.write_bytes(new[damage])
-    assert are_equal(first, measure_dataset(dataset, show_progress=False)) and measured == list(range(6))
+    for name, damage in DAMAGES.items():
+        if (damaged := damage(content)) == content:
+            continue
+        file.write_bytes(damaged)
+        measured.clear()
+        caplog.clear()
+        assert are_equal(first, measure_dataset(dataset, show_progress=False)), name
+        assert measured == list(range(6)) and file.read_bytes() == content, name
+        assert f"Damaged cache file: {file} (checksum mismatch)" in caplog.text
+    assert list(cache.iterdir()) == [file]
+
+
+def test_cache_file_of_another_dataset_is_not_used(make_dataset, cache):
+    """Though it is complete, and has as many rows."""
+    short = make_dataset({"conversations": make_turns("What?", "A.")})
+    measure_dataset(short, show_progress=False)
+    (file_of_short,) = cache.iterdir()
+    long = make_dataset({"conversations": make_turns("What?", "A. " * 9)})
+    expected = measure_dataset(long, show_progress=False)
+    (file_of_long,) = set(cache.iterdir()) - {file_of_short}
+    content = file_of_short.read_bytes()
+    stem_of_long = file_of_long.name.rpartition("-")[0]
+    checksum_of_short = file_of_short.name.rpartition("-")[2]
+    for name in (file_of_long.name, f"{stem_of_long}-{checksum_of_short}"):
+        file_of_long.unlink()
+        (cache / name).write_bytes(content)
+        assert are_equal(expected, measure_dataset(long, show_progress=False))
 
 
 def test_interrupted_measurement_resumes(counting_dataset, cache, monkeypatch):
@@ -212,15 +245,16 @@ def test_interrupted_measurement_resumes(counting_dataset, cache, monkeypatch):
         return measure_sample(dataset, index)
 
     monkeypatch.setattr(sample_lengths, "SAMPLES_PER_ROUND", 2)
+    monkeypatch.setattr(sample_lengths, "SECONDS_PER_SAVE", 0)
     with monkeypatch.context() as patch:
         patch.setattr(sample_lengths, "_measure_sample", interrupt)
         with pytest.raises(KeyboardInterrupt):
             measure_dataset(dataset, show_progress=False)
-    assert measured == [0, 1, 2, 3] and len(list(cache.glob("lengths-*.part.npy"))) == 1
+    assert measured == [0, 1, 2, 3]
     measured.clear()
     assert are_equal(unbroken, measure_dataset(dataset, show_progress=False))
     assert measured == [2, 4, 5], "2 is unusable: measured again"
-    assert not list(cache.glob("*.part.npy"))
+    assert len(list(cache.glob("lengths-*"))) == 1
 
 
 def test_ranks_measure_together(counting_dataset, cache):
@@ -246,6 +280,14 @@ def test_ranks_measure_together(counting_dataset, cache):
     assert sorted(measured) == list(range(6)) and (cache / "0").exists() and not (cache / "1").exists()
 
 
+def test_ranks_with_different_files_are_refused(make_dataset, tmp_path):
+    """As when nodes have copies of their own."""
+    dataset = make_dataset({"conversations": make_turns("What?", "A.")})
+    group = RankGroup(1, 3, lambda value: ["other", value, value])
+    with pytest.raises(ValueError, match="mine: the records of .*data.jsonl differ between rank 0 and rank 1"):
+        measure_dataset(dataset, show_progress=False, rank_group=group)
+
+
 def test_cache_key_depends_on_everything_that_determines_lengths(make_dataset, goldens):
     record = {"image": "a.png", "conversations": make_turns("What?", "A.")}
     base = make_dataset(record)
@@ -265,16 +307,19 @@ def test_cache_key_depends_on_everything_that_determines_lengths(make_dataset, g
     for variant in variants:
         names.add(make_lengths_cache_key(make_dataset(record, **variant)))
     assert len(names) == 1 + len(variants)
-    time.sleep(0.01)
-    assert make_lengths_cache_key(make_dataset(record, pad2square=True, seed=5)) not in names, (
-        "the annotation file has changed"
-    )
-    path = base.annotations.path
-    stamp = os.stat(path).st_mtime_ns
     again = make_dataset(record, pad2square=True, normalize_type="clip", seed=5)
-    os.utime(path, ns=(stamp, stamp))
-    os.utime(base.annotations.path, ns=(stamp, stamp))
     assert make_lengths_cache_key(again) == make_lengths_cache_key(base), "irrelevant settings are ignored"
+
+
+def test_cache_key_depends_on_the_content_of_the_annotation_file_only(make_dataset):
+    """Not on its times: a program may rewrite a file and set its old time, or copy it and set a new one."""
+    dataset = make_dataset({"conversations": make_turns("What?", "A.")})
+    path, key = dataset.annotations.path, make_lengths_cache_key(dataset)
+    times = os.stat(path).st_atime_ns, os.stat(path).st_mtime_ns
+    other = make_dataset({"conversations": make_turns("What?", "B.")})
+    os.utime(path, ns=times)
+    assert make_lengths_cache_key(other) != key
+    assert make_lengths_cache_key(make_dataset({"conversations": make_turns("What?", "A.")})) == key
 
 
 def test_cache_key_depends_on_the_tokenizer_but_not_on_its_last_call(make_dataset, goldens):

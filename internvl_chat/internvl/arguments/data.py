@@ -23,6 +23,12 @@ class DataTrainingArguments:
     max_dynamic_patch: int = option(12, "maximum number of tiles per image, without the thumbnail")
     min_num_frame: int = option(8, "minimum number of frames per video")
     max_num_frame: int = option(32, "maximum number of frames per video")
+    max_image_pixels: int = option(89_478_485, "maximum number of pixels of an image; larger ones are unusable samples")
+    image_background: str = option("white", "color behind the transparent pixels of an image: a CSS name or #rrggbb")
+    upstream_image_decoding: bool = option(
+        False,
+        "convert images to RGB as upstream does: EXIF orientation ignored, 16-bit gray clipped, transparency dropped",
+    )
     normalize_type: Literal["imagenet", "clip", "siglip"] = option(
         "imagenet", "mean and standard deviation that pixels are normalized with"
     )
@@ -45,10 +51,16 @@ class DataTrainingArguments:
         False,
         "average the loss over all tokens of a step, across ranks and micro-batches; if not, their means are averaged",
     )
+    keep_surplus_placeholders: bool = option(
+        False, "keep an <image> or <video> that has no image or video as text, as upstream does, instead of skipping"
+    )
     allow_outside_root: bool = option(False, "also read files outside the root folder of their dataset")
     accept_changed_data: bool = option(False, "resume from a checkpoint even if the data has changed since")
     split_annotations: bool = option(
         False, "accepted for InternVL 3.5's recipes, ignored: each rank reads only the lines it needs"
+    )
+    store_retry_seconds: float = option(
+        600, "seconds for which reading is retried while a store or a network file system does not answer"
     )
     max_bad_samples: float = option(
         0.01, "unusable samples that are skipped before the run fails: below 1 a share of the data, else a count"

@@ -1,235 +1,249 @@
 """Annotation files as sequences of records: JSONL, Parquet and Arrow.
 
 Loading a sample starts here: `open_annotations(path)[17]` is a dict. Records stay on disk and are read one by one in
-random order. A remote JSONL file is therefore first copied to the cache.
+random order. So a remote file is first copied to the cache, and a table is converted there to JSONL (`tables.py`).
 """
 
 import hashlib
 import json
 import os
-from abc import ABC, abstractmethod
-from contextlib import suppress
-from glob import escape, glob
-from typing import Any
+import re
+import zlib
+from functools import cached_property
+from typing import BinaryIO
 
 import numpy as np
 
 from internvl.constants import UnusableSample
-from internvl.data.file_io import fetch_local_copy, get_cache_dir, is_remote, write_atomically
+from internvl.data.disk_cache import get_cache_dir, get_file_version, make_cache_file
+from internvl.data.file_io import fetch_local_copy, is_remote
+from internvl.data.tables import TABLE_EXTENSIONS, convert_table
+from internvl.regular_files import LFS_POINTER_START, UnusableFileError, open_regular_file, refuse_lfs_pointer
 
-SCAN_CHUNK_BYTES = 1 << 24  # read at a time while looking for line breaks
+SCAN_CHUNK_BYTES = 1 << 22  # read at a time while looking for line breaks
 LARGE_FILE_BYTES = 1 << 26  # files of at least this size keep their line table on disk
+MAX_RECORDS, MAX_RECORD_BYTES = 1 << 27, 1 << 25
+MAX_NESTING = 64  # of lists and objects in a record; Python's own limit depends on the depth of the call
 DECOMPRESSION_COMMANDS = {".gz": "gunzip", ".zst": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz"}
+JSON_ARRAY_START = re.compile(rb"\s*\[\s*({|$)")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# A line that holds a record: first byte, byte after the last, number from 1, CRC-32 of its bytes.
+LINE = np.dtype([("start", np.int64), ("end", np.int64), ("number", np.int64), ("checksum", np.uint32)])
 
 
-class AnnotationFile(ABC):
-    """A sequence of records on disk.
-
-    Safe to share with forked dataloader workers and to pickle to spawned ones.
-
-    Attributes:
-        path: the file or folder as the user wrote it.
-    """
-
-    path: str
-
-    @property
-    @abstractmethod
-    def version(self) -> list:
-        """JSON-serializable identity of the content: path, sizes and modification times."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return the number of records."""
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> dict:
-        """Parse record `index`; raises UnusableSample if it is malformed."""
-
-    @abstractmethod
-    def read_bytes(self, index: int) -> bytes:
-        """Read record `index` without parsing it; equal content gives equal bytes."""
-
-    @abstractmethod
-    def line_number(self, index: int) -> int:
-        """Return the line or table row of record `index`, from 1."""
-
-
-def open_annotations(path: str) -> AnnotationFile:
-    """Open a JSONL file or a table, depending on `path`.
+def open_annotations(path: str) -> "AnnotationFile":
+    """Open a JSONL file, a Parquet or Arrow file, or a folder of them.
 
     Raises:
         ValueError: the file does not exist, fetching it failed, or its format is not supported.
     """
-    return TableFile(path) if is_table(path) else JsonlFile(path)
+    extension = os.path.splitext(path)[1]
+    is_folder = not is_remote(path) and os.path.isdir(path)
+    if extension in DECOMPRESSION_COMMANDS and not is_folder:
+        raise ValueError(
+            f"annotation file {path} is compressed, but its records are read in random order: unpack it first "
+            f"({DECOMPRESSION_COMMANDS[extension]} {path})."
+        )
+    if not is_folder and not path.endswith(("jsonl", *TABLE_EXTENSIONS)):
+        raise ValueError(
+            f"annotation file {path} is not supported: it must be a .jsonl file (one JSON object per line), a "
+            ".parquet or .arrow file, or a folder saved by the datasets library. "
+            "internvl_chat/tools/json2jsonl.py converts a .json file with a list."
+        )
+    try:
+        local_path = fetch_local_copy(path)
+        if not is_folder:
+            with open_regular_file(local_path) as file:
+                refuse_lfs_pointer(path, file.read(len(LFS_POINTER_START)))
+        if is_folder or path.endswith(TABLE_EXTENSIONS):
+            local_path = convert_table(local_path, path)
+        return AnnotationFile(path, local_path)
+    except FileNotFoundError as error:
+        raise ValueError(f"annotation file {path} does not exist (relative paths start at {os.getcwd()}).") from error
+    except OSError as error:
+        raise ValueError(f"annotation file {path} cannot be opened: {error.strerror or error}.") from error
 
 
-def is_table(path: str) -> bool:
-    """Return whether `path` is a local Parquet file, Arrow file or folder."""
-    return not is_remote(path) and (path.endswith((".parquet", ".arrow")) or os.path.isdir(path))
-
-
-class JsonlFile(AnnotationFile):
+class AnnotationFile:
     """A file with one JSON object per line, read by byte offset.
 
     Blank lines are skipped. The line table of a large file is computed once and cached on disk. It is memory-mapped, so
-    workers share one copy.
+    workers share one copy. The file must not change while it is in use: the checksum of each line is compared whenever
+    it is read. Safe to share with forked dataloader workers and to pickle to spawned ones.
 
-    Attributes:
-        local_path: the file that is read: `path`, or the cached copy of a remote file.
+    Args:
+        path: the file or folder as the user wrote it, for messages.
+        local_path: the JSONL file that is read: `path`, the cached copy of a remote file, or a converted table.
 
     Raises:
-        ValueError: the file does not exist, fetching it failed, or its name does not end in `jsonl`.
+        OSError: the file cannot be opened, or is not a regular file.
+        ValueError: it is a JSON array.
     """
 
-    def __init__(self, path: str):
-        extension = os.path.splitext(path)[1]
-        if extension in DECOMPRESSION_COMMANDS:
+    def __init__(self, path: str, local_path: str):
+        self.path, self.local_path = path, local_path
+        self._table_path: str | None = None  # where a large file's line table is cached
+        self._lines = self._load_lines()
+        self._open_file: BinaryIO | None = None
+        if len(self) and JSON_ARRAY_START.match(self._read_start_of_first_line()):
             raise ValueError(
-                f"annotation file {path} is compressed, but its records are read in random order: unpack it first "
-                f"({DECOMPRESSION_COMMANDS[extension]} {path})."
+                f"annotation file {path} is a JSON array, expected one JSON object per line: "
+                "internvl_chat/tools/json2jsonl.py converts it."
             )
-        if not path.endswith("jsonl"):
-            raise ValueError(
-                f"annotation file {path} is not supported: it must be a .jsonl file (one JSON object per line), a "
-                ".parquet or .arrow file, or a folder saved by the datasets library."
-            )
-        if not is_remote(path):
-            _require_existing(path, os.path.isfile(path))
-        self.path, self.local_path = path, fetch_local_copy(path)
-        table_name = hashlib.sha256(json.dumps(self.version).encode()).hexdigest()[:24]
-        is_large = os.path.getsize(self.local_path) >= LARGE_FILE_BYTES
-        self._table_path = str(get_cache_dir() / f"lines-{table_name}.npy") if is_large else None
-        self._line_table = self._load_line_table()
-        self._open_file = None
 
-    @property
-    def version(self) -> list:
-        return _get_file_version(os.path.abspath(self.local_path))
+    def _load_lines(self) -> np.ndarray:
+        """Scan the lines, or memory-map the cached table of a large file.
 
-    def _load_line_table(self) -> np.ndarray:
-        """Scan the lines, or memory-map the cached table of a large file."""
-        if not self._table_path:
-            return _scan_lines(self.local_path)
-        with suppress(OSError, ValueError, EOFError):  # not cached yet, or a damaged file
-            table = np.load(self._table_path, mmap_mode="r")
-            if table.ndim == 2 and len(table) == 3:
-                return table
-        table = _scan_lines(self.local_path)
-        write_atomically(self._table_path, lambda file: np.save(file, table))
+        Returns:
+            (num_records,) of LINE.
+        """
+        if os.path.getsize(self.local_path) < LARGE_FILE_BYTES:
+            return scan_lines(self.local_path)
+        key = json.dumps([get_file_version(self.local_path), LINE.descr])
+        self._table_path = make_cache_file(
+            str(get_cache_dir() / f"lines-{hashlib.sha256(key.encode()).hexdigest()[:24]}"),
+            ".npy",
+            lambda file: np.save(file, scan_lines(self.local_path)),
+        )
         return np.load(self._table_path, mmap_mode="r")
 
+    def _read_start_of_first_line(self) -> bytes:
+        start, end = self._lines[0]["start"], self._lines[0]["end"]
+        with open_regular_file(self.local_path) as file:
+            file.seek(start)
+            return file.read(min(end - start, 64))
+
+    @property
+    def checksums(self) -> np.ndarray:
+        """(num_records,) uint32: CRC-32 of the bytes of each record."""
+        return self._lines["checksum"]
+
+    @cached_property
+    def content_id(self) -> str:
+        """Hash of the content of all records, in their order."""
+        content = hashlib.sha256(np.ascontiguousarray(self.checksums).tobytes())
+        content.update((self._lines["end"] - self._lines["start"]).tobytes())
+        return content.hexdigest()[:24]
+
     def __len__(self) -> int:
-        return self._line_table.shape[1]
+        """Return the number of records."""
+        return len(self._lines)
 
     def __getitem__(self, index: int) -> dict:
+        """Read and parse record `index`.
+
+        Raises:
+            UnusableSample: it is malformed, or has changed since the file was opened.
+        """
+        number, content = self.line_number(index), self.read_bytes(index)
+        too_deep = f"line {number} is nested too deeply: more than {MAX_NESTING} levels"
         try:
-            record = json.loads(self.read_bytes(index))
-        except ValueError as error:  # invalid JSON or invalid UTF-8
-            raise UnusableSample(f"line {self.line_number(index)} is not JSON: {error}") from error
+            # Not `loads(bytes)`: that would accept UTF-16, and lone surrogates in UTF-8.
+            record = json.loads(content.decode())
+        except UnicodeDecodeError as error:
+            raise UnusableSample(f"line {number} is not JSON: it is not UTF-8 ({error.reason})") from error
+        except ValueError as error:
+            raise UnusableSample(f"line {number} is not JSON: {error}") from error
+        except RecursionError as error:
+            raise UnusableSample(too_deep) from error
+        if _is_nested_too_deeply(record):
+            raise UnusableSample(too_deep)
         if not isinstance(record, dict):
             kind = type(record).__name__
-            raise UnusableSample(f"line {self.line_number(index)}: expected a JSON object, got {kind}")
+            raise UnusableSample(f"line {number}: expected a JSON object, got {kind}")
         return record
 
     def read_bytes(self, index: int) -> bytes:
+        """Read record `index` without parsing it; raises as `__getitem__` does."""
+        start, end, number, checksum = self._lines[index].item()
+        if end - start > MAX_RECORD_BYTES:
+            raise UnusableSample(f"line {number} has {end - start:,} bytes, at most {MAX_RECORD_BYTES:,} are supported")
         if self._open_file is None:
-            self._open_file = open(self.local_path, "rb", buffering=0)  # noqa: SIM115 (stays open)
-        start, end = (int(offset) for offset in self._line_table[:2, index])
+            try:
+                self._open_file = open_regular_file(self.local_path)
+            except (FileNotFoundError, UnusableFileError) as error:
+                raise UnusableSample(f"its annotation file {self.local_path} was removed during the run") from error
         # pread, not seek and read: forked workers share one file position.
-        return os.pread(self._open_file.fileno(), end - start, start)
+        try:
+            content = os.pread(self._open_file.fileno(), end - start, start)
+        except OSError:
+            self._open_file = None  # a stale handle of NFS does not become valid again
+            raise
+        if zlib.crc32(content) != checksum:
+            raise UnusableSample(
+                f"line {number} is not what it was when the run opened {self.local_path} (checksum mismatch): the file "
+                "has been changed during the run"
+            )
+        return content
 
     def line_number(self, index: int) -> int:
-        return int(self._line_table[2, index])
+        """Return the line or table row of record `index`, from 1."""
+        return int(self._lines[index]["number"])
 
     def __getstate__(self) -> dict:
         # A memory-mapped table is not copied: the process that unpickles this opens it again.
-        return self.__dict__ | {"_open_file": None} | ({"_line_table": None} if self._table_path else {})
+        return self.__dict__ | {"_open_file": None} | ({"_lines": None} if self._table_path else {})
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
-        if state["_line_table"] is None:
-            self._line_table = self._load_line_table()
+        if self._table_path:
+            self._lines = np.load(self._table_path, mmap_mode="r")
 
 
-def _scan_lines(path: str) -> np.ndarray:
+def scan_lines(path: str) -> np.ndarray:
     """Find the lines of a JSONL file that hold a record.
 
+    Memory grows with the number of records, not with the size of the file. A UTF-8 byte order mark is skipped.
+
     Returns:
-        int64 (3, num_records): first byte, byte after the last, and line number from 1.
+        (num_records,) of LINE.
     """
-    newlines, size = [], 0
-    with open(path, "rb") as file:
-        while chunk := file.read(SCAN_CHUNK_BYTES):
-            newlines.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size)
-            size += len(chunk)
-    # The last line may have no line break.
-    ends = np.concatenate([*newlines, [size]]).astype(np.int64)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts
-    if len(one_byte := np.flatnonzero(lengths == 1)):  # a lone \r is a blank line of a file with \r\n
-        lengths[one_byte] -= np.memmap(path, np.uint8, "r")[starts[one_byte]] == ord("\r")
-    lines = np.flatnonzero(lengths)
-    return np.stack([starts[lines], ends[lines], lines + 1])
+    parts = []
+    with open_regular_file(path) as file:
+        has_mark = file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK
+        offset = file.seek(len(BYTE_ORDER_MARK) if has_mark else 0)  # of the chunk
+        # The line that the chunk begins in: its first byte, the number of lines before it, its checksum so far.
+        line_start, num_before, checksum = offset, 0, 0
+        num_records = 0
+        is_at_end = False
+        while not is_at_end:
+            chunk = file.read(SCAN_CHUNK_BYTES)
+            is_at_end = not chunk
+            chunk = memoryview(chunk or b"\n")  # the last line may have no line break
+            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))  # (L,) of the lines that end here
+            starts = np.append(line_start - offset, ends + 1)  # (L + 1,) the last of these lines goes on
+            kept = np.flatnonzero(ends > starts[:-1])
+            lines = np.empty(len(kept), LINE)
+            lines["start"], lines["end"], lines["number"] = (
+                starts[kept] + offset,
+                ends[kept] + offset,
+                kept + 1 + num_before,
+            )
+            spans = zip(starts[kept].clip(0), ends[kept], strict=True)
+            lines["checksum"] = [zlib.crc32(chunk[start:end]) for start, end in spans]
+            if len(kept) and kept[0] == 0:
+                lines["checksum"][0] = zlib.crc32(chunk[: ends[0]], checksum)
+            parts.append(lines)
+            if (num_records := num_records + len(lines)) > MAX_RECORDS:
+                raise ValueError(f"annotation file {path} has more than {MAX_RECORDS:,} records: split it.")
+            checksum = zlib.crc32(chunk[max(0, starts[-1]) :], 0 if len(ends) else checksum)
+            line_start, num_before, offset = starts[-1] + offset, num_before + len(ends), offset + len(chunk)
+    lines = np.concatenate(parts)
+    # A lone \r is a blank line of a file with \r\n.
+    is_blank = (lines["end"] - lines["start"] == 1) & (lines["checksum"] == zlib.crc32(b"\r"))
+    return lines[~is_blank]
 
 
-class TableFile(AnnotationFile):
-    """The rows of a Parquet or Arrow table.
-
-    `path` is a `.parquet` or `.arrow` file, a folder of `.parquet` files, or a folder that
-    `datasets.Dataset.save_to_disk` wrote.
-
-    Raises:
-        ValueError: the table does not exist or cannot be opened.
-    """
-
-    def __init__(self, path: str):
-        import datasets
-
-        _require_existing(path, os.path.exists(path))
-        self.path = path
-        datasets.disable_progress_bars()
-        self._table: Any
-        parquet_files = sorted(glob(os.path.join(escape(path), "*.parquet"))) if os.path.isdir(path) else [path]
-        try:
-            if path.endswith(".arrow"):
-                self._table = datasets.Dataset.from_file(path)
-            elif os.path.isdir(path) and not parquet_files:
-                self._table = datasets.load_from_disk(path)
-            else:
-                # pyrefly: ignore[bad-argument-type]  # strings are paths, too
-                self._table = datasets.Dataset.from_parquet(parquet_files, cache_dir=str(get_cache_dir() / "tables"))
-        except Exception as error:  # pyarrow and datasets raise many types of their own
-            raise ValueError(f"annotation file {path} cannot be opened as a table: {error}") from error
-        if not isinstance(self._table, datasets.Dataset):  # a DatasetDict
-            splits = ", ".join(map(str, self._table))
-            raise ValueError(f"annotation file {path} has several splits ({splits}): pass the folder of one split.")
-        self._source_files = parquet_files or sorted(entry["filename"] for entry in self._table.cache_files)
-
-    @property
-    def version(self) -> list:
-        return [os.path.abspath(self.path), len(self), [_get_file_version(file) for file in self._source_files]]
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> dict:
-        # A table has None where a record lacks a column; in JSONL the key is absent.
-        return {key: value for key, value in self._table[int(index)].items() if value is not None}
-
-    def read_bytes(self, index: int) -> bytes:
-        return json.dumps(self[index], sort_keys=True, default=repr).encode()
-
-    def line_number(self, index: int) -> int:
-        return int(index) + 1
-
-
-def _require_existing(path: str, exists: bool) -> None:
-    if not exists:
-        raise ValueError(f"annotation file {path} does not exist (relative paths start at {os.getcwd()}).")
-
-
-def _get_file_version(path: str) -> list:
-    """Return [path, bytes, modification time in ns]."""
-    status = os.stat(path)
-    return [path, status.st_size, status.st_mtime_ns]
+def _is_nested_too_deeply(value: object) -> bool:
+    """Return whether lists and objects are nested in more than MAX_NESTING levels."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, list | dict)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+        if not level:
+            return False
+    return any(isinstance(value, list | dict) for value in level)

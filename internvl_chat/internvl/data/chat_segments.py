@@ -7,10 +7,11 @@ not follow from a template's text. `chat_tokenization.py` tokenizes the segments
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from types import MappingProxyType
 from typing import NamedTuple
 
-from internvl.constants import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN, UnusableSample
+from internvl.constants import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN, UnusableSample, shorten
 from internvl.conversation import Conversation, get_conv_template
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -116,10 +117,10 @@ def _validate_turns(turns: Sequence[dict], headers: Mapping[str, str]) -> list[t
         role, value = turn.get("from"), turn.get("value")
         if role not in headers and (role != "system" or number > 1):
             raise UnusableSample(
-                f"turn {number} is from {role!r}; expected {' or '.join(headers)}, or system in turn 1"
+                f"turn {number} is from {shorten(role)}; expected {' or '.join(headers)}, or system in turn 1"
             )
         if not isinstance(value, str):
-            raise UnusableSample(f"the value of turn {number} ({role}) must be a string, got {value!r}")
+            raise UnusableSample(f"the value of turn {number} ({role}) must be a string, got {shorten(value)}")
         if IMG_CONTEXT_TOKEN in value:
             raise UnusableSample(f"turn {number} ({role}) contains {IMG_CONTEXT_TOKEN}, which is reserved for images")
     return [(turn["from"], turn["value"]) for turn in turns]
@@ -132,9 +133,11 @@ def _require_alternating_roles(turns: list[tuple[str, str]]) -> list[tuple[str, 
         UnusableSample: human and gpt do not alternate.
     """
     turns = turns[1:] if turns and turns[0][0] == "gpt" else turns
-    roles = [role for role, _ in turns]
-    if roles != ["human", "gpt"] * (len(roles) // 2) + ["human"] * (len(roles) % 2):
-        raise UnusableSample(f"this template requires alternating human and gpt turns, got {', '.join(roles)}")
+    for (role, _), expected in zip(turns, cycle(("human", "gpt")), strict=False):
+        if role != expected:
+            raise UnusableSample(
+                f"this template requires alternating human and gpt turns, got two from {role} in succession"
+            )
     return turns
 
 

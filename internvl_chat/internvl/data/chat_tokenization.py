@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN
+from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, UnusableSample
 from internvl.data.chat_segments import (
     GPT_OSS_THINK_RULES,
     IMAGE_TOKENS,
@@ -57,17 +57,23 @@ def tokenize_turns(
     input_ids, labels = (np.concatenate(column).astype(np.int64) for column in zip(*pieces, strict=True))
     if rules is PRETRAIN_RULES:  # all of the text has loss, but images never do
         labels[np.isin(input_ids, tokenizer.convert_tokens_to_ids(IMAGE_TOKENS))] = IGNORE_INDEX
-    if tokens_per_image:
-        repeats = _count_repeats(tokenizer, input_ids, tokens_per_image)
-        input_ids, labels = np.repeat(input_ids, repeats), np.repeat(labels, repeats)
+    repeats = _count_repeats(tokenizer, input_ids, tokens_per_image)
+    input_ids, labels = np.repeat(input_ids, repeats), np.repeat(labels, repeats)
     return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
 
 def _count_repeats(tokenizer, input_ids: np.ndarray, tokens_per_image: Sequence[int]) -> np.ndarray:
     """Return how often to repeat each token: `tokens_per_image` or once."""
-    is_context = input_ids == tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
-    if is_context.sum() != len(tokens_per_image):
+    context_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
+    is_known = context_id not in (None, tokenizer.unk_token_id)
+    if tokens_per_image and not is_known:
         raise ValueError(f"the tokenizer does not know {IMG_CONTEXT_TOKEN} as one token: add it first")
+    is_context = (input_ids == context_id) & is_known
+    if is_context.sum() != len(tokens_per_image):  # the tokenizer may normalize other characters to this token
+        raise UnusableSample(
+            f"its text gives {is_context.sum()} {IMG_CONTEXT_TOKEN} tokens for {len(tokens_per_image)} images: remove "
+            "what looks like this token"
+        )
     repeats = np.ones_like(input_ids)
     repeats[is_context] = tokens_per_image
     return repeats

@@ -1,22 +1,29 @@
-"""Read files by local path or URL; locate the cache directory.
+"""Read files by local path or URL.
 
 URLs are opened by fsspec: `s3://bucket/key` requires the package s3fs, `gs://bucket/key` gcsfs, and so on. These
 packages look for keys and endpoints in the environment, ~/.aws and ~/.config/fsspec. No remote file system object is
 kept between calls, so forked and spawned workers are safe. Local paths never reach fsspec.
 """
 
+import errno
 import hashlib
 import io
 import os
 import re
-import tempfile
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from internvl.constants import UnusableSample
+from internvl.data.disk_cache import get_cache_dir, make_cache_file
+from internvl.data.outages import StoreUnavailableError, is_outage
+from internvl.regular_files import UnusableFileError as UnusableFileError  # also for other modules of data/
+from internvl.regular_files import open_regular_file
 
+# Answers of a store about an object itself: it does not exist, or cannot exist under such a name.
+OBJECT_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
+OBJECT_ERRNOS = (errno.EINVAL, errno.ENAMETOOLONG)
 HEADER_BLOCK_BYTES = 1 << 16  # fetched at a time from a remote file of which only the header is read
 
 
@@ -65,17 +72,31 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def open_file(path: str | os.PathLike, header_only: bool = False) -> BinaryIO:
-    """Open a local or remote file for reading.
+def open_file(path: str | os.PathLike, header_only: bool = False, max_bytes: int | None = None) -> BinaryIO:
+    """Open a local regular file or a remote file for reading.
 
     Args:
         header_only: fetch a remote file in small blocks as it is read, instead of all of it in one request.
+        max_bytes: no more are fetched.
+
+    Raises:
+        FileNotFoundError, UnusableFileError, OSError, ValueError: see `open_regular_file`.
+        MissingPackageError: see `_call_filesystem`.
     """
     if not is_remote(path):
-        return open(path, "rb")
+        return open_regular_file(path, max_bytes)
     if header_only:
-        return _call_filesystem(path, lambda system, key: system.open(key, "rb", block_size=HEADER_BLOCK_BYTES))
-    return io.BytesIO(_call_filesystem(path, lambda system, key: system.cat_file(key)))
+        opened = _call_filesystem(path, lambda system, key: system.open(key, "rb", block_size=HEADER_BLOCK_BYTES))
+        num_bytes = opened.size or 0  # unknown for some HTTP servers
+        file: Any = _RemoteFile(str(path), opened)
+    else:
+        # One byte more reveals a larger file without another request.
+        end = None if max_bytes is None else max_bytes + 1
+        content = _call_filesystem(path, lambda system, key: system.cat_file(key, end=end))
+        file, num_bytes = io.BytesIO(content), len(content)
+    if max_bytes is not None and num_bytes > max_bytes:
+        raise UnusableFileError(f"{path} has more than {max_bytes:,} bytes")
+    return file
 
 
 def get_size_and_mtime(path: str) -> tuple[int, int]:
@@ -91,24 +112,58 @@ def get_size_and_mtime(path: str) -> tuple[int, int]:
 
 def exists(path: str) -> bool:
     """Return whether a local or remote path exists."""
-    return _call_filesystem(path, lambda system, key: system.exists(key)) if is_remote(path) else os.path.exists(path)
+    if is_remote(path):
+        return _call_filesystem(path, lambda system, key: system.exists(key))
+    return _read_mode(path) is not None
 
 
 def is_dir(path: str) -> bool:
     """Return whether a local or remote path is a folder."""
-    return _call_filesystem(path, lambda system, key: system.isdir(key)) if is_remote(path) else os.path.isdir(path)
+    if is_remote(path):
+        return _call_filesystem(path, lambda system, key: system.isdir(key))
+    return stat.S_ISDIR(_read_mode(path) or 0)
 
 
-def list_dir(path: str) -> list[str]:
-    """List the names in a local or remote folder, without hidden files."""
-    names = _call_filesystem(path, _list_remote_dir) if is_remote(path) else os.listdir(path)
-    return [name for name in names if not name.startswith(".")]
+def _read_mode(path: str) -> int | None:
+    """Return the file mode of a local path; None if it does not exist.
+
+    Unlike `os.path.exists` it does not take an outage for a missing file.
+    """
+    try:
+        return os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        if is_outage(error):
+            raise
+        return None
 
 
-def _list_remote_dir(system, key: str) -> list[str]:
-    entries = [entry.rstrip("/") for entry in system.ls(key, detail=False)]
-    # Object stores may list the folder itself, as an empty object.
-    return [os.path.basename(entry) for entry in entries if entry != key.rstrip("/")]
+def list_files(path: str, suffixes: Collection[str]) -> list[str]:
+    """List the files with one of these suffixes in a local or remote folder, without hidden ones.
+
+    Raises:
+        UnusableFileError: such an entry of a local folder is a FIFO, device, socket or dangling link.
+    """
+    entries = _call_filesystem(path, _list_remote_files) if is_remote(path) else _list_local_files(path)
+    is_regular = {
+        name: regular
+        for name, regular in entries.items()
+        if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
+    }
+    for name in is_regular:
+        if not is_regular[name]:
+            raise UnusableFileError(f"{os.path.join(path, name)} is not a regular file")
+    return list(is_regular)
+
+
+def _list_local_files(path: str) -> dict[str, bool]:
+    """Return the entries of a folder that are no folders, and whether they are regular files."""
+    with os.scandir(path) as entries:
+        return {entry.name: entry.is_file() for entry in entries if not entry.is_dir()}
+
+
+def _list_remote_files(system, key: str) -> dict[str, bool]:
+    entries = system.ls(key, detail=True)
+    return {os.path.basename(entry["name"]): True for entry in entries if entry["type"] != "directory"}
 
 
 def fetch_local_copy(path: str) -> str:
@@ -124,12 +179,11 @@ def fetch_local_copy(path: str) -> str:
     try:
         version = _call_filesystem(path, lambda system, key: system.checksum(key))
         name = hashlib.sha256(f"{path} {version}".encode()).hexdigest()[:24]
-        copy = get_cache_dir() / f"copy-{name}{os.path.splitext(path)[1]}"
-        if not copy.exists():
-            write_atomically(
-                str(copy), lambda file: _call_filesystem(path, lambda system, key: system.get_file(key, file.name))
-            )
-        return str(copy)
+        return make_cache_file(
+            str(get_cache_dir() / f"copy-{name}"),
+            os.path.splitext(path)[1],
+            lambda file: _call_filesystem(path, lambda system, key: system.get_file(key, file.name)),
+        )
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist") from error
     except OSError as error:
@@ -144,7 +198,8 @@ def _call_filesystem(url: str | os.PathLike, call_fn: Callable):
 
     Raises:
         MissingPackageError: fsspec or the protocol's package is missing, or the protocol is unknown.
-        OSError: any error of the file system, such as a missing bucket or no network.
+        FileNotFoundError, OSError: the store's answer about the object itself.
+        StoreUnavailableError: anything else, such as no network, no access or an overloaded server.
     """
     try:
         from fsspec.core import url_to_fs
@@ -152,42 +207,35 @@ def _call_filesystem(url: str | os.PathLike, call_fn: Callable):
         system, key = url_to_fs(re.sub(r"^[\w-]+:(?=s3://)", "", os.fspath(url)))
     except (ImportError, ValueError) as error:
         raise MissingPackageError(f"{url} cannot be opened by fsspec: {error}") from error
+    return _call_store(url, lambda: call_fn(system, key))
+
+
+def _call_store(url: str | os.PathLike, call_fn: Callable):
+    """Return `call_fn()`; tell an outage from an answer about the object."""
     try:
-        return call_fn(system, key)
-    except OSError:
+        return call_fn()
+    except OBJECT_ERRORS:
         raise
-    except Exception as error:  # packages for object stores raise other types, too
-        raise OSError(f"{type(error).__name__}: {error}") from error
+    except Exception as error:  # packages for object stores raise many types
+        if isinstance(error, OSError) and error.errno in OBJECT_ERRNOS:
+            raise
+        raise StoreUnavailableError(f"{url} ({type(error).__name__}: {error})") from error
 
 
-# -- cache -------------------------------------------------------------------------------------------------------------
+class _RemoteFile:
+    """A remote file that is fetched as it is read."""
 
+    def __init__(self, url: str, file):
+        self._url, self._file = url, file
 
-def get_cache_dir() -> Path:
-    """Return the cache directory: $INTERNVL_CACHE, else ~/.cache/internvl_chat.
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
 
-    Everything in it can be recomputed.
-    """
-    return Path(os.environ.get("INTERNVL_CACHE") or Path.home() / ".cache" / "internvl_chat")
+    def __enter__(self):
+        return self
 
+    def __exit__(self, *_):
+        self._file.close()
 
-def write_atomically(path: str, write_fn: Callable[[BinaryIO], object]) -> None:
-    """Write a file that other processes see complete or not at all.
-
-    It is written to a temporary folder next to `path` and then renamed. Other runs may read it at any time, and this
-    run may be killed.
-
-    Raises:
-        ValueError: the folder is not writable.
-    """
-    folder, name = os.path.split(path)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary_dir:
-            with open(os.path.join(temporary_dir, name), "wb") as file:
-                write_fn(file)
-            os.replace(file.name, path)
-    except OSError as error:
-        raise ValueError(
-            f"the cache {path} cannot be written ({error.strerror or error}); set INTERNVL_CACHE to a writable folder."
-        ) from error
+    def read(self, size: int = -1) -> bytes:
+        return _call_store(self._url, lambda: self._file.read(size))

@@ -1,13 +1,11 @@
-"""Decode images, cut them into tiles, transform tiles to tensors.
+"""Cut images into tiles, transform tiles to tensors.
 
 Training and inference share this code. `count_tiles` predicts the number of tiles from the image header. The arithmetic
 is that of the published models: tests compare tiles with recorded ones, byte by byte.
 """
 
 import io
-import os
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -24,9 +22,8 @@ from internvl.constants import (
     IMAGENET_STD,
     SIGLIP_MEAN,
     SIGLIP_STD,
-    UnusableSample,
 )
-from internvl.data.file_io import MissingPackageError, open_file
+from internvl.data.image_files import load_image as load_image  # the image whose tiles these are
 
 # --normalize_type -> (mean, standard deviation) of the channels.
 NORMALIZATION_STATS = {
@@ -34,62 +31,7 @@ NORMALIZATION_STATS = {
     "clip": (CLIP_MEAN, CLIP_STD),
     "siglip": (SIGLIP_MEAN, SIGLIP_STD),
 }
-# Formats that are decoded, detected by content and not by file name. PIL supports more, among them EPS, for which it
-# runs Ghostscript: unsafe for untrusted images.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "PCX")
-IMAGE_FORMATS += ("SGI", "QOI", "DDS", "PSD")
 qualities = list(range(75, 101))  # of the JPEG degradation
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def load_image(path: str) -> Image.Image:
-    """Decode an image file to RGB.
-
-    Raises:
-        UnusableSample: the file is missing, broken, truncated, or larger than PIL.Image.MAX_IMAGE_PIXELS.
-    """
-    return read_image(path, lambda image: image.convert("RGB"))
-
-
-def read_image_size(path: str) -> tuple[int, int]:
-    """Read (width, height) from the header of an image file.
-
-    Raises:
-        UnusableSample: see `load_image`. Damage that is only found while decoding pixels is not reported.
-    """
-    return read_image(path, lambda image: image.size, header_only=True)
-
-
-def read_image(path: str, use_fn: Callable[[Image.Image], Any], header_only: bool = False) -> Any:
-    """Open an image file and return `use_fn(image)`.
-
-    Args:
-        header_only: `use_fn` reads only the header, so a remote file is fetched in small blocks.
-
-    Raises:
-        UnusableSample: the image cannot be opened, or `use_fn` fails.
-    """
-    try:
-        with open_file(path, header_only) as file, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
-                return use_fn(image)
-    except MissingPackageError:
-        raise
-    except FileNotFoundError as error:
-        raise UnusableSample(f"image {path} does not exist") from error
-    except Exception as error:  # PIL's parsers raise many types for broken files
-        # The message of UnidentifiedImageError repeats the path.
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
-        size = f" ({os.path.getsize(path)} bytes)" if os.path.isfile(path) else ""
-        raise UnusableSample(f"image {path}{size} cannot be read: {reason}") from error
-
-
-def pil_loader(img_str: bytes) -> Image.Image:
-    """Decode the bytes of an image file to RGB."""
-    return Image.open(io.BytesIO(img_str), formats=IMAGE_FORMATS).convert("RGB")
-
 
 # -- tiling ------------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from internvl.constants import UnusableSample
+from internvl.constants import UnusableSample, shorten
 from internvl.data.collators import LIST_KEYS, TILE_KEYS, collate_rows, concat_pad_data_collator
 from internvl.data.supervised_dataset import LazySupervisedDataset
 
@@ -26,15 +26,22 @@ class PreferenceDataset(LazySupervisedDataset):
     is the sum of both conversations' lengths.
     """
 
-    def _tokenize_record(self, record: dict, num_tiles: list[int]) -> dict[str, torch.Tensor]:
-        pair = {}
+    content_keys = ("question", *SIDES)
+
+    def list_conversations(self, record: dict) -> list[list[dict[str, str]]]:
+        return [build_turns(record, side) for side in SIDES]
+
+    def _tokenize_record(self, record: dict, num_tiles: list[int]) -> tuple[dict[str, torch.Tensor], int]:
+        pair, num_lost = {}, 0
         for side in SIDES:
             try:
-                tokens = super()._tokenize_record(record | {"conversations": build_turns(record, side)}, num_tiles)
+                turns = build_turns(record, side)
+                tokens, num_lost_of_side = super()._tokenize_record(record | {"conversations": turns}, num_tiles)
             except UnusableSample as error:
                 raise UnusableSample(f"{side}: {error}") from error
             pair |= {f"{side}_{key}": value for key, value in tokens.items()}
-        return pair
+            num_lost += num_lost_of_side
+        return pair, num_lost
 
 
 def build_turns(record: dict, side: str) -> list[dict[str, str]]:
@@ -42,7 +49,7 @@ def build_turns(record: dict, side: str) -> list[dict[str, str]]:
     system_prompt = record.get("system_prompt")
     for key in ("question", side, *(["system_prompt"] if system_prompt else [])):
         if not isinstance(record.get(key), str):
-            raise UnusableSample(f"{key} must be a string, got {record.get(key)!r:.80}")
+            raise UnusableSample(f"{key} must be a string, got {shorten(record.get(key))}")
     turns = [("human", record["question"]), ("gpt", record[side])]
     turns = [("system", system_prompt), *turns] if system_prompt else turns
     return [{"from": role, "value": text} for role, text in turns]

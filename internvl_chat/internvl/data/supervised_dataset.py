@@ -1,15 +1,16 @@
 """One dataset of a meta file: from (index, epoch) to a sample.
 
-    annotations[17] -> record -> images or frames -> tiles -> pixel_values        annotations.py, images.py, videos.py
-                              -> turns with one `<image>` per image or frame      schema.py
-                              -> segments -> input_ids, labels                    chat_segments.py, chat_tokenization.py
+    annotations[17] -> record -> images or frames -> tiles -> pixel_values        image_files.py, images.py, videos.py
+                              -> turns with one `<image>` per image or frame   schema.py
+                              -> segments -> input_ids, labels                 chat_segments.py, chat_tokenization.py
 
 `get` does all of this. `measure` only tokenizes, with tile counts from image headers, so the length of every sample is
 known before training. An unusable record raises UnusableSample; it is never replaced by another one.
 """
 
 import random
-import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +18,30 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from internvl.arguments.data import DataTrainingArguments
-from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, UnusableSample
+from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, UnusableSample, shorten
 from internvl.data.annotations import open_annotations
 from internvl.data.chat_tokenization import tokenize_turns
 from internvl.data.file_io import join_root, require_inside_root
+from internvl.data.image_files import ImageDecoding, load_image, read_image_size
 from internvl.data.images import (
     NORMALIZATION_STATS,
     build_transform,
     count_tiles,
     dynamic_preprocess,
-    load_image,
     normalize_tiles,
-    read_image_size,
 )
-from internvl.data.schema import get_media, get_turns, insert_placeholders, validate_meta_entry
+from internvl.data.outages import retry_during_outage
+from internvl.data.schema import (
+    get_media,
+    get_turns,
+    insert_placeholders,
+    require_placeholders,
+    validate_meta_entry,
+    validate_record_keys,
+)
 from internvl.data.videos import count_frames, read_frames
+
+MAX_NUM_SAMPLES = 1 << 28  # of a dataset; repeated ones take 8 bytes each
 
 
 class LazySupervisedDataset(Dataset):
@@ -44,6 +54,7 @@ class LazySupervisedDataset(Dataset):
             degradation), `max_dynamic_patch` (overrides the flag).
         tokenizer: knows the image tokens; samples are truncated to its `model_max_length`.
         num_image_token: context tokens per tile.
+        untrained_tokens: id -> token, of tokens that an answer must not use, as the run does not train their rows.
 
     Attributes:
         annotations: the records.
@@ -53,6 +64,8 @@ class LazySupervisedDataset(Dataset):
         ValueError: the meta entry is invalid.
     """
 
+    content_keys = ("conversations",)  # required in a record
+
     def __init__(
         self,
         ds_name: str,
@@ -61,15 +74,22 @@ class LazySupervisedDataset(Dataset):
         num_image_token: int,
         data_args: DataTrainingArguments,
         seed: int = 0,
+        untrained_tokens: Mapping[int, str] | None = None,
     ):
         validate_meta_entry(ds_name, meta)
         self.ds_name, self.tokenizer, self.num_image_token = ds_name, tokenizer, num_image_token
-        self.data_args, self.seed = data_args, seed
+        self.data_args, self.seed, self.untrained_tokens = data_args, seed, untrained_tokens or {}
         self.root = meta["root"]
+        self.image_decoding = ImageDecoding.from_flags(data_args)
         self.data_augment = meta.get("data_augment", False)
         self.max_dynamic_patch = meta.get("max_dynamic_patch", data_args.max_dynamic_patch)
         self.annotations = open_annotations(meta["annotation"])
         num_records, repeat_time = len(self.annotations), meta.get("repeat_time", 1)
+        if num_records * repeat_time > MAX_NUM_SAMPLES:
+            raise ValueError(
+                f"dataset {ds_name}: repeat_time {shorten(repeat_time)} of the {num_records} records in "
+                f"{self.annotations.path} gives more than {MAX_NUM_SAMPLES:,} samples."
+            )
         self.record_indices = _repeat_records(num_records, repeat_time, (seed, *ds_name.encode()))
         if len(self) == 0:
             raise ValueError(
@@ -105,11 +125,14 @@ class LazySupervisedDataset(Dataset):
         Raises:
             UnusableSample: the message is the reason.
         """
+        return self._retry_during_outage(lambda: self._load_sample(index, epoch))
+
+    def _load_sample(self, index: int, epoch: int) -> dict[str, torch.Tensor]:
         record = self.read_record(index)
         # A string as seed: Python hashes it with SHA-512, which gives the same number in every process.
         generator = random.Random(f"{self.seed} {epoch} {index}")
         tiles_per_image = self._load_tiles(record, generator)
-        tokens = self._tokenize_record(record, [len(tiles) for tiles in tiles_per_image])
+        tokens, _ = self._tokenize_record(record, [len(tiles) for tiles in tiles_per_image])
         transform = self._build_transform(generator)
         pixel_values = [transform(tile) for tiles in tiles_per_image for tile in tiles]
         return {
@@ -118,28 +141,37 @@ class LazySupervisedDataset(Dataset):
             "image_flags": torch.ones(len(pixel_values), dtype=torch.int64),
         }
 
-    def measure(self, index: int) -> tuple[int, int, int]:
-        """Count (tokens, loss tokens, tiles) of a sample without decoding images.
+    def measure(self, index: int) -> tuple[int, int, int, int]:
+        """Count (tokens, loss tokens, tiles, lost loss tokens) of a sample without decoding images.
 
-        The counts are the same in every epoch.
+        Lost are the loss tokens that truncation cuts off. The counts are the same in every epoch.
 
         Raises:
             UnusableSample: see `get`. Damage that is only found while decoding pixels is not reported.
         """
-        tokens, num_tiles = self.tokenize(index)
+        tokens, num_tiles, num_lost = self._retry_during_outage(lambda: self._tokenize_sample(index))
         # A preference pair has labels of both its sides.
         labels = torch.cat([values for name, values in tokens.items() if name.endswith("labels")])  # (L,)
-        return len(labels), int((labels != IGNORE_INDEX).sum()), num_tiles
+        return len(labels), int((labels != IGNORE_INDEX).sum()), num_tiles, num_lost
 
-    def tokenize(self, index: int) -> tuple[dict[str, torch.Tensor], int]:
-        """Return a sample's token tensors and number of tiles, without decoding images.
+    def tokenize(self, index: int) -> dict[str, torch.Tensor]:
+        """Return a sample's token tensors, without decoding images.
 
         Raises:
             UnusableSample: see `measure`.
         """
+        tokens, _, _ = self._retry_during_outage(lambda: self._tokenize_sample(index))
+        return tokens
+
+    def _tokenize_sample(self, index: int) -> tuple[dict[str, torch.Tensor], int, int]:
+        """Return a sample's token tensors, number of tiles, and number of lost loss tokens."""
         record = self.read_record(index)
         num_tiles = self._count_tiles(record)
-        return self._tokenize_record(record, num_tiles), sum(num_tiles)
+        tokens, num_lost = self._tokenize_record(record, num_tiles)
+        return tokens, sum(num_tiles), num_lost
+
+    def _retry_during_outage(self, read_fn: Callable[[], Any]) -> Any:
+        return retry_during_outage(read_fn, self.data_args.store_retry_seconds)
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -147,11 +179,9 @@ class LazySupervisedDataset(Dataset):
         """Read the record of a sample; raises UnusableSample if malformed."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is out of range: dataset {self.ds_name} has {len(self)} samples")
-        return self.annotations[self.record_indices[index]]
-
-    def checksum_record(self, index: int) -> int:
-        """Compute a checksum (int32) of the record of a sample."""
-        return zlib.crc32(self.annotations.read_bytes(self.record_indices[index])) - (1 << 31)
+        record = self.annotations[self.record_indices[index]]
+        validate_record_keys(record, self.content_keys)
+        return record
 
     def list_media_paths(self, index: int) -> list[str]:
         """List the image or video files of a sample.
@@ -169,6 +199,10 @@ class LazySupervisedDataset(Dataset):
         """Return the line of a sample in the annotation file, from 1."""
         return self.annotations.line_number(self.record_indices[index])
 
+    def list_conversations(self, record: dict) -> list[list[dict[str, str]]]:
+        """List the conversations of a record: one, or two of a preference pair."""
+        return [get_turns(record)]
+
     # -- images and videos to tiles ------------------------------------------------------------------------------------
 
     def _load_tiles(self, record: dict, generator: random.Random) -> list[list[Image.Image]]:
@@ -182,9 +216,11 @@ class LazySupervisedDataset(Dataset):
                 clip=record.get("clip"),
                 generator=generator,
                 check_path_fn=self._check_path,
+                decoding=self.image_decoding,
             )
             return [[frame] for frame in frames]
-        images = (load_image(self._resolve_path(path)) for path in paths)  # one at a time: images may be large
+        # One at a time: images may be large.
+        images = (load_image(self._resolve_path(path), self.image_decoding) for path in paths)
         if not self.data_args.dynamic_image_size:
             return [[image] for image in images]
         return [dynamic_preprocess(image, **self._get_tiling(len(paths))) for image in images]
@@ -194,8 +230,15 @@ class LazySupervisedDataset(Dataset):
         kind, paths = get_media(record)
         if kind == "video":
             [path] = paths
-            return [1] * count_frames(self._resolve_path(path), self._choose_num_frames(path), record.get("clip"))
-        sizes = [read_image_size(self._resolve_path(path)) for path in paths]
+            num_frames = count_frames(
+                self._resolve_path(path),
+                self._choose_num_frames(path),
+                record.get("clip"),
+                self._check_path,
+                self.image_decoding,
+            )
+            return [1] * num_frames
+        sizes = [read_image_size(self._resolve_path(path), self.image_decoding) for path in paths]
         if not self.data_args.dynamic_image_size:
             return [1] * len(sizes)
         return [count_tiles(*size, **self._get_tiling(len(sizes))) for size in sizes]
@@ -238,20 +281,40 @@ class LazySupervisedDataset(Dataset):
 
     # -- turns to tokens -----------------------------------------------------------------------------------------------
 
-    def _tokenize_record(self, record: dict, num_tiles: list[int]) -> dict[str, torch.Tensor]:
-        """Return `input_ids`, `labels` and `position_ids` (L,) of a record.
+    def _tokenize_record(self, record: dict, num_tiles: list[int]) -> tuple[dict[str, torch.Tensor], int]:
+        """Tokenize and truncate a record.
 
         Args:
             num_tiles: of each image or frame.
+
+        Returns:
+            `input_ids`, `labels` and `position_ids` (L,), and the number of loss tokens that are cut off.
         """
         kind, _ = get_media(record)
-        turns = insert_placeholders(get_turns(record), kind, len(num_tiles))
+        turns = get_turns(record)
+        if not self.data_args.keep_surplus_placeholders:
+            require_placeholders(turns, kind, len(num_tiles))
+        turns = insert_placeholders(turns, kind, len(num_tiles))
         tokens_per_image = [n * self.num_image_token for n in num_tiles]
         input_ids, labels = tokenize_turns(
             self.data_args.conv_style, turns, self.tokenizer, tokens_per_image, text_only=kind == "text"
         )
+        self._refuse_untrained_tokens(labels)
+        all_labels = labels
         input_ids, labels = self._truncate(input_ids, labels, num_context_tokens=sum(tokens_per_image))
-        return {"input_ids": input_ids, "labels": labels, "position_ids": torch.arange(len(input_ids))}
+        num_lost = int((all_labels[len(labels) :] != IGNORE_INDEX).sum())
+        return {"input_ids": input_ids, "labels": labels, "position_ids": torch.arange(len(input_ids))}, num_lost
+
+    def _refuse_untrained_tokens(self, labels: torch.Tensor) -> None:
+        if not self.untrained_tokens:
+            return
+        is_untrained = torch.isin(labels, torch.tensor([*self.untrained_tokens]))
+        if is_untrained.any():
+            tokens = sorted({self.untrained_tokens[int(index)] for index in labels[is_untrained]})
+            raise UnusableSample(
+                f"an answer uses {shorten(', '.join(tokens))}, which the tokenizer has and the model has no row for: "
+                "train the rows by --train_new_tokens True"
+            )
 
     def _truncate(
         self, input_ids: torch.Tensor, labels: torch.Tensor, num_context_tokens: int

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from internvl.planning.data_schedule import DataSchedule
 
 
@@ -23,6 +25,22 @@ def count_run_steps(
         steps += math.ceil(schedule.count_epoch_steps(epoch) * min(1, num_train_epochs - epoch))
         epoch += 1
     return steps
+
+
+BYTES_PER_TOKEN = 3 * 8  # input_ids, labels and position_ids, in int64
+
+
+def compute_max_batch_bytes(schedule: DataSchedule, epoch: int, tile_size: int) -> int:
+    """Compute the size of an epoch's largest micro-batch: tiles in uint8, padded rows."""
+    plan = schedule.plan(epoch)
+
+    def sum_per_row(field: str) -> np.ndarray:  # (R + 1,); the last entry, which row -1 indexes, is 0
+        return np.append(plan.sum_per_row(schedule.lengths[field].astype(np.int64)), 0)
+
+    rows = plan.steps.reshape(-1, plan.steps.shape[-1])  # (micro-batches, rows)
+    num_tiles = sum_per_row("tiles")[rows].sum(1)
+    num_tokens = sum_per_row("tokens")[rows].max(1, initial=0) * rows.shape[1]
+    return int((num_tiles * 3 * tile_size**2 + num_tokens * BYTES_PER_TOKEN).max(initial=0))
 
 
 class PlanBatchSampler:

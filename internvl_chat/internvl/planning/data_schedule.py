@@ -89,6 +89,8 @@ class DataSchedule:
         for segment in partial_epoch.segments:
             # Each segment was planned for the samples that the earlier ones had left.
             plan = plan_epoch(self.lengths, segment.layout, partial_epoch.epoch, weights=self.weights, seen=seen)
+            if segment.num_steps > len(plan):
+                raise ValueError(f"{segment.num_steps} steps of epoch {partial_epoch.epoch}, which has {len(plan)}.")
             seen_in_segment = plan.count_seen(segment.num_steps, len(self.digests))
             seen = seen_in_segment if seen is None else seen + seen_in_segment
         return seen
@@ -148,7 +150,10 @@ class DataSchedule:
             if self._get_epoch_layout(partial.epoch) != partial.segments[-1].layout:
                 self._set_partial_epoch(partial)
 
-        if partial.num_steps >= self.count_epoch_steps(partial.epoch):
+        num_steps = self.count_epoch_steps(partial.epoch)
+        if partial.num_steps > num_steps:
+            raise ValueError(f"{partial.num_steps} steps of epoch {partial.epoch}, which has {num_steps}.")
+        if partial.num_steps == num_steps:
             self._set_partial_epoch(PartialEpoch(partial.epoch + 1))
             return partial.epoch + 1, 0
         return partial.epoch, partial.num_steps

@@ -23,13 +23,17 @@ class PackedDataset(Dataset):
 
     Sample ids count the samples of the first dataset, then those of the second, ..., then the pieces of split samples.
 
+    Args:
+        lengths: (N,) of SAMPLE_LENGTHS, as measured. A sample of another length is unusable, because an image or video
+            has been changed since. None: lengths are not compared.
+
     Attributes:
         ends: for each dataset, its last sample id plus one.
         pieces: (sample id, piece) of oversized samples that are split.
     """
 
-    def __init__(self, datasets: Sequence[LazySupervisedDataset]):
-        self.datasets = list(datasets)
+    def __init__(self, datasets: Sequence[LazySupervisedDataset], lengths: np.ndarray | None = None):
+        self.datasets, self.lengths = list(datasets), lengths
         self.ends = list(accumulate(len(dataset) for dataset in self.datasets))
         self.pieces: list[tuple[int, SamplePiece]] = []
 
@@ -46,11 +50,14 @@ class PackedDataset(Dataset):
         """Return the original sample of each sample or piece: (len,) ids."""
         return np.append(np.arange(self.num_unsplit), np.array([sample for sample, _ in self.pieces], np.int64))
 
+    def get_source_sample(self, sample: int) -> int:
+        """Return the original sample of a sample or piece."""
+        return sample if sample < self.num_unsplit else self.pieces[sample - self.num_unsplit][0]
+
     def locate(self, sample: int) -> tuple[LazySupervisedDataset, int]:
         """Find the dataset of a sample or piece, and its index there."""
         assert 0 <= sample < len(self), f"sample {sample} of {len(self)}"
-        if sample >= self.num_unsplit:
-            sample, _ = self.pieces[sample - self.num_unsplit]
+        sample = self.get_source_sample(sample)
         position = bisect_right(self.ends, sample)
         dataset = self.datasets[position]
         return dataset, sample - self.ends[position] + len(dataset)
@@ -73,6 +80,7 @@ class PackedDataset(Dataset):
             dataset, index = self.locate(sample_id)
             try:
                 sample = dataset.get(index, epoch)
+                self._require_measured_length(sample_id, sample)
             except UnusableSample as error:
                 skipped.append(f"{dataset.describe(index)}: {error}")
                 continue
@@ -86,6 +94,21 @@ class PackedDataset(Dataset):
         # A preference pair has two conversations: chosen_input_ids and rejected_input_ids.
         documents = [len(sample[name]) for sample in samples for name in sample if name.endswith("input_ids")]
         return {**row, "documents": documents, "bad_samples": skipped}
+
+    def _require_measured_length(self, sample_id: int, sample: dict[str, torch.Tensor]) -> None:
+        """Raise UnusableSample if a loaded sample is longer or shorter than planned."""
+        if self.lengths is None:
+            return
+        expected = self.lengths[self.get_source_sample(sample_id)]
+        # A preference pair has two conversations.
+        num_tokens = sum(len(sample[name]) for name in sample if name.endswith("input_ids"))
+        num_tiles = len(sample["pixel_values"])
+        if (num_tokens, num_tiles) != (expected["tokens"], expected["tiles"]):
+            dataset, index = self.locate(sample_id)
+            raise UnusableSample(
+                f"it has {num_tokens} tokens and {num_tiles} tiles, measured were {expected['tokens']} and "
+                f"{expected['tiles']}: {', '.join(dataset.list_media_paths(index))} changed during the run"
+            )
 
     def make_empty_row(self) -> dict[str, torch.Tensor]:
         """Make a row without loss tokens.

@@ -3,9 +3,47 @@
 Logged before the first step and printed by `tools/check_data.py`. `tools/benchmark_plan.py` compares planners with it.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from internvl.planning.epoch_plan import EpochPlan, PlanLayout
+
+
+class TruncationSummary(NamedTuple):
+    """Samples that lose loss tokens, because they exceed `--max_seq_length` or a row."""
+
+    num_truncated: int
+    num_samples: int
+    num_lost: int
+    num_loss_tokens: int
+
+    @property
+    def largest_share(self) -> float:
+        """Share of samples that are truncated, or of loss tokens that are lost, whichever is larger."""
+        return max(self.num_truncated / max(1, self.num_samples), self.num_lost / max(1, self.num_loss_tokens))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_truncated:,} of {self.num_samples:,} samples, {self.num_lost:,} of {self.num_loss_tokens:,} "
+            f"loss tokens lost ({self.num_lost / max(1, self.num_loss_tokens):.1%})"
+        )
+
+
+def summarize_truncation(lengths: np.ndarray, lost_loss_tokens: np.ndarray) -> TruncationSummary:
+    """Count truncated samples and lost loss tokens.
+
+    Args:
+        lengths: (N,) of SAMPLE_LENGTHS.
+        lost_loss_tokens: (N,)
+    """
+    num_lost = int(lost_loss_tokens.sum(dtype=np.int64))
+    return TruncationSummary(
+        num_truncated=int(np.count_nonzero(lost_loss_tokens)),
+        num_samples=int(np.count_nonzero((lengths["tokens"] > 0) | (lost_loss_tokens > 0))),
+        num_lost=num_lost,
+        num_loss_tokens=num_lost + int(lengths["loss_tokens"].sum(dtype=np.int64)),
+    )
 
 
 def compute_packing_efficiency(plan: EpochPlan, lengths: np.ndarray, layout: PlanLayout) -> float:
@@ -48,7 +86,9 @@ def compute_flops_shares(lengths: np.ndarray, layout: PlanLayout) -> dict[str, f
     return {part: value / sum(flops.values()) for part, value in flops.items()}
 
 
-def format_epoch_plan(lengths: np.ndarray, plan: EpochPlan, layout: PlanLayout, num_skipped: int) -> str:
+def format_epoch_plan(
+    lengths: np.ndarray, plan: EpochPlan, layout: PlanLayout, num_skipped: int, lost_loss_tokens: np.ndarray
+) -> str:
     """Format a table of an epoch's samples, rows and steps."""
     tokens, tiles = plan.sum_per_row(lengths["tokens"]), plan.sum_per_row(lengths["tiles"])
     longest = int(tokens.argmax())
@@ -61,6 +101,7 @@ def format_epoch_plan(lengths: np.ndarray, plan: EpochPlan, layout: PlanLayout, 
     lines = {
         "samples": f"{num_samples:,} ({num_skipped:,} skipped)",
         "tokens": f"{tokens.sum():,}, of them {num_loss_tokens:,} loss tokens",
+        "truncated answers": str(summarize_truncation(lengths, lost_loss_tokens)),
         "tiles": f"{tiles.sum():,}",
         "rows": f"{plan.num_rows:,} ({num_samples / plan.num_rows:.1f} samples per row)",
         "longest row": (

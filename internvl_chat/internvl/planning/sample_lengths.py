@@ -7,13 +7,11 @@ of everything that determines them, and an interrupted measurement resumes from 
 import hashlib
 import json
 import os
-import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import chain, islice
-from multiprocessing import parent_process
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,14 +20,17 @@ from numpy.lib.recfunctions import repack_fields
 from torch.utils.data import DataLoader, Dataset
 
 from internvl.constants import UnusableSample
-from internvl.data.file_io import get_cache_dir, get_size_and_mtime, is_remote, write_atomically
+from internvl.data.disk_cache import find_cache_file, get_cache_dir, write_cache_file
+from internvl.data.file_io import get_size_and_mtime, is_remote
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.planning.epoch_plan import SAMPLE_LENGTHS
 from internvl.progress import Progress
+from internvl.runtime.dataloader_workers import SpawnableDataset, start_worker
 
-CACHE_VERSION = 4  # of the cached files; raise it whenever samples of the same data change
+CACHE_VERSION = 5  # of the cached files; raise it whenever samples of the same data change
 SAMPLES_PER_TASK = 256  # samples that a worker process measures at a time
-SAMPLES_PER_ROUND = 16384  # samples per rank after which results are exchanged and cached
+SAMPLES_PER_ROUND = 16384  # samples per rank after which results are exchanged
+SECONDS_PER_SAVE = 30  # of measuring, after which results are cached
 MIN_SAMPLES_PER_PROCESS = 4000  # with fewer samples, starting a process takes longer than measuring
 # Fields of DataTrainingArguments that determine lengths.
 LENGTH_FIELDS = (
@@ -40,10 +41,13 @@ LENGTH_FIELDS = (
     "min_dynamic_patch",
     "min_num_frame",
     "max_num_frame",
+    "max_image_pixels",
+    "upstream_image_decoding",
+    "keep_surplus_placeholders",
 )
-# Measurement of a record. `digest`: CRC-32 of the record. `file_stamp`: CRC-32 of sizes and modification times of its
-# media files, 0 without any. Both are shifted to the range of int32.
-MEASUREMENT = np.dtype([*SAMPLE_LENGTHS.descr, ("digest", np.int32), ("file_stamp", np.int32)])
+# Measurement of a record. `lost_loss_tokens`: see `MeasuredDataset`. `file_stamp`: CRC-32 of sizes and modification
+# times of its media files, shifted to the range of int32; 0 without any.
+MEASUREMENT = np.dtype([*SAMPLE_LENGTHS.descr, ("lost_loss_tokens", np.int32), ("file_stamp", np.int32)])
 # Values of the column `tokens` for samples that are not measured yet, and for unusable ones.
 NOT_MEASURED, UNUSABLE = -1, 0
 
@@ -69,11 +73,13 @@ class MeasuredDataset(NamedTuple):
         lengths: (N,) of SAMPLE_LENGTHS; zeros where a sample is unusable.
         digests: (N,) int32, a checksum of each record.
         unusable: (index, reason) of each unusable sample.
+        lost_loss_tokens: (N,) int32, the loss tokens of each sample that truncation to `--max_seq_length` cuts off.
     """
 
     lengths: np.ndarray
     digests: np.ndarray
     unusable: list[tuple[int, str]]
+    lost_loss_tokens: np.ndarray
 
 
 def measure_dataset(
@@ -96,7 +102,8 @@ def measure_dataset(
     Raises:
         ValueError: the cache is not writable.
     """
-    stem = Path(cache_dir or get_cache_dir()) / f"lengths-{make_lengths_cache_key(dataset)}"
+    _require_equal_records(dataset, rank_group)
+    stem = os.path.join(cache_dir or get_cache_dir(), f"lengths-{make_lengths_cache_key(dataset)}")
     # A record that several samples have (`repeat_time`) is measured once, for the first of them.
     # first_samples: (R,) of each record; row_of_sample: (N,) its row in the table of records.
     _, first_samples, row_of_sample = np.unique(dataset.record_indices, return_index=True, return_inverse=True)
@@ -104,25 +111,38 @@ def measure_dataset(
     _mark_changed_files(table, dataset, first_samples, show_progress, rank_group)
 
     todo, reasons = np.flatnonzero(table["tokens"] <= UNUSABLE), {}
-    if len(todo):
-        file = _open_partial_table(stem, table) if rank_group.rank == 0 else table
-        rounds = _measure_in_rounds(dataset, first_samples, todo, num_processes, show_progress, rank_group)
-        for rows, results in rounds:
-            for row, (measurement, reason) in zip(rows.tolist(), results, strict=True):
-                table[row] = measurement
-                if reason:
-                    reasons[row] = reason
-            file[rows] = table[rows]
-        if rank_group.rank == 0:
+    time_of_save = time.monotonic()
+    for rows, results in _measure_in_rounds(dataset, first_samples, todo, num_processes, show_progress, rank_group):
+        for row, (measurement, reason) in zip(rows.tolist(), results, strict=True):
+            table[row] = measurement
+            if reason:
+                reasons[row] = reason
+        if rank_group.rank == 0 and time.monotonic() - time_of_save >= SECONDS_PER_SAVE:
             _save_table(stem, table)
+            time_of_save = time.monotonic()
+    if len(todo) and rank_group.rank == 0:
+        _save_table(stem, table)
 
     measurements = table[row_of_sample]  # (N,)
     unusable = np.flatnonzero(measurements["tokens"] == UNUSABLE).tolist()
+    checksums = dataset.annotations.checksums[dataset.record_indices]  # (N,) uint32
     return MeasuredDataset(
         lengths=repack_fields(measurements[list(SAMPLE_LENGTHS.names)]),
-        digests=np.ascontiguousarray(measurements["digest"]),
+        digests=(checksums.astype(np.int64) - (1 << 31)).astype(np.int32),
         unusable=[(sample, reasons[int(row_of_sample[sample])]) for sample in unusable],
+        lost_loss_tokens=np.ascontiguousarray(measurements["lost_loss_tokens"]),
     )
+
+
+def _require_equal_records(dataset: LazySupervisedDataset, rank_group: RankGroup) -> None:
+    """Raise ValueError, on every rank, if the ranks have opened different records."""
+    content_ids = rank_group.gather_fn(dataset.annotations.content_id)
+    for rank, content_id in enumerate(content_ids):
+        if content_id != content_ids[0]:
+            raise ValueError(
+                f"dataset {dataset.ds_name}: the records of {dataset.annotations.path} differ between rank 0 and rank "
+                f"{rank}. Copy the same file to all nodes, and do not change it while a run starts."
+            )
 
 
 def make_lengths_cache_key(dataset: LazySupervisedDataset) -> str:
@@ -130,10 +150,11 @@ def make_lengths_cache_key(dataset: LazySupervisedDataset) -> str:
     key_parts = [
         CACHE_VERSION,
         type(dataset).__name__,
-        dataset.annotations.version,
+        dataset.annotations.content_id,
         dataset.root if is_remote(dataset.root) else os.path.abspath(dataset.root),
         hashlib.sha256(np.unique(dataset.record_indices).tobytes()).hexdigest(),
         dataset.num_image_token,
+        sorted(dataset.untrained_tokens),
         dataset.max_dynamic_patch,
         dataset.tokenizer.model_max_length,
         _describe_tokenizer(dataset.tokenizer),
@@ -154,7 +175,7 @@ def _describe_tokenizer(tokenizer) -> list:
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
-# (tokens, loss tokens, tiles, digest, file stamp), and the reason if the sample is unusable
+# a row of MEASUREMENT, and the reason if the sample is unusable
 Result = tuple[tuple[int, int, int, int, int], str | None]
 
 
@@ -190,14 +211,14 @@ def _measure_samples(dataset: LazySupervisedDataset, samples: list[int], num_pro
     workers = min(num_processes, len(samples) // MIN_SAMPLES_PER_PROCESS)
     workers = workers if workers > 1 else 0
     loader = DataLoader(
-        _MeasurementDataset(dataset),
+        SpawnableDataset(_MeasurementDataset(dataset)),
         sampler=samples,
         batch_size=SAMPLES_PER_TASK if workers else 1,
         collate_fn=list,
         num_workers=workers,
         # Spawned, not forked: tokenizers and CUDA have threads that do not survive a fork.
         multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=_exit_with_parent,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # else the loader would draw from the global generator and change the run
     )
     return chain.from_iterable(loader)
@@ -213,24 +234,12 @@ class _MeasurementDataset(Dataset):
         return _measure_sample(self.dataset, sample)
 
 
-def _exit_with_parent(_: int) -> None:
-    """Exit a worker when its parent is killed, even while starting."""
-
-    def wait_for_parent() -> None:
-        parent = parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait_for_parent, daemon=True).start()
-
-
 def _measure_sample(dataset: LazySupervisedDataset, sample: int) -> Result:
-    stamps = dataset.checksum_record(sample), _stamp_files(dataset, sample)
+    stamp = _stamp_files(dataset, sample)
     try:
-        return (*dataset.measure(sample), *stamps), None
+        return (*dataset.measure(sample), stamp), None
     except UnusableSample as error:
-        return (UNUSABLE, 0, 0, *stamps), str(error)
+        return (UNUSABLE, 0, 0, 0, stamp), str(error)
 
 
 def _stamp_files(dataset: LazySupervisedDataset, sample: int) -> int:
@@ -267,14 +276,14 @@ def _mark_changed_files(
 # -- on disk -----------------------------------------------------------------------------------------------------------
 
 
-def _load_table(stem: Path, num_records: int) -> np.ndarray:
+def _load_table(stem: str, num_records: int) -> np.ndarray:
     """Load the complete or partial table, or create a new one.
 
     Returns:
         (num_records,) of MEASUREMENT.
     """
-    for path in (f"{stem}.npy", f"{stem}.part.npy"):
-        with suppress(OSError, ValueError, EOFError):
+    if path := find_cache_file(stem, ".npy"):
+        with suppress(OSError, ValueError):  # another run has just replaced it
             table = np.load(path)
             if table.shape == (num_records,) and table.dtype == MEASUREMENT:
                 return table
@@ -283,12 +292,5 @@ def _load_table(stem: Path, num_records: int) -> np.ndarray:
     return table
 
 
-def _open_partial_table(stem: Path, table: np.ndarray) -> np.ndarray:
-    """Copy the table into a memory-mapped file, which is updated while measuring."""
-    write_atomically(f"{stem}.part.npy", lambda file: np.save(file, table))
-    return np.load(f"{stem}.part.npy", mmap_mode="r+")
-
-
-def _save_table(stem: Path, table: np.ndarray) -> None:
-    write_atomically(f"{stem}.npy", lambda file: np.save(file, table))
-    Path(f"{stem}.part.npy").unlink(missing_ok=True)
+def _save_table(stem: str, table: np.ndarray) -> None:
+    write_cache_file(stem, ".npy", lambda file: np.save(file, table))

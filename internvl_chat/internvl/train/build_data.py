@@ -1,6 +1,7 @@
 """Build the training data: open and measure all datasets."""
 
 import logging
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +16,13 @@ from internvl.dist_utils import count_cores_per_rank, gather_objects, get_rank, 
 from internvl.planning.epoch_plan import SAMPLE_LENGTHS, PlanLayout, SampleCost
 from internvl.planning.oversized_samples import SamplePiece, find_image_spans, split_sample
 from internvl.planning.packed_dataset import PackedDataset
+from internvl.planning.plan_report import summarize_truncation
 from internvl.planning.sample_lengths import RankGroup, measure_dataset
 from internvl.train.skipped_samples import NUM_LISTED, make_too_many_skipped_error
 
 logger = logging.getLogger(__name__)
+MAX_TOTAL_SAMPLES = np.iinfo(np.int32).max  # plans store sample ids as int32
+MAX_UNREPORTED_SHARE = 0.01  # of truncated answers, without a warning
 
 
 class SkippedSample(NamedTuple):
@@ -41,6 +45,7 @@ class TrainingData(NamedTuple):
     Attributes:
         lengths: (N,) of SAMPLE_LENGTHS; zeros where a sample is skipped.
         digests: (N,) int32, a checksum of each sample's record.
+        lost_loss_tokens: (N,) int32, loss tokens that are cut off at --max_seq_length, or lost by splitting the sample.
         weights: (N,) relative frequency of each sample; None: each is drawn once per epoch.
     """
 
@@ -49,6 +54,7 @@ class TrainingData(NamedTuple):
     digests: np.ndarray
     skipped_samples: list[SkippedSample]
     weights: np.ndarray | None
+    lost_loss_tokens: np.ndarray
 
     @property
     def is_usable(self) -> np.ndarray:
@@ -62,6 +68,7 @@ def build_data(
     tokenizer: PreTrainedTokenizerBase,
     num_image_token: int,
     dataset_class: type[LazySupervisedDataset] = LazySupervisedDataset,
+    untrained_tokens: Mapping[int, str] | None = None,
 ) -> TrainingData:
     """Open and measure the datasets; reject too many unusable samples.
 
@@ -71,12 +78,19 @@ def build_data(
         ValueError: the meta file or a dataset is invalid.
         UnusableSample: more samples than --max_bad_samples are unusable; the message lists them.
     """
-    data = measure_data(data_args, training_args, tokenizer, num_image_token, dataset_class)
+    data = measure_data(data_args, training_args, tokenizer, num_image_token, dataset_class, untrained_tokens)
     for sample in data.skipped_samples[:NUM_LISTED]:
         logger.warning("Skipped sample: %s", sample)
     max_skipped = count_max_skipped_samples(data_args, len(data.lengths))
     if len(data.skipped_samples) > max_skipped or not data.is_usable.any():
         raise make_too_many_skipped_error(list(map(str, data.skipped_samples)), max_skipped)
+    truncated = summarize_truncation(data.lengths, data.lost_loss_tokens)
+    if truncated.largest_share > MAX_UNREPORTED_SHARE:
+        logger.warning(
+            "Truncated answers: %s; raise --max_seq_length (now %d) or shorten them",
+            truncated,
+            data_args.max_seq_length,
+        )
     return data
 
 
@@ -86,6 +100,7 @@ def measure_data(
     tokenizer: PreTrainedTokenizerBase,
     num_image_token: int,
     dataset_class: type[LazySupervisedDataset] = LazySupervisedDataset,
+    untrained_tokens: Mapping[int, str] | None = None,
 ) -> TrainingData:
     """Open and measure the datasets, however many samples are unusable.
 
@@ -93,16 +108,21 @@ def measure_data(
     """
     assert data_args.meta_path  # validated
     datasets = [
-        dataset_class(name, meta, tokenizer, num_image_token, data_args, seed=training_args.seed)
+        dataset_class(name, meta, tokenizer, num_image_token, data_args, training_args.seed, untrained_tokens)
         for name, meta in load_meta(data_args.meta_path).items()
     ]
+    if (num_samples := sum(map(len, datasets))) > MAX_TOTAL_SAMPLES:
+        raise ValueError(
+            f"the datasets of {data_args.meta_path} have {num_samples:,} samples, more than the supported "
+            f"{MAX_TOTAL_SAMPLES:,}: lower their repeat_time."
+        )
     rank_group = RankGroup(get_rank(), get_world_size(), gather_objects)
     measured = [
         measure_dataset(dataset, count_cores_per_rank(), show_progress=rank_group.rank == 0, rank_group=rank_group)
         for dataset in datasets
     ]
-    packed_dataset = PackedDataset(datasets)
     lengths = np.concatenate([measurements.lengths for measurements in measured])
+    packed_dataset = PackedDataset(datasets, lengths)
     data = TrainingData(
         dataset=packed_dataset,
         lengths=lengths,
@@ -113,6 +133,7 @@ def measure_data(
             for index, reason in measurements.unusable
         ],
         weights=compute_square_root_weights(packed_dataset, lengths) if data_args.use_data_resampling else None,
+        lost_loss_tokens=np.concatenate([measurements.lost_loss_tokens for measurements in measured]),
     )
     return split_oversized_samples(data, data_args, rank_group) if data_args.use_packed_ds else data
 
@@ -142,12 +163,14 @@ def split_oversized_samples(
             for sample in oversized
         ]
     pieces: list[tuple[int, SamplePiece]] = []
-    skipped_samples = list(data.skipped_samples)
+    skipped_samples, lost_loss_tokens = list(data.skipped_samples), data.lost_loss_tokens.copy()
     for sample, result in zip(oversized, results, strict=True):
         if isinstance(result, str):
             skipped_samples.append(describe_skipped(*data.dataset.locate(sample), result))
+            lost_loss_tokens[sample] = 0
         else:
             pieces += [(sample, piece) for piece in result]
+            lost_loss_tokens[sample] += data.lengths["loss_tokens"][sample] - sum(piece.loss_tokens for piece in result)
     piece_lengths = np.array([piece.lengths for _, piece in pieces], SAMPLE_LENGTHS)
     if pieces:
         split = sorted({sample for sample, _ in pieces})
@@ -156,7 +179,8 @@ def split_oversized_samples(
             "Oversized samples: %d split into %d pieces, %d of their tokens lost", len(split), len(pieces), num_lost
         )
 
-    data.lengths[oversized] = 0
+    lengths = data.lengths.copy()  # the dataset compares samples with those of before
+    lengths[oversized] = 0
     data.dataset.pieces = pieces
     source_samples = data.dataset.get_source_samples()
     digests = data.digests[source_samples]
@@ -164,10 +188,11 @@ def split_oversized_samples(
     digests[data.dataset.num_unsplit :] ^= np.array([1 + piece.start for _, piece in pieces], np.int32)
     return TrainingData(
         dataset=data.dataset,
-        lengths=np.concatenate([data.lengths, piece_lengths]),
+        lengths=np.concatenate([lengths, piece_lengths]),
         digests=digests,
         skipped_samples=skipped_samples,
         weights=None if data.weights is None else data.weights[source_samples],
+        lost_loss_tokens=np.append(lost_loss_tokens, np.zeros(len(pieces), np.int32)),
     )
 
 
@@ -193,7 +218,7 @@ def split_one_sample(dataset: PackedDataset, sample: int, max_tokens: int, max_t
     """Return the pieces of a sample, or why it is unusable."""
     source, index = dataset.locate(sample)
     try:
-        texts, _ = source.tokenize(index)
+        texts = source.tokenize(index)
         images = find_image_spans(texts["input_ids"], source.img_context_id, source.num_image_token)
         return split_sample(texts["labels"], images, max_tokens, max_tiles)
     except UnusableSample as error:

@@ -24,14 +24,13 @@ from internvl.data.chat_tokenization import (
     preprocess_phi3,
     preprocess_pretrain,
 )
+from internvl.data.image_files import load_image, pil_loader
 from internvl.data.images import (
     build_transform,
     dynamic_preprocess,
     expand2square,
     find_closest_aspect_ratio,
     jpeg_degrade_functions,
-    load_image,
-    pil_loader,
     qualities,
     simulate_jpeg_degradation,
 )

@@ -27,7 +27,8 @@ class SkippedSampleReport:
         Raises:
             UnusableSample: more than `max_skipped` samples are unusable.
         """
-        new = [sentence for sentence in dict.fromkeys(samples) if sentence not in self.skipped]
+        known = set(self.skipped)
+        new = [sentence for sentence in dict.fromkeys(samples) if sentence not in known]
         self.skipped += new
         for sentence in new:
             logger.warning("Skipped sample: %s", sentence)
