@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, InternVLConfig
 
 from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_user_error, require_checkpoint_dir
-from internvl.model.hf.config import convert_config_to_custom
+from internvl.model.hf.config import convert_config_to_custom, load_hf_config
 from internvl.model.hf.processor import save_chat_tokenizer
 from internvl.model.hf.weights import HF_HEAD, convert_weights_to_custom
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
@@ -39,7 +39,7 @@ def main(argv=None):
     parser.add_argument("--save_path", required=True, help="new folder for the chat checkpoint")
     args = parser.parse_args(argv)
 
-    hf_config = InternVLConfig.from_pretrained(require_checkpoint_dir(args.hf_path, InternVLConfig.model_type))
+    hf_config = load_hf_config(require_checkpoint_dir(args.hf_path, InternVLConfig.model_type))
     hf, is_tied = CheckpointTensors(args.hf_path), hf_config.tie_word_embeddings
     reference = None
     if args.custom_path:

@@ -27,6 +27,7 @@ from internvl.model.lora import LORA_RANK_FIELDS, is_peft_model
 from internvl.model.tokenizers.loading import load_tokenizer
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+LOGIT_TOLERANCE = 1e-3  # of merging in float32, relative to the largest logit
 MAX_NEW_TOKENS = 32  # generated to compare the adapted with the merged model
 
 
@@ -47,6 +48,8 @@ def main(argv=None):
     with create_output_dir(args.output_path) as output_dir:
         adapted_answer = answer_probe(model.eval(), tokenizer)
         merge_adapters(model)
+        if compute_dtype == torch.float32:
+            require_equal_logits(adapted_answer, answer_probe(model, tokenizer))
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         require_finite(dict(model.named_parameters()), f"merged weights in {args.dtype}")
@@ -114,6 +117,17 @@ def answer_probe(model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase) -
     logits = model(pixel_values, inputs.input_ids, inputs.attention_mask).logits[0].float()
     settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     return logits, model.generate(pixel_values, **inputs, **settings)[0].tolist()
+
+
+def require_equal_logits(adapted_answer, merged_answer) -> None:
+    """Raise a ValueError if merging in float32 has changed the logits."""
+    logits, merged_logits = adapted_answer[0], merged_answer[0]
+    difference, largest = (logits - merged_logits).abs().max().item(), logits.abs().max().item()
+    if not difference <= LOGIT_TOLERANCE * largest:
+        raise ValueError(
+            f"Merging failed: the merged model's logits differ from the adapted model's by {difference:.2g} in "
+            f"float32, with logits up to {largest:.3g}."
+        )
 
 
 def format_comparison(adapted_answer, merged_answer, compute_dtype: torch.dtype, dtype: torch.dtype) -> str:

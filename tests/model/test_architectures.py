@@ -8,15 +8,17 @@ import pytest
 import torch
 from helpers.lora_models import get_adapters
 from helpers.tiny_models import ARCHITECTURES, RANDOM_IDS, build_tiny_model
+from transformers import DynamicCache
 
 from internvl.model.internlm2 import modeling_internlm2 as internlm2
 from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.internvl_chat.decoder import CACHE_NAME
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.lora import is_peft_model, unwrap_peft
 from internvl.model.phi3 import modeling_phi3 as phi3
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=[*ARCHITECTURES, "InternLM2ForCausalLM", "Phi3ForCausalLM"])
 def model(request) -> InternVLChatModel:
     return build_tiny_model(request.param).eval()
 
@@ -96,3 +98,43 @@ def test_upstreams_public_names_exist():
     config = internlm2.InternLM2Config(**small, vocab_size=1009, num_labels=3, pad_token_id=2)
     classifier = internlm2.InternLM2ForSequenceClassification(config)
     assert classifier(input_ids=RANDOM_IDS).logits.shape == (2, 3)
+
+
+def test_generation_is_the_same_with_and_without_a_cache(model):
+    llm, settings = model.language_model, {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    llm.generation_config.eos_token_id = None
+    with torch.no_grad():
+        expected = RANDOM_IDS
+        for _ in range(settings["max_new_tokens"]):
+            next_ids = llm(input_ids=expected, use_cache=False).logits[:, -1:].argmax(-1)
+            expected = torch.cat([expected, next_ids], dim=1)
+    for use_cache in (False, True):
+        assert torch.equal(llm.generate(RANDOM_IDS, use_cache=use_cache, **settings), expected)
+    assert torch.equal(model.generate(input_ids=RANDOM_IDS, **settings), expected[:, RANDOM_IDS.shape[1] :])
+
+
+def test_the_chat_model_continues_from_past_key_values(model):
+    whole = compute_logits(model)
+    with torch.no_grad():
+        start = model(input_ids=RANDOM_IDS[:, :4], use_cache=True)
+        rest = model(input_ids=RANDOM_IDS[:, 4:], past_key_values=start[CACHE_NAME], use_cache=True)
+    torch.testing.assert_close(rest.logits, whole[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_internlm2_attention_knows_both_names_of_the_cache(name):
+    model = build_tiny_model("InternLM2ForCausalLM").language_model.eval()
+    attention = model.model.layers[0].attention
+    states = torch.randn(2, 5, model.config.hidden_size)
+    positions = model.model.rotary_emb(states, torch.arange(5)[None])
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        attention(states[:, :4], tuple(p[:, :4] for p in positions), **{name: cache})
+        attention(states[:, 4:], tuple(p[:, 4:] for p in positions), **{name: cache})
+    assert cache.get_seq_length() == 5
+
+
+def test_internlm2_attention_refuses_unknown_arguments():
+    model = build_tiny_model("InternLM2ForCausalLM").language_model
+    with pytest.raises(TypeError, match="does not support the arguments kv_store"):
+        model(input_ids=RANDOM_IDS, kv_store=object())

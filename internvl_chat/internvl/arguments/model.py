@@ -26,10 +26,14 @@ class ModelArguments(LoraArguments):
     use_backbone_lora: int = option(0, "LoRA rank in the vision encoder; 0: no LoRA")
     use_llm_lora: int = option(0, "LoRA rank in the LLM; 0: no LoRA")
     use_mlp_lora: int = option(0, "LoRA rank in the projector; 0: no LoRA")
-    quantize_backbone: bool = option(False, "QLoRA: 4-bit (NF4) base weights in the vision encoder; needs CUDA")
-    quantize_llm: bool = option(False, "QLoRA: 4-bit (NF4) base weights in the LLM; needs CUDA")
+    quantize_backbone: bool = option(False, "QLoRA: 4-bit (NF4) base weights in the vision encoder; needs bitsandbytes")
+    quantize_llm: bool = option(False, "QLoRA: 4-bit (NF4) base weights in the LLM; needs bitsandbytes")
     merge_before_training: bool = option(False, "merge the checkpoint's adapters before new adapters are added")
     unfreeze_lm_head: bool = option(False, "unfreeze the LM head of a frozen LLM")
+    train_new_tokens: bool = option(
+        False,
+        "with --use_llm_lora, train the rows of tokens that were added to the tokenizer, in embeddings and LM head",
+    )
     grad_checkpoint: bool = option(True, "gradient checkpointing in the vision encoder and the LLM")
     vit_grad_checkpoint: bool | None = option(
         None, "gradient checkpointing in the vision encoder; default: --grad_checkpoint"

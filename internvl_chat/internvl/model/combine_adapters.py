@@ -1,6 +1,5 @@
 """Combining the LoRA adapters of several runs, and saving merged models."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -19,6 +18,7 @@ from internvl.model.internvl_chat.merge import find_lora_layers, get_adapter_par
 from internvl.model.lora import LORA_RANK_FIELDS, ignore_peft_deprecations, is_peft_model
 from internvl.model.safetensors_io import abbreviate_names
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.regular_files import copy_regular_file
 
 # Values of PEFT's `combination_type`. With `cat`, the product B A of the combined adapter is the exact weighted sum of
 # the products; `svd` is the best approximation of that sum at the largest rank.
@@ -125,6 +125,11 @@ def _combine_loaded_adapters(
             "combining DoRA and PiSSA adapters is not supported: they do more than add to the base weights. Merge each "
             "run instead"
         )
+    if any(config.trainable_token_indices for config in configs):
+        raise ValueError(
+            "combining adapters that train the rows of new tokens is not supported: each run has other rows for them. "
+            "Merge one run at a time, without --adapter and --weight"
+        )
     if any(config.target_parameters for config in configs):
         raise ValueError(
             "combining adapters on experts is not supported by PEFT: merge one run at a time, without --adapter and "
@@ -156,4 +161,4 @@ def save_merged_checkpoint(model: InternVLChatModel, source: str | Path, output_
     model.save_pretrained(output_dir)
     load_tokenizer(source).save_pretrained(output_dir)
     for path in (path for pattern in COPIED_FILE_PATTERNS for path in Path(source).glob(pattern)):
-        shutil.copyfile(path, Path(output_dir) / path.name)
+        copy_regular_file(path, Path(output_dir) / path.name)

@@ -15,14 +15,19 @@ from safetensors.torch import load_file
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from internvl.dist_utils import is_collective_error
 from internvl.model.internvl_chat import InternVisionConfig, InternVisionModel, InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.adapter_checkpoint import strip_peft_prefix
+from internvl.model.internvl_chat.checkpoint_keys import find_checkpoint_dir
+from internvl.model.internvl_chat.config_values import check_llm_config, describe_config_file
 from internvl.model.internvl_chat.decoder import select_attn_implementation
 from internvl.model.internvl_chat.modeling_internvl_chat import get_llm_class
 from internvl.model.internvl_chat.resize import resize_embeddings
-from internvl.model.internvl_chat.safe_loading import refuse_unsafe_files
+from internvl.model.internvl_chat.safe_loading import one_line_checkpoint_errors, refuse_unsafe_files
+from internvl.model.internvl_chat.weight_shapes import check_model_fits_weights
 from internvl.model.internvl_chat.zero3 import gathered_parameters, get_full_shape
 from internvl.model.safetensors_io import abbreviate_names
+from internvl.regular_files import MAX_LFS_POINTER_BYTES, open_regular_file, refuse_lfs_pointer
 
 
 def compose_chat_model(
@@ -50,11 +55,13 @@ def compose_chat_model(
     Raises:
         ValueError: a checkpoint of another kind, with adapters, or with missing weights.
     """
-    for path in (vision_path, llm_path):
-        refuse_unsafe_files(path, allow_pickle)
     use_safetensors = None if allow_pickle else True
-    vision = _load_vision_encoder(vision_path, dtype, drop_path_rate, use_safetensors=use_safetensors)
-    llm = _load_llm(llm_path, dtype, use_safetensors=use_safetensors)
+    with one_line_checkpoint_errors(f"the vision encoder {vision_path}", is_collective_error):
+        refuse_unsafe_files(vision_path, allow_pickle)
+        vision = _load_vision_encoder(vision_path, dtype, drop_path_rate, use_safetensors=use_safetensors)
+    with one_line_checkpoint_errors(f"the LLM {llm_path}", is_collective_error):
+        refuse_unsafe_files(llm_path, allow_pickle)
+        llm = _load_llm(llm_path, dtype, use_safetensors=use_safetensors)
     # Copies: InternVLChatModel writes into its sub-configurations, which would change those of the loaded parts.
     config = InternVLChatConfig(vision.config.to_dict(), llm.config.to_dict(), **config_fields)
     with torch.random.fork_rng(devices=[]):
@@ -66,29 +73,32 @@ def compose_chat_model(
 
 def _load_vision_encoder(path: str | Path, dtype: torch.dtype, drop_path_rate: float, **kwargs) -> InternVisionModel:
     """Load a vision encoder from its own or a chat checkpoint."""
+    config = InternVisionConfig.from_pretrained(path)
     fields = PretrainedConfig.get_config_dict(path)[0]
     if fields.get("use_backbone_lora") or fields.get("base_model"):
         raise ValueError(f"{path} holds LoRA adapters, not plain weights: merge them first with tools/merge_lora.py")
-    config = InternVisionConfig.from_pretrained(path)
     config.drop_path_rate = drop_path_rate
     # In a chat checkpoint the names of the vision encoder have this prefix; other names are ignored.
     key_mapping = {r"^vision_model\.": ""}
-    model, missing = _load_part(InternVisionModel, path, config, dtype, key_mapping=key_mapping, **kwargs)
+    model, missing = _load_part(InternVisionModel, path, config, dtype, key_mapping, **kwargs)
     _require_complete(path, "vision encoder", missing)
     return model
 
 
 def _load_llm(path: str | Path, dtype: torch.dtype, **kwargs) -> PreTrainedModel:
     """Load a causal LM with its own weight for the LM head."""
+    source = describe_config_file(path)
     fields = PretrainedConfig.get_config_dict(path)[0]
+    check_llm_config(fields, source)
     config = InternVLChatConfig(llm_config=dict(fields)).llm_config
     architecture = config.architectures[0]
     llm_class = get_llm_class(architecture)
     kwargs["attn_implementation"] = select_attn_implementation(llm_class, dtype)
-    model, missing = _load_part(llm_class, path, config, dtype, **kwargs)
+    is_tied = fields.get("tie_word_embeddings") is not False
+    model, missing = _load_part(llm_class, path, config, dtype, may_lack_head=is_tied, **kwargs)
     head = model.get_output_embeddings()
     head_names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
-    if missing == head_names and fields.get("tie_word_embeddings") is not False:
+    if missing == head_names and is_tied:
         # A tied LM head is not in the file. A chat model has both weights, and training may make them differ.
         with gathered_parameters(head.weight, model.get_input_embeddings().weight), torch.no_grad():
             head.weight.copy_(model.get_input_embeddings().weight)
@@ -97,14 +107,18 @@ def _load_llm(path: str | Path, dtype: torch.dtype, **kwargs) -> PreTrainedModel
     return model
 
 
-def _load_part(cls: type[PreTrainedModel], path, config, dtype, **kwargs) -> tuple[Any, set[str]]:
+def _load_part(
+    cls: type[PreTrainedModel], path, config, dtype, key_mapping=None, may_lack_head: bool = False, **kwargs
+) -> tuple[Any, set[str]]:
     """Load a part; also return the names of missing or mismatched weights."""
+    check_model_fits_weights(cls, config, find_checkpoint_dir(path), key_mapping or {}, may_lack_head)
     model, info = cls.from_pretrained(  # pyrefly: ignore[not-iterable]  # a pair with output_loading_info
         path,
         config=config,
         dtype=dtype,
         ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),  # ZeRO-3 partitions parameters: no shapes to compare
         output_loading_info=True,
+        key_mapping=key_mapping,
         **kwargs,
     )
     return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -128,6 +142,8 @@ def load_projector(model: InternVLChatModel, path: str | Path) -> None:
         ValueError: the file is unreadable, or its names and shapes are not the projector's.
     """
     try:
+        with open_regular_file(path) as file:
+            refuse_lfs_pointer(path, file.read(MAX_LFS_POINTER_BYTES))
         is_safetensors = Path(path).suffix == ".safetensors"
         state = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -140,6 +156,7 @@ def load_projector(model: InternVLChatModel, path: str | Path) -> None:
     with gathered_parameters(*parameters.values()), torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
+    model.previously_trained |= {f"mlp1.{name}" for name in parameters}  # an adapter checkpoint must hold it
 
 
 def add_special_tokens(model: InternVLChatModel, tokenizer, tokens: Sequence[str]) -> int:
@@ -150,10 +167,19 @@ def add_special_tokens(model: InternVLChatModel, tokenizer, tokens: Sequence[str
 
     Returns:
         the number of tokens added.
+
+    Raises:
+        ValueError: an id of the tokenizer has no row and is not the next one.
     """
     num_added = tokenizer.add_tokens(list(tokens), special_tokens=True)
-    embeddings: Any = model.get_input_embeddings()
-    num_old_rows = min(embeddings.num_embeddings, len(tokenizer) - num_added)
+    num_rows = model.config.llm_config.vocab_size
+    last_token, last_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last_id >= max(num_rows, len(tokenizer)):
+        raise ValueError(
+            f"the tokenizer is of another model: token {last_token!r:.80} has the id {last_id}, and the embedding has "
+            f"{num_rows} rows"
+        )
+    num_old_rows = min(num_rows, len(tokenizer) - num_added)
     if num_old_rows == len(tokenizer):
         return 0
     resize_embeddings(model, len(tokenizer), num_old_rows)

@@ -73,6 +73,7 @@ class LoraSettings:
         targets: suffixes of the names of adapted layers; default: those of the architecture.
         layers: `(start, stop)` of the adapted layers, as in a slice; default: all layers.
         variant: a key of `LORA_VARIANTS`.
+        trainable_token_ids: tokens whose rows of the input embeddings and the LM head are trained, too; LLM only.
 
     Raises:
         ValueError: a setting is out of range.
@@ -84,6 +85,7 @@ class LoraSettings:
     targets: Sequence[str] | None = None
     layers: Sequence[int | None] | None = None
     variant: str = "lora"
+    trainable_token_ids: Sequence[int] = ()
 
     def __post_init__(self):
         if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1 or self.variant not in LORA_VARIANTS:
@@ -128,7 +130,7 @@ def unwrap_peft(module: nn.Module) -> Any:
 
 def is_adapter_parameter(name: str) -> bool:
     """Check whether a parameter of this name belongs to an adapter."""
-    return ".lora_" in name
+    return ".lora_" in name or ".trainable_tokens_delta." in name
 
 
 def freeze_all_but_adapters(module: PeftModel):
@@ -171,16 +173,19 @@ def add_adapters(
             are loaded afterwards, from a checkpoint that was saved after the subtraction.
 
     Raises:
-        ValueError: the module has adapters already; settings do not fit the module, or are not supported with ZeRO-3
-            or with experts.
+        ValueError: the module has adapters already; settings do not fit the module, or are not supported with ZeRO-3,
+            with experts or with a tied LM head.
     """
     if is_peft_model(module):
         rank = cast(LoraConfig, module.peft_config[module.active_adapter]).r
         raise ValueError(f"This part already has LoRA adapters of rank {rank}; merge them before adding others.")
     targets = _select_targets(module, settings, default_targets)
     _check_supported(settings, targets)
+    _refuse_tied_head(module, targets)
     # PEFT 0.10, which upstream pins, does not know `target_parameters`; no architecture needs it there.
     options: dict[str, Any] = {"target_parameters": targets.parameters} if targets.parameters else {}
+    if settings.trainable_token_ids:
+        options["trainable_token_indices"] = _list_trainable_rows(module, settings.trainable_token_ids, targets)
     if settings.variant != "pissa" or has_base_weights:
         options |= LORA_VARIANTS[settings.variant]
     config = LoraConfig(
@@ -217,6 +222,32 @@ def _select_targets(module: nn.Module, settings: LoraSettings, default_targets: 
     return LoraTargets([target for target in settings.targets if target not in experts], experts)
 
 
+def _refuse_tied_head(module: nn.Module, targets: LoraTargets):
+    """Raise a ValueError if a target shares its weight with the input embeddings."""
+    if not isinstance(module, PreTrainedModel):
+        return
+    head, embeddings = module.get_output_embeddings(), module.get_input_embeddings()
+    for name, layer in module.named_modules():
+        is_tied = layer is head and layer.weight is embeddings.weight
+        if is_tied and any(f".{name}".endswith(f".{target}") for target in targets.modules):
+            raise ValueError(
+                f"LoRA target {name!r} is not supported: this LLM ties its LM head to its input embeddings, so "
+                "merging the adapter would change both. Remove the target."
+            )
+
+
+def _list_trainable_rows(llm: nn.Module, token_ids: Sequence[int], targets: LoraTargets) -> dict[str, list[int]]:
+    """Return the layers whose rows of these tokens are trained, for PEFT.
+
+    They are the input embeddings and the LM head, unless this has an adapter, which trains the rows of all tokens.
+    """
+    assert isinstance(llm, PreTrainedModel)
+    layers = [llm.get_input_embeddings(), llm.get_output_embeddings()]
+    names = [name for name, layer in llm.named_modules() if any(layer is wanted for wanted in layers)]
+    is_adapted = {name: any(f".{name}".endswith(f".{target}") for target in targets.modules) for name in names}
+    return {name: list(token_ids) for name in names if not is_adapted[name]}
+
+
 def _select_layers(module: nn.Module, layers: Sequence[int | None]) -> list[int]:
     """Return the indices of the layers in the slice `(start, stop)`."""
     num_layers = getattr(getattr(module, "config", None), "num_hidden_layers", 0)
@@ -237,6 +268,11 @@ def _check_supported(settings: LoraSettings, targets: LoraTargets):
         raise ValueError(
             "DoRA is not supported under ZeRO-3: PEFT uses the adapters' weights outside the layers that DeepSpeed "
             "gathers them for. Use ZeRO-2, or another variant."
+        )
+    if settings.trainable_token_ids and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "--train_new_tokens True is not supported under ZeRO-3: PEFT uses the embeddings outside the layers that "
+            "DeepSpeed gathers them for. Use ZeRO-2."
         )
     if targets.parameters and (settings.variant in ("dora", "pissa") or settings.layers):
         raise ValueError(

@@ -19,7 +19,8 @@ def apply_dropout(x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
     """
     # At a rate of 0.5 there are 0.69 draws for each element, at 0.64 there is more than one.
     is_sparse = type(dropout) is nn.Dropout and dropout.training and 0 < dropout.p <= 0.5 and x.is_contiguous()
-    if not is_sparse or x.device.type != "cpu" or torch.compiler.is_compiling():
+    # The loss calls the LM head once on no tokens.
+    if not is_sparse or not x.numel() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return dropout(x)
     return _SparseDropout.apply(x, dropout.p)
 

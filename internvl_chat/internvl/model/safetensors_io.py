@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from internvl.model.internvl_chat.safe_loading import refuse_pickles
+from internvl.regular_files import read_safetensors_header
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -23,7 +24,7 @@ class CheckpointTensors(Mapping):
         rename_fn: name in a file -> key in this mapping.
 
     Raises:
-        ValueError: the folder holds no safetensors file.
+        ValueError: the folder holds no safetensors file, a damaged one, or a tensor twice.
     """
 
     def __init__(self, folder: str | Path, rename_fn: Callable[[str], str] = str):
@@ -31,9 +32,15 @@ class CheckpointTensors(Mapping):
         if not paths:
             refuse_pickles(Path(folder))
             raise ValueError(f"no *.safetensors file in {str(folder)!r}")
-        files = [safe_open(path, framework="pt") for path in paths]
-        # `safe_open` objects have `keys()`, but are not iterable.
-        self._locations = {rename_fn(name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
+        self._locations = {}
+        for path in paths:
+            names, _ = read_safetensors_header(path)
+            file = safe_open(path, framework="pt")
+            for name in names:
+                key = rename_fn(name)
+                if key in self._locations:
+                    raise ValueError(f"{folder} holds the tensor {key} twice, also in {path.name}: remove one file.")
+                self._locations[key] = (file, name)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         file, name = self._locations[key]

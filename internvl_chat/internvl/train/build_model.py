@@ -32,6 +32,8 @@ from internvl.model.internvl_chat.resize import set_image_size
 from internvl.model.internvl_chat.safe_loading import one_line_checkpoint_errors
 from internvl.model.liger_kernels import use_liger_kernels
 from internvl.model.lora import LORA_RANK_FIELDS, unwrap_peft
+from internvl.model.new_tokens import find_new_tokens
+from internvl.model.safetensors_io import abbreviate_names
 from internvl.model.tokenizers.loading import load_tokenizer
 from internvl.model.varlen_attention import use_varlen_attention
 from internvl.train.param_groups import find_trainable_parts, resolve_part_rates
@@ -147,10 +149,6 @@ def load_config(model_args: ModelArguments, data_args: DataTrainingArguments) ->
             f"--down_sample_ratio {data_args.down_sample_ratio} is invalid: expected {config.downsample_ratio}, which "
             "the checkpoint's projector was made for."
         )
-    for part_config in (config.vision_config, config.llm_config):
-        for name, value in vars(part_config).items():
-            if "drop" in name and isinstance(value, int | float) and not 0 <= value < 1:
-                raise ValueError(f"{path}/config.json: {name} {value} is invalid: expected a probability in [0, 1).")
     config.vision_config.drop_path_rate = model_args.drop_path_rate
     for name, value in chat_config_fields(model_args, data_args).items():
         checkpoint_value = getattr(config, name)
@@ -218,6 +216,10 @@ def resize_to_tokenizer_and_image_size(
         )
     if missing := sorted(set(SPECIAL_TOKENS) - tokenizer.get_vocab().keys()):
         logger.info("Image tokens added to the tokenizer: %s", ", ".join(missing))
+    new_tokens = find_new_tokens(tokenizer, model.config.llm_config.vocab_size)
+    model.new_token_ids = tuple(new_tokens)
+    if new_tokens:
+        logger.info("New tokens of the tokenizer, with the mean row: %s", abbreviate_names(list(new_tokens.values())))
     add_special_tokens(model, tokenizer, SPECIAL_TOKENS)
     model.img_context_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
     set_image_size(model, image_size)

@@ -3,6 +3,7 @@
 import logging
 
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from internvl.arguments.model import ModelArguments
 from internvl.arguments.per_part import PART_NAMES, LoraArguments, get_part_settings
@@ -10,9 +11,11 @@ from internvl.arguments.training import TrainingArguments
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.lora_mixin import get_lora_settings
 from internvl.model.lora import LORA_RANK_FIELDS, PART_FLAGS, LoraSettings, is_peft_model, unwrap_peft
+from internvl.model.new_tokens import find_new_tokens
 from internvl.train.param_groups import build_param_groups, count_elements
 
 logger = logging.getLogger(__name__)
+HEAD_NAMES = {"lm_head", "output"}  # of the LM head in transformers' LLMs and in InternLM2
 
 
 def set_trainable(model: InternVLChatModel, args: ModelArguments) -> InternVLChatModel:
@@ -69,11 +72,46 @@ def attach_adapters(model: InternVLChatModel, part: str, args: ModelArguments) -
     if not rank:
         return
     module = getattr(model, part)
+    if part == "language_model" and args.train_new_tokens:
+        check_new_tokens(model)
     if is_peft_model(module) and can_continue_adapters(model.config, part, args):
         module.set_adapter(module.active_adapter)  # makes the adapters trainable again: they were frozen with the part
     else:
         settings = {"r": rank, "alpha": 2 * rank} | parse_lora_settings(args, part)
+        if part == "language_model" and args.train_new_tokens:
+            settings["trainable_token_ids"] = model.new_token_ids
         model.add_part_adapters(part, LoraSettings(**settings))
+
+
+def check_new_tokens(model: InternVLChatModel) -> None:
+    """Check that `--train_new_tokens` can train the rows of all new tokens.
+
+    Raises:
+        ValueError: adapters are continued that do not train these rows.
+    """
+    if not is_peft_model(model.language_model):
+        if not model.new_token_ids:
+            logger.warning("--train_new_tokens True has no effect: the model has a row for every token.")
+    elif set(model.new_token_ids) - set(get_lora_settings(model.config, "language_model").trainable_token_ids):
+        raise ValueError(
+            "--train_new_tokens True is not supported for tokens that are newer than the continued adapters: set "
+            "--merge_before_training True."
+        )
+
+
+def find_untrained_tokens(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Find new tokens whose rows these flags do not train: id -> token.
+
+    All their rows are equal, so a model cannot learn to generate them.
+    """
+    has_trainable_llm = not args.freeze_llm and not args.use_llm_lora
+    has_adapted_head = bool(HEAD_NAMES.intersection(args.llm_lora_targets or ()))
+    if has_trainable_llm or has_adapted_head or args.train_new_tokens or args.unfreeze_lm_head:
+        return {}
+    path = args.model_name_or_path or args.llm_path
+    assert path  # validated
+    fields = PretrainedConfig.get_config_dict(path)[0]
+    return find_new_tokens(tokenizer, fields.get("llm_config", fields)["vocab_size"])
 
 
 def parse_lora_settings(args: ModelArguments, part: str) -> dict:

@@ -22,6 +22,7 @@ UNSUPPORTED_FIELDS = (
     "lora_bias",
     "target_parameters",
     "modules_to_save",
+    "trainable_token_indices",
     "alpha_pattern",
     "alora_invocation_tokens",
 )

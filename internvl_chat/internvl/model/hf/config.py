@@ -3,12 +3,15 @@
 `hf/weights.py` converts the weights and explains the two formats; `hf/processor.py` writes tokenizer and processor.
 """
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, InternVLConfig, LlamaConfig, PretrainedConfig
 
 from internvl.model.internvl_chat import InternVLChatConfig
+from internvl.model.internvl_chat.config_values import check_common_values, describe_config_file
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
+from internvl.model.internvl_chat.safe_loading import one_line_file_errors, refuse_unsafe_files
 from internvl.model.lora import LORA_RANK_FIELDS
 
 # Fields of the vision encoder: custom name -> HF name.
@@ -58,6 +61,20 @@ REQUIRED_HF_VISION_SETTINGS = {
 }
 HEIGHT_WIDTH_FIELDS = ("image_size", "patch_size")  # (height, width) in the HF vision configuration
 HF_QK_NORM_EPS = 1e-6  # a constant in transformers' InternVLVisionRMSNorm
+
+
+def load_hf_config(path: str | Path) -> InternVLConfig:
+    """Load the configuration of an HF checkpoint of unknown origin.
+
+    Raises:
+        ValueError, OSError: a file is unsafe, or the configuration is invalid; in one line.
+    """
+    refuse_unsafe_files(path)
+    source = describe_config_file(path)
+    with one_line_file_errors(source):
+        fields = InternVLConfig.get_config_dict(path)[0]
+        check_common_values(fields, source)
+        return InternVLConfig.from_dict(fields)
 
 
 def convert_config_to_hf(config: InternVLChatConfig, image_token_id: int, is_tied: bool) -> InternVLConfig:

@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import (
     repeat_kv,
     rotate_half,
 )
+from transformers.utils import TransformersKwargs
 
 from internvl.model.internlm2.configuration_internlm2 import InternLM2Config
 
@@ -41,6 +42,10 @@ __all__ = [
     "repeat_kv",
     "rotate_half",
 ]
+
+
+# What Llama's layers pass on to attention, beside the arguments of `InternLM2Attention.forward`.
+ATTENTION_KEYWORDS = {*TransformersKwargs.__annotations__, "use_cache", "cache_position"}
 
 
 class InternLM2RMSNorm(LlamaRMSNorm):
@@ -96,19 +101,28 @@ class InternLM2Attention(nn.Module):
         self.wqkv = nn.Linear(config.hidden_size, qkv_size, bias=config.bias)
         self.wo = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask=None, cache=None, past_key_values=None, **kwargs
+    ):
         """Return attended states (B, L, C) and attention weights.
 
-        The weights are None for kernels that do not return them.
+        The weights are None for kernels that do not return them. `cache` is the name of `past_key_values` from
+        transformers 5.24 on.
+
+        Raises:
+            TypeError: a keyword is unknown. A new version of transformers may have renamed one that matters.
         """
+        if unknown := kwargs.keys() - ATTENTION_KEYWORDS:
+            raise TypeError(f"InternLM2Attention does not support the arguments {', '.join(sorted(unknown))}")
+        cache = past_key_values if cache is None else cache
         groups = self.num_key_value_groups
         # (B, L, num_key_value_heads, groups + 2, head_dim)
         qkv = self.wqkv(hidden_states).unflatten(-1, (self.num_key_value_heads, groups + 2, self.head_dim))
         q = qkv[..., :groups, :].flatten(2, 3).transpose(1, 2)  # (B, num_heads, L, head_dim)
         k, v = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         implementation = str(self.config._attn_implementation)
         attention_fn = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attended, weights = attention_fn(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)

@@ -11,13 +11,12 @@ The trainer calls `save_adapter_checkpoint`, `InternVLChatModel.from_pretrained`
 
 import copy
 import hashlib
-import json
 import mmap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from internvl.model.internvl_chat.checkpoint_keys import check_checkpoint_keys, find_checkpoint_dir
@@ -25,6 +24,7 @@ from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.internvl_chat.resize import resize_embeddings, set_image_size
 from internvl.model.internvl_chat.zero3 import gathered_parameters, get_full_shape
 from internvl.model.lora import LORA_RANK_FIELDS, PEFT_PREFIX, is_adapter_parameter, is_peft_model, unwrap_peft
+from internvl.regular_files import open_regular_file, read_json_object, read_safetensors_header
 
 if TYPE_CHECKING:
     from internvl.model.internvl_chat.modeling_internvl_chat import InternVLChatModel
@@ -33,6 +33,7 @@ TRAINED_TENSORS_FILE = "trained.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 # A fingerprint reads this many bytes at the beginning, in the middle and at the end of each tensor.
 FINGERPRINT_SAMPLE_BYTES = 1024
+MAX_NEW_TOKENS = 2**16  # that a run may add to its base model
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -68,8 +69,10 @@ def save_adapter_checkpoint(model: "InternVLChatModel", folder: str | Path, stat
             part_state = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
             for config in module.peft_config.values():
                 config.base_model_name_or_path = base_checkpoint["path"]
+            card = folder / part / "README.md"
+            card.unlink(missing_ok=True)  # PEFT would read its YAML
             module.save_pretrained(str(folder / part), state_dict=part_state, save_embedding_layers=False)
-            (folder / part / "README.md").unlink()  # PEFT's empty model card
+            card.unlink()  # PEFT's empty model card
     others = {
         strip_peft_prefix(name): tensor.contiguous() for name, tensor in state.items() if not is_adapter_parameter(name)
     }
@@ -104,13 +107,10 @@ def fingerprint_weights(path: str | Path) -> str:
     """
     entries = []
     for file in list_weight_files(find_checkpoint_dir(path)):
-        with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            # Safetensors: 8 bytes with the length of the header, the header (JSON), the tensors.
-            data_start = 8 + int.from_bytes(data[:8], "little")
-            header = json.loads(data[8:data_start])
-            header.pop("__metadata__", None)
+        names_and_entries, data_start = read_safetensors_header(file)
+        with open_regular_file(file) as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             part = file.parent.name if file.name == ADAPTER_FILE else ""
-            for name, entry in header.items():
+            for name, entry in names_and_entries.items():
                 begin, end = (data_start + offset for offset in entry["data_offsets"])
                 sample_starts = (begin, (begin + end) // 2, max(begin, end - FINGERPRINT_SAMPLE_BYTES))
                 samples = [data[start : min(start + FINGERPRINT_SAMPLE_BYTES, end)] for start in sample_starts]
@@ -135,7 +135,7 @@ def list_weight_files(folder: Path) -> list[Path]:
 
 def strip_peft_prefix(name: str) -> str:
     """Return the name of a parameter in a model without adapters."""
-    return name.replace(PEFT_PREFIX, "", 1).replace(".base_layer", "")
+    return name.replace(PEFT_PREFIX, "", 1).replace(".token_adapter", "").replace(".base_layer", "")
 
 
 def get_saved_adapter_name(name: str) -> str:
@@ -177,7 +177,14 @@ def load_adapter_checkpoint(cls, folder: str | Path, config, base_model: str | P
             f"{folder} was trained on a base checkpoint other than {path}: expected weights with the fingerprint "
             f"{description['fingerprint'][:12]}..., got {fingerprint[:12]}..."
         )
-    base_config = build_base_config(cls.config_class.from_pretrained(path), config)
+    base_config = cls.config_class.from_pretrained(path)
+    num_rows, num_base_rows = config.llm_config.vocab_size, base_config.llm_config.vocab_size
+    if num_rows > num_base_rows + MAX_NEW_TOKENS:
+        raise ValueError(
+            f"{folder}/config.json: llm_config.vocab_size {num_rows} is invalid: expected at most {MAX_NEW_TOKENS:,} "
+            f"tokens more than the {num_base_rows} of the base checkpoint {path}."
+        )
+    base_config = build_base_config(base_config, config)
     model = cls.from_pretrained(path, config=base_config, **kwargs)
     # Repeat the changes that the run made to its base model, in the same order.
     if description.get("merged"):
@@ -205,15 +212,18 @@ def build_base_config(base_config, config):
     return config
 
 
-def load_trained_tensors(model: "InternVLChatModel", folder: str | Path) -> None:
+def load_trained_tensors(model: "InternVLChatModel", folder: str | Path, required: Iterable[str] = ()) -> None:
     """Load adapters and trained tensors into a model with the same adapters.
 
     A collective under ZeRO-3: all ranks call it.
 
+    Args:
+        required: names of parameters that the checkpoint must hold, besides the adapters.
+
     Raises:
         ValueError: as `load_adapter_checkpoint`.
     """
-    parameters, tensors = dict(model.named_parameters()), read_trained_tensors(model, folder)
+    parameters, tensors = dict(model.named_parameters()), read_trained_tensors(model, folder, required)
     for name, tensor in tensors.items():
         with gathered_parameters(parameters[name]), torch.no_grad():
             parameters[name].copy_(tensor)
@@ -221,8 +231,13 @@ def load_trained_tensors(model: "InternVLChatModel", folder: str | Path) -> None
     model.previously_trained = frozenset(map(strip_peft_prefix, others))
 
 
-def read_trained_tensors(model: "InternVLChatModel", folder: str | Path) -> dict[str, torch.Tensor]:
+def read_trained_tensors(
+    model: "InternVLChatModel", folder: str | Path, required: Iterable[str] = ()
+) -> dict[str, torch.Tensor]:
     """Read the tensors of a checkpoint under their names in the model.
+
+    Args:
+        required: as for `load_trained_tensors`.
 
     Raises:
         ValueError: as `load_adapter_checkpoint`.
@@ -240,12 +255,12 @@ def read_trained_tensors(model: "InternVLChatModel", folder: str | Path) -> dict
         tensors[others.get(name, name)] = tensor
     shapes = {name: get_full_shape(parameter) for name, parameter in parameters.items()}
     loading_info = {
-        "missing_keys": [name for name in adapters.values() if name not in tensors],
+        "missing_keys": [name for name in {*adapters.values(), *required} if name not in tensors],
         "unexpected_keys": [name for name in tensors if name not in parameters],
         "mismatched_keys": [
             (name, tensor.shape, shapes[name])
             for name, tensor in tensors.items()
-            if name in parameters and tensor.shape != shapes[name]
+            if name in parameters and (tensor.shape != shapes[name] or not tensor.is_floating_point())
         ],
         "not_finite_keys": [name for name, tensor in tensors.items() if not tensor.isfinite().all()],
     }
@@ -255,13 +270,13 @@ def read_trained_tensors(model: "InternVLChatModel", folder: str | Path) -> dict
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a safetensors file, if it exists."""
-    try:
-        return load_file(file) if file.is_file() else {}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    if not file.exists():
+        return {}
+    read_safetensors_header(file)
+    return load_file(file)
 
 
 def is_adapter_checkpoint(folder: str | Path) -> bool:
     """Return whether a folder was written by `save_adapter_checkpoint`."""
     file = Path(folder) / "config.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("base_model"))
+    return file.exists() and bool(read_json_object(file).get("base_model"))

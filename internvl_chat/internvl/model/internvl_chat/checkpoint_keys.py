@@ -3,10 +3,13 @@
 import re
 from pathlib import Path
 
-from safetensors import safe_open
 from transformers.utils import cached_file
 
 from internvl.model.lora import LLM_TARGETS, LORA_RANK_FIELDS, PROJECTOR_TARGETS, VISION_TARGETS
+from internvl.model.safetensors_io import abbreviate_names
+from internvl.regular_files import read_safetensors_header
+
+MAX_NAMES = 8  # of each kind in a message
 
 
 def find_checkpoint_dir(path: str | Path) -> Path:
@@ -39,24 +42,26 @@ def build_legacy_key_mapping(path: str | Path, config) -> dict[str, str]:
 
 def list_tensor_names(folder: Path) -> list[str]:
     """List the names of all tensors in a folder's safetensors files."""
-    names = []
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            names += opened.keys()
-    return names
+    return [name for file in folder.glob("*.safetensors") for name in read_safetensors_header(file)[0]]
 
 
 def check_checkpoint_keys(name: str, loading_info: dict) -> None:
-    """Raise a ValueError that lists all wrong keys of checkpoint `name`.
+    """Raise a ValueError that names the wrong keys of checkpoint `name`, in one line.
 
     Args:
         loading_info: `missing_keys`, `unexpected_keys` and `mismatched_keys` as transformers' `from_pretrained` reports
             them; `not_finite_keys`, too, in checkpoints of adapters.
     """
     problems = ("missing", "unexpected", "mismatched", "not_finite")
-    keys = {problem: sorted(loading_info.get(f"{problem}_keys") or ()) for problem in problems}
+    keys = {problem: set(loading_info.get(f"{problem}_keys") or ()) for problem in problems}
     # A mismatched key comes with the shapes in the checkpoint and in the model.
-    keys["mismatched"] = [f"{key} {tuple(got)} for {tuple(expected)}" for key, got, expected in keys["mismatched"]]
+    keys["mismatched"] = {f"{key} {tuple(got)} for {tuple(expected)}" for key, got, expected in keys["mismatched"]}
     if any(keys.values()):
-        lines = (f"{problem.replace('_', ' ')}: {', '.join(keys[problem])}" for problem in problems if keys[problem])
-        raise ValueError("\n".join([f"The keys of checkpoint {name} do not match the model:", *lines]))
+        listed = [
+            f"{problem.replace('_', ' ')}: {abbreviate_names(keys[problem], MAX_NAMES)}"
+            for problem in problems
+            if keys[problem]
+        ]
+        raise ValueError(
+            f"The keys of checkpoint {name} do not match the model of its config.json: {'; '.join(listed)}"
+        )

@@ -1,9 +1,9 @@
 """Configuration of InternViT, with upstream's keys and defaults."""
 
 from transformers import PretrainedConfig
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from internvl.model.internvl_chat.config_values import check_chat_config, check_vision_config, describe_config_file
+from internvl.model.internvl_chat.safe_loading import one_line_file_errors
 
 
 class InternVisionConfig(PretrainedConfig):
@@ -59,9 +59,16 @@ class InternVisionConfig(PretrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load the configuration of a vision encoder, also from a chat checkpoint."""
-        config_dict, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        config_dict = config_dict.get("vision_config", config_dict)
-        if config_dict.get("model_type", cls.model_type) != cls.model_type:
-            logger.warning(f"Reading a config of type {config_dict['model_type']!r} as {cls.model_type!r}.")
-        return cls.from_dict(config_dict, **kwargs)
+        """Load the configuration of a vision encoder, also from a chat checkpoint.
+
+        Raises:
+            ValueError, OSError: the file or a value in it is invalid; in one line.
+        """
+        source = describe_config_file(pretrained_model_name_or_path)
+        with one_line_file_errors(source):
+            fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if "vision_config" in fields:
+                check_chat_config(fields, source)
+                fields = fields["vision_config"]
+            check_vision_config(fields, source)
+            return cls.from_dict(fields, **kwargs)

@@ -12,7 +12,9 @@ from transformers import CONFIG_MAPPING, LlamaConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from internvl.model.internlm2.configuration_internlm2 import InternLM2Config
+from internvl.model.internvl_chat.config_values import check_chat_config, describe_config_file
 from internvl.model.internvl_chat.configuration_intern_vit import InternVisionConfig
+from internvl.model.internvl_chat.safe_loading import one_line_file_errors
 from internvl.model.phi3.configuration_phi3 import Phi3Config
 
 # LLMs implemented here; every other causal language model comes from transformers' registry.
@@ -87,6 +89,24 @@ class InternVLChatConfig(PretrainedConfig):
         # Older checkpoints of upstream have arbitrary values in `llm_config`: both fields must agree.
         is_tied = bool(tie_word_embeddings and self.llm_config.tie_word_embeddings)
         self.tie_word_embeddings = self.llm_config.tie_word_embeddings = is_tied
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a chat configuration of unknown origin.
+
+        Raises:
+            ValueError, OSError: the file or a value in it is invalid; in one line.
+        """
+        with one_line_file_errors(describe_config_file(pretrained_model_name_or_path)):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Read and check the fields of a chat configuration."""
+        source = describe_config_file(pretrained_model_name_or_path)
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        check_chat_config(fields, source)
+        return fields, kwargs
 
     def to_dict(self) -> dict:
         """Return all fields, defaults included, under the keys of transformers 4.

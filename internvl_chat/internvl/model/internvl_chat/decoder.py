@@ -6,6 +6,7 @@ import torch
 import transformers
 from packaging import version
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from internvl.model.internvl_chat.configuration_internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.documents import compute_cu_seqlens
@@ -13,6 +14,8 @@ from internvl.model.internvl_chat.modeling_intern_vit import has_flash_attn
 
 # From 4.53 on, transformers derives the documents of a row from its positions.
 HAS_PACKED_MASKS = version.parse(transformers.__version__) >= version.parse("4.53")
+# Name of the KV cache in arguments and outputs: 5.24 renamed it.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 # Model types whose decoder ignores positions when it creates masks, but accepts masks from the caller.
 MODEL_TYPES_NEEDING_MASKS = ("gpt_oss",)
 # Attention implementations that take cumulative document lengths: flash-attn, and `model/varlen_attention.py`, which is

@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
-from internvl.model.internvl_chat.zero3 import gathered_parameters
+from internvl.model.internvl_chat.zero3 import gathered_parameters, is_partitioned
 from internvl.model.lora import LORA_RANK_FIELDS, is_adapter_parameter, is_peft_model
+
+# Largest difference of a merged layer's outputs from the adapted one's, in float32, relative to the largest output.
+MERGE_TOLERANCE = 1e-3
 
 
 @torch.no_grad()
@@ -25,12 +29,16 @@ def merge_adapters(model):
         The model without adapters. Its configuration has none, either.
 
     Raises:
-        ValueError: a weight is quantized.
+        ValueError: a weight is quantized or shared with another layer, or a merged layer computes something else.
     """
     for part in LORA_RANK_FIELDS:
         if is_peft_model(module := getattr(model, part)):
+            _refuse_shared_weights(module)
             for layer in find_lora_layers(module):
                 _merge_layer(layer)
+            for layer in module.modules():
+                if isinstance(layer, TrainableTokensLayer):
+                    layer.merge()
             setattr(model, part, module.unload())
     remove_adapter_fields(model.config)
     # transformers 5 saves tensors under the names from which it loaded them. Names of adapted experts are PEFT's.
@@ -47,8 +55,25 @@ def remove_adapter_fields(config):
     return config
 
 
+def _refuse_shared_weights(module: nn.Module):
+    """Raise a ValueError if an adapted weight also belongs to a layer without adapter.
+
+    Merging the adapter would change that layer, too: the input embeddings, if the LM head is tied to them.
+    """
+    layers: list[Any] = find_lora_layers(module)  # a mixin of modules
+    adapted = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    own = {id(submodule) for layer in layers for submodule in layer.modules()}
+    for name, other in module.named_modules():
+        for parameter in other.parameters(recurse=False):
+            if id(parameter) in adapted and id(other) not in own:
+                raise ValueError(
+                    f"Merging is not supported: an adapted layer shares its weight with {name}, which has no adapter "
+                    "and would change, too. Train without LoRA in the LM head."
+                )
+
+
 def _merge_layer(layer: Any):
-    """Merge the adapter of a layer in float32.
+    """Merge the adapter of a layer in float32, and compare its outputs.
 
     `layer` is a PEFT LoraLayer, which is a mixin of modules.
     """
@@ -62,9 +87,28 @@ def _merge_layer(layer: Any):
     with gathered_parameters(*parameters):
         for parameter in parameters:
             parameter.data = parameter.data.float()
+        # Other layers hold experts, whose inputs are routed. Under ZeRO-3 a call would release the gathered weights.
+        is_checked = isinstance(layer, Linear) and not is_partitioned(parameters[0])
+        before = _compute_probe_output(layer) if is_checked else None
         layer.merge()
+        if before is not None:
+            error = (_compute_probe_output(layer) - before).abs().max()
+            if not error <= MERGE_TOLERANCE * before.abs().max():
+                raise ValueError(
+                    f"Merging failed: a merged layer of shape {tuple(parameters[0].shape)} differs from the "
+                    f"adapted one by {error:.2g} in float32, with outputs up to {before.abs().max():.2g}."
+                )
         for parameter, dtype in zip(parameters, dtypes, strict=True):
             parameter.data = parameter.data.to(dtype)
+
+
+def _compute_probe_output(layer: Any) -> torch.Tensor:
+    """Compute the output of a layer for four fixed random inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weight = layer.get_base_layer().weight
+    inputs = torch.randn(4, layer.in_features, generator=generator).to(weight)
+    layer.eval()  # without dropout
+    return Linear.forward(layer, inputs)
 
 
 def find_lora_layers(module: nn.Module) -> list[LoraLayer]:

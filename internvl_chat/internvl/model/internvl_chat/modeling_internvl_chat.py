@@ -18,16 +18,22 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from internvl.dist_utils import is_collective_error
 from internvl.model.internlm2.modeling_internlm2 import InternLM2ForCausalLM
 from internvl.model.internvl_chat.adapter_checkpoint import load_adapter_checkpoint
 from internvl.model.internvl_chat.chat import ChatMixin, build_conversation
-from internvl.model.internvl_chat.checkpoint_keys import build_legacy_key_mapping, check_checkpoint_keys
+from internvl.model.internvl_chat.checkpoint_keys import (
+    build_legacy_key_mapping,
+    check_checkpoint_keys,
+    find_checkpoint_dir,
+)
 from internvl.model.internvl_chat.configuration_internvl_chat import InternVLChatConfig, count_image_tokens
-from internvl.model.internvl_chat.decoder import configure_attention, run_decoder
+from internvl.model.internvl_chat.decoder import CACHE_NAME, configure_attention, run_decoder
 from internvl.model.internvl_chat.documents import compute_label_weights, normalize_document_boundaries
 from internvl.model.internvl_chat.lora_mixin import LoraMixin
 from internvl.model.internvl_chat.modeling_intern_vit import InternVisionModel
-from internvl.model.internvl_chat.safe_loading import refuse_unsafe_files
+from internvl.model.internvl_chat.safe_loading import one_line_checkpoint_errors, refuse_unsafe_files
+from internvl.model.internvl_chat.weight_shapes import check_adapter_ranks, check_model_fits_weights
 from internvl.model.internvl_chat.zero3 import is_partitioned
 from internvl.model.lora import LORA_RANK_FIELDS, freeze_all_but_adapters, is_peft_model, unwrap_peft
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
@@ -74,6 +80,8 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
     # trained.
     base_checkpoint: dict | None = None
     previously_trained: frozenset[str] = frozenset()
+    # Tokens that the tokenizer has and the checkpoint has no row for, beside the image tokens.
+    new_token_ids: tuple[int, ...] = ()
     # Weight of documents in the loss, a key of `documents.LOSS_REDUCTIONS`.
     loss_reduction: str = "token"
     config: InternVLChatConfig
@@ -123,25 +131,36 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         checkpoint is loaded first, from the recorded path or from `base_model`.
 
         Raises:
-            ValueError: keys are missing, unexpected or of another shape (the message lists all); or a file is unsafe.
+            ValueError: a file is unsafe or damaged, the configuration is invalid, or keys of the weights are missing,
+                unexpected or of another shape. Sizes are compared before memory is taken.
         """
-        refuse_unsafe_files(pretrained_model_name_or_path, not kwargs.get("use_safetensors", True))
-        base_model = kwargs.pop("base_model", None)
-        config = kwargs.get("config") or InternVLChatConfig.from_pretrained(pretrained_model_name_or_path)
-        if getattr(config, "base_model", None):
-            kwargs.pop("config", None)
-            return load_adapter_checkpoint(cls, pretrained_model_name_or_path, config, base_model, **kwargs)
+        path = pretrained_model_name_or_path
+        note = " as DeepSpeed is configured" if is_deepspeed_zero3_enabled() else ""
+        with one_line_checkpoint_errors(f"the checkpoint {path}{note}", is_collective_error):
+            refuse_unsafe_files(path, not kwargs.get("use_safetensors", True))
+            base_model = kwargs.pop("base_model", None)
+            config = kwargs.get("config") or InternVLChatConfig.from_pretrained(path)
+            if getattr(config, "base_model", None):
+                kwargs.pop("config", None)
+                check_adapter_ranks(config, find_checkpoint_dir(path))
+                return load_adapter_checkpoint(cls, path, config, base_model, **kwargs)
+            return cls._load_full_checkpoint(path, *args, **kwargs | {"config": config})
+
+    @classmethod
+    def _load_full_checkpoint(cls, path, *args, config, **kwargs) -> Any:
+        """Load a checkpoint that has all weights; adapters may be among them."""
         returns_info = kwargs.pop("output_loading_info", False)
         # Other shapes must not raise in transformers: `check_checkpoint_keys` lists all problems. Under ZeRO-3
         # transformers has no shapes to compare: parameters are partitioned and their own shapes are empty.
         kwargs |= {"ignore_mismatched_sizes": not is_deepspeed_zero3_enabled(), "output_loading_info": True}
-        key_mapping = build_legacy_key_mapping(pretrained_model_name_or_path, config)
+        key_mapping = build_legacy_key_mapping(path, config)
+        check_model_fits_weights(cls, config, find_checkpoint_dir(path), key_mapping)
         if key_mapping:
             kwargs["key_mapping"] = key_mapping  # an argument of transformers 5 only
         kwargs.setdefault("use_safetensors", True)
         # pyrefly: ignore[not-iterable]  # a pair with output_loading_info
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        check_checkpoint_keys(pretrained_model_name_or_path, info)
+        model, info = super().from_pretrained(path, *args, config=config, **kwargs)
+        check_checkpoint_keys(path, info)
         if key_mapping:  # transformers would apply it in reverse when saving
             model.__dict__.pop("_weight_conversions", None)
         for module in (getattr(model, part) for part in LORA_RANK_FIELDS):
@@ -204,7 +223,7 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
             use_cache=bool(use_cache) and labels is None and not self.training,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -228,7 +247,7 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -11,8 +11,9 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 from transformers.utils import cached_file
 
 from internvl.model.internlm2.tokenization_internlm2 import InternLM2Tokenizer
-from internvl.model.internvl_chat.safe_loading import one_line_checkpoint_errors
+from internvl.model.internvl_chat.safe_loading import one_line_file_errors
 from internvl.model.tokenizers.llama import LlamaTokenizer
+from internvl.model.tokenizers.pipeline import check_tokenizer_files, check_trial
 from internvl.model.tokenizers.v4_compat import Transformers4SavingMixin
 
 
@@ -42,6 +43,9 @@ TOKENIZER_CLASSES["TokenizersBackend"] = PreTrainedTokenizerFast  # its name in 
 def load_tokenizer(path: str | Path, **kwargs) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint without running code from it.
 
+    A tokenizer without a token for padding pads with its end-of-text token, or with token 0. Padding is masked, so the
+    choice has no effect on results.
+
     Args:
         path: a folder, or ORG/NAME on the hub.
         kwargs: for `from_pretrained`.
@@ -50,12 +54,19 @@ def load_tokenizer(path: str | Path, **kwargs) -> PreTrainedTokenizerBase:
         a fast tokenizer.
 
     Raises:
-        ValueError: the folder or its tokenizer_config.json is missing, or only the checkpoint's code defines the class.
+        ValueError: the folder or its tokenizer_config.json is missing, a file is damaged or unsafe, or only the
+            checkpoint's code defines the class.
     """
-    if not Path(path).is_dir() and str(path).count("/") > 1:
+    if not Path(path).is_dir() and str(path).count("/") != 1:
         raise ValueError(f"the checkpoint folder {str(path)!r} does not exist")
-    with one_line_checkpoint_errors(f"the tokenizer in {str(path)!r}"):
-        return _load_by_class(path, get_tokenizer_config(path), **kwargs)
+    with one_line_file_errors(path, f"the tokenizer in {str(path)!r}"):
+        if Path(path).is_dir():
+            check_tokenizer_files(Path(path))
+        tokenizer = _load_by_class(path, get_tokenizer_config(path), **kwargs)
+        check_trial(tokenizer, f"the tokenizer in {str(path)!r}")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        return tokenizer
 
 
 def _load_by_class(path: str | Path, config: dict, **kwargs) -> PreTrainedTokenizerBase:

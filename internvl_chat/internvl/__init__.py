@@ -1,0 +1,7 @@
+"""Fine-tuning of InternVL chat models."""
+
+import logging
+
+# PEFT imports bitsandbytes where it is installed, and bitsandbytes 0.50 warns while it is imported that a package of
+# kernels from the hub, which nothing here needs, is missing.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
