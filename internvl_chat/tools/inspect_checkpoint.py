@@ -6,34 +6,21 @@ Reads the JSON files and the headers of the safetensors files, but no tensor.
 """
 
 import argparse
-import json
 import re
 from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
+from internvl.checkpoint.optimizer_state import OPTIMIZER_STATE_FILE
+from internvl.checkpoint.trainer_state import TRAINER_STATE_FILE, read_trainer_state
 from internvl.command_line import CHAT_MODEL_TYPE, exit_on_user_error
-from internvl.model.adapter_io import find_adapter_dirs
+from internvl.model.adapter_io import find_adapter_dirs, read_adapter_config
 from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE, TRAINED_TENSORS_FILE
 from internvl.model.internvl_chat.safe_loading import ADAPTER_CONFIG_FILE
 from internvl.model.lora import LORA_RANK_FIELDS
+from internvl.regular_files import read_json_object, read_safetensors_header
 
-# Bytes of a value, by the dtype names of safetensors headers.
-DTYPE_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I8": 1,
-    "U8": 1,
-}
 HF_MODEL_TYPE = "internvl"
 # Part of the model -> pattern of its tensor names in the custom and the HF format. The first match counts.
 PART_PATTERNS = {
@@ -96,7 +83,7 @@ def describe_checkpoint(folder: Path) -> list[tuple[str, str]]:
     Raises:
         ValueError: `folder` holds no checkpoint.
     """
-    config = _read_json(folder / "config.json")
+    config = _read_config(folder)
     sizes, adapters = measure_tensors(folder), read_adapter_settings(folder)
     kind = classify_checkpoint(folder, config, sizes, adapters)
     rows = [("Folder", str(folder)), ("Kind", kind), ("Base checkpoint", _describe_base(config))]
@@ -107,8 +94,9 @@ def describe_checkpoint(folder: Path) -> list[tuple[str, str]]:
         if part in adapters:
             texts["adapters"] = "adapters ({variant}, rank {r}, alpha {alpha})".format(**adapters[part])
         rows += [(part, f"{text}: {sizes.get((tensors, part), 'no tensors here')}") for tensors, text in texts.items()]
-    if state := _read_json(folder / "trainer_state.json"):
-        rows.append(("Step", f"{state['global_step']} of {state['max_steps']} (epoch {state['epoch'] or 0:.3g})"))
+    if (folder / TRAINER_STATE_FILE).exists():
+        state = read_trainer_state(folder)
+        rows.append(("Step", f"{state['global_step']} of {state.get('max_steps')} (epoch {state.get('epoch', 0):.3g})"))
     return rows + [("Load with", loader.format(folder)) for loader in LOADERS[kind]]
 
 
@@ -142,7 +130,7 @@ def measure_tensors(folder: Path) -> dict[tuple[str, str], Size]:
     num_parameters, num_bytes = Counter(), Counter()
     kinds_by_file = {TRAINED_TENSORS_FILE: "trained", ADAPTER_FILE: "adapters"}
     for file in folder.glob("*.safetensors"):
-        for header in read_tensor_headers(file):
+        for header in () if file.name == OPTIMIZER_STATE_FILE else read_tensor_headers(file):
             kind = "adapters" if ".lora_" in header.name else kinds_by_file.get(file.name, "weights")
             part = next((part for part, pattern in PART_PATTERNS.items() if pattern.search(header.name)), "other")
             num_parameters[kind, part] += header.num_values
@@ -156,15 +144,10 @@ def measure_tensors(folder: Path) -> dict[tuple[str, str], Size]:
 
 def read_tensor_headers(file: Path) -> list[TensorHeader]:
     """Read the headers of a safetensors file."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not iterable)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file ({error})") from error
-    counts = {name: prod(tensor.get_shape()) for name, tensor in slices.items()}
+    headers, _ = read_safetensors_header(file)
     return [
-        TensorHeader(name, counts[name], counts[name] * DTYPE_BYTES.get(tensor.get_dtype(), 1))
-        for name, tensor in slices.items()
+        TensorHeader(name, prod(header["shape"]), header["data_offsets"][1] - header["data_offsets"][0])
+        for name, header in headers.items()
     ]
 
 
@@ -174,18 +157,18 @@ def read_adapter_settings(folder: Path) -> dict[str, dict]:
     In upstream's checkpoints config.json has the rank only; alpha is twice the rank. PEFT's files and our
     `lora_settings` have precedence.
     """
-    config = _read_json(folder / "config.json")
+    config = _read_config(folder)
     ranks = {part: config.get(field) for part, field in LORA_RANK_FIELDS.items()}
     settings = {part: {"r": rank, "alpha": 2 * rank, "variant": "lora"} for part, rank in ranks.items() if rank}
-    peft_configs = {part: _read_json(path / ADAPTER_CONFIG_FILE) for part, path in find_adapter_dirs(folder).items()}
-    if not config and (peft_config := _read_json(folder / ADAPTER_CONFIG_FILE)):
+    peft_configs = {part: read_adapter_config(path) for part, path in find_adapter_dirs(folder).items()}
+    if not config and (folder / ADAPTER_CONFIG_FILE).exists():
         # One PEFT folder for one or more parts, as export_adapters.py writes it.
         parts = {part for kind, part in measure_tensors(folder) if kind == "adapters"}
-        peft_configs = dict.fromkeys(sorted(parts, key=[*LORA_RANK_FIELDS, "other"].index), peft_config)
+        peft_configs = dict.fromkeys(sorted(parts, key=[*LORA_RANK_FIELDS, "other"].index), read_adapter_config(folder))
     for part, c in peft_configs.items():
         settings[part] = {"r": c["r"], "alpha": c["lora_alpha"], "variant": _name_variant(c)}
     for part, own in (config.get("lora_settings") or {}).items():
-        settings[part] = settings.get(part, {}) | {key: own[key] for key in ("r", "alpha", "variant")}
+        settings[part] = settings.get(part, {}) | {key: own.get(key) for key in ("r", "alpha", "variant")}
     return settings
 
 
@@ -197,8 +180,9 @@ def _name_variant(peft_config: dict) -> str:
 
 def _describe_base(config: dict) -> str:
     if base := config.get("base_model"):
-        hint = "" if Path(base["path"]).exists() else "; not found: pass its new path as base_model="
-        return f"{base['path']} (fingerprint {base.get('fingerprint')}){hint}"
+        path = str(base.get("path"))
+        hint = "" if Path(path).exists() else "; not found: pass its new path as base_model="
+        return f"{path} (fingerprint {base.get('fingerprint')}){hint}"
     if config.get("merged_from"):
         return f"not required (merged from {config['merged_from']})"
     return "not required" if config else "not recorded in this folder"
@@ -208,8 +192,10 @@ def _describe_llm(config: dict) -> list[tuple[str, str]]:
     llm = config.get("llm_config") or config.get("text_config")
     if not llm:
         return []
-    template = config.get("template") or (config.get("internvl_chat") or {}).get("template")
-    name = (llm.get("architectures") or [llm.get("model_type")])[0]
+    own = config.get("internvl_chat")  # our additions to a HF checkpoint
+    template = config.get("template") or (own.get("template") if isinstance(own, dict) else None)
+    names = llm.get("architectures")
+    name = names[0] if isinstance(names, list) and names else llm.get("model_type")
     llm_text = f"{name}, {llm.get('num_hidden_layers')} layers, hidden size {llm.get('hidden_size')}"
     return [("LLM", llm_text), ("Template", template or "not recorded")]
 
@@ -224,8 +210,25 @@ def format_table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _read_json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _read_config(folder: Path) -> dict:
+    """Read `config.json`; empty if there is none.
+
+    Raises:
+        ValueError: a value that is shown has another type.
+    """
+    file = folder / "config.json"
+    config = read_json_object(file) if file.exists() else {}
+    objects = {key: config.get(key) or {} for key in ("base_model", "llm_config", "text_config", "lora_settings")}
+    settings = objects["lora_settings"]
+    if isinstance(settings, dict):
+        objects |= {f"lora_settings.{part}": value for part, value in settings.items()}
+    for key, value in objects.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{file} is invalid: {key} is {value!r:.80}, expected a JSON object.")
+    for field in LORA_RANK_FIELDS.values():
+        if type(rank := config.get(field) or 0) is not int:
+            raise ValueError(f"{file} is invalid: {field} is {rank!r:.80}, expected an integer.")
+    return config
 
 
 def _format_si(number: int) -> str:

@@ -268,11 +268,11 @@ def truncate(folder: Path) -> None:
 
 
 DAMAGES = {
-    "truncated": (truncate, "adapter_model.safetensors is damaged"),
+    "truncated": (truncate, "adapter_model.safetensors is not a complete safetensors file"),
     "missing": (change_tensors(lambda t, name: t.pop(name)), "missing: vision_model.*lora_A.default.weight"),
     "renamed": (
         change_tensors(lambda t, name: t.update({name + "x": t.pop(name)})),
-        "missing: .*\nunexpected: .*weightx",
+        "missing: .*; unexpected: .*weightx",
     ),
     "extra": (change_tensors(lambda t, name: t.update(extra=torch.zeros(1))), "unexpected: vision_model.extra"),
     "wrong shape": (change_tensors(lambda t, name: t.update({name: t[name][1:].clone()})), r"mismatched: .* for \("),

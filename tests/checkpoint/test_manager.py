@@ -1,11 +1,16 @@
 """The checkpoint manager alone: atomic writes, rotation, errors of the disk."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from helpers.paths import PACKAGE_DIR, REPO_ROOT
 
 from internvl.checkpoint.manager import UNFINISHED_DIR, CheckpointManager, one_line_io_errors
-from internvl.checkpoint.manifest import find_checkpoint_errors
+from internvl.checkpoint.manifest import find_checkpoint_errors, fsync_paths
 
 
 def write(manager: CheckpointManager, step: int) -> None:
@@ -70,12 +75,58 @@ def test_trial_checkpoint_is_written_read_and_removed(tmp_path):
         folder.mkdir(parents=True)
         (folder / "file").write_bytes(b"0" * 1000)
 
-    manager.write_trial_checkpoint(
-        write_trial, lambda folder: verified.append((folder / "file").exists()), num_trainable=10
-    )
-    assert verified == [True] and not list_names(tmp_path) and manager.save_seconds > 0
-    with pytest.raises(OSError, match="bytes free, a checkpoint requires 12,000,000,000,000,001,000"):
+    manager.write_trial_checkpoint(write_trial, lambda folder: verified.append(list_names(folder)), num_trainable=10)
+    assert verified == [{"file", "manifest.json"}] and not list_names(tmp_path) and manager.save_seconds > 0
+    with pytest.raises(OSError, match="bytes free, a checkpoint requires 12,000,000,000,000,001,1"):
         manager.write_trial_checkpoint(write_trial, lambda folder: None, num_trainable=10**18)
+
+
+# A library for LD_PRELOAD: a file system on which fsync of a folder fails, as on CIFS, 9p and some of FUSE.
+FSYNC_WITHOUT_FOLDERS = """
+#include <errno.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int fsync(int fd) {
+    struct stat status;
+    if (!fstat(fd, &status) && S_ISDIR(status.st_mode)) { errno = ERROR; return -1; }
+    return syscall(SYS_fsync, fd);
+}
+"""
+WRITE_CHECKPOINTS = """
+import sys
+from pathlib import Path
+from checkpoint.test_manager import list_names, write
+from internvl.checkpoint.manager import CheckpointManager
+manager = CheckpointManager(sys.argv[1], is_writer=True)
+manager.write_trial_checkpoint(lambda folder: folder.mkdir(parents=True), list_names, num_trainable=1)
+write(manager, 3)
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.compile
+@pytest.mark.parametrize(("error", "status"), [("EINVAL", 0), ("EOPNOTSUPP", 0), ("EBADF", 0), ("EIO", 1)])
+def test_file_system_that_cannot_flush_folders(tmp_path, error, status):
+    """It is known before the first step, if it cannot be tolerated."""
+    (tmp_path / "fsync.c").write_text(FSYNC_WITHOUT_FOLDERS)
+    compiler = ["cc", "-shared", "-fPIC", f"-DERROR={error}", "-o", tmp_path / "fsync.so", tmp_path / "fsync.c"]
+    subprocess.run(compiler, check=True)
+    env = os.environ | {"LD_PRELOAD": str(tmp_path / "fsync.so"), "PYTHONPATH": f"{PACKAGE_DIR}:{REPO_ROOT / 'tests'}"}
+    command = [sys.executable, "-c", WRITE_CHECKPOINTS, str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    if status:
+        assert f"OSError: no checkpoint can be written to {tmp_path}/out: [Errno 5]" in done.stderr
+    else:
+        assert find_checkpoint_errors(tmp_path / "out/checkpoint-3") == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="requires Linux")
+def test_folders_of_a_real_file_system_without_fsync_are_tolerated():
+    with pytest.raises(OSError, match="Invalid argument"):
+        fsync_paths(Path("/proc/self/status"))
+    fsync_paths(Path("/proc/self"))
 
 
 def test_removed_output_dir_is_created_again(tmp_path):

@@ -5,13 +5,16 @@ The attacks are real: each would make a folder named `marker` if its code ran.
 
 import json
 import os
+import re
 import shutil
+import time
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import make_tiny_checkpoint
 from helpers.training_runs import (
     TRAIN_ADAPTERS,
     TRAIN_LLM_AND_PROJECTOR,
@@ -20,15 +23,23 @@ from helpers.training_runs import (
     read_losses,
     run_training,
     train_in_process,
+    write_meta_file,
 )
 from safetensors.torch import load_file, save_file
+from stress.checkpoint_edits import edit_safetensors
 from tools.pickle2safetensors import main as pickle2safetensors
 
+from internvl.checkpoint.manifest import write_manifest
 from internvl.checkpoint.optimizer_state import find_deepspeed_shards
 from internvl.checkpoint.safe_load import refuse_unsafe_pickles, weights_only_loading
 from internvl.model.adapter_io import load_lora_config
 from internvl.model.compose import compose_chat_model, load_projector
 from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.internvl_chat.adapter_checkpoint import (
+    gather_trained_tensors,
+    load_trained_tensors,
+    save_adapter_checkpoint,
+)
 from internvl.model.safetensors_io import CheckpointTensors
 from internvl.model.tokenizers.loading import load_tokenizer
 
@@ -73,7 +84,8 @@ def edit_json(file: Path, **fields) -> None:
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "before torch 1.6"])
 def test_pickled_weights_do_not_run(tiny_inputs, model_parts, build_from_flags, tmp_path, marker, checkpoint, is_zip):
     (checkpoint / "model.safetensors").unlink()
-    torch.save({"a": Attack(marker)}, checkpoint / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
+    state = {"a": Attack(marker), "b": torch.zeros(100_000)}  # as large as config.json says
+    torch.save(state, checkpoint / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
     message = r"are pickled \(pytorch_model.bin\).*pickle2safetensors.py.*--allow_pickle True"
     for load_fn in (InternVLChatModel.from_pretrained, CheckpointTensors, load_lora_config):
         with pytest.raises(ValueError, match=message):
@@ -311,3 +323,89 @@ def test_deepspeed_files_outside_the_checkpoint_are_not_read(tmp_path, name):
     (tmp_path / "checkpoint/latest").write_text(name)
     with pytest.raises(ValueError, match="which is not a folder in"):
         find_deepspeed_shards(tmp_path / "checkpoint")
+
+
+ZERO_FLAGS = [*TRAIN_ADAPTERS, *"--freeze_mlp False --deepspeed zero_stage2_config.json --save_steps 2".split()]
+
+
+@pytest.fixture(scope="module")
+def two_zero_steps(tiny_inputs, tmp_path_factory) -> Path:
+    """Train two steps under ZeRO-2; return the output folder."""
+    output = tmp_path_factory.mktemp("two_zero_steps") / "run"
+    run_training(tiny_inputs, output, *ZERO_FLAGS, "--max_steps", "2")
+    return output
+
+
+MOMENT = "mlp1.1.weight.exp_avg"
+# Change of tensors and metadata of the optimizer states under ZeRO -> the sentence.
+ZERO_EDITS = {
+    "transposed": (lambda t, m: t.update({MOMENT: t[MOMENT].T.contiguous()}), f"{MOMENT} has .*, expected floats"),
+    "integers": (lambda t, m: t.update({MOMENT: t[MOMENT].int()}), f"{MOMENT} has dtype torch.int32"),
+    "not finite": (lambda t, m: t[MOMENT].fill_(torch.inf), f"{MOMENT} has non-finite values"),
+    "step beyond the checkpoint": (lambda t, m: m.update(step="400"), "step is '400', expected 1 to 2"),
+    "scaler is a list": (lambda t, m: m.update(loss_scaler="[]"), r"loss_scaler is \[\], expected .*cur_scale"),
+    "scaler replaces a method": (
+        lambda t, m: m.update(loss_scaler='{"update_scale": 1}'),
+        "loss_scaler is .*update_scale.*, expected .*cur_scale",
+    ),
+    "no metadata": (lambda t, m: m.clear(), "step is '', expected 1 to 2"),
+    "moment missing": (lambda t, m: t.pop(MOMENT), "holds other parameters than this run trains: 1 differ"),
+}  # fmt: skip
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("change_fn", "message"), ZERO_EDITS.values(), ids=ZERO_EDITS)
+def test_edited_states_under_zero_are_one_sentence(tiny_inputs, two_zero_steps, tmp_path, change_fn, message):
+    output = Path(shutil.copytree(two_zero_steps, tmp_path / "out"))
+    edit_safetensors(output / "checkpoint-2/optimizer.safetensors", change_fn)
+    write_manifest(output / "checkpoint-2", is_writer=True)
+    failed = run_training(tiny_inputs, output, *ZERO_FLAGS, "--max_steps", "3", status=1)
+    assert re.search(f"^error: .*optimizer.safetensors.* {message}", failed.stderr, re.MULTILINE), failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+# -- other files beside the weights ------------------------------------------------------------------------------------
+
+
+def test_model_card_is_not_parsed_when_saving(two_steps, tiny_inputs, tmp_path):
+    """PEFT would read its YAML: here one that expands to 10^9 entries, and a FIFO."""
+    model = InternVLChatModel.from_pretrained(two_steps / "checkpoint-2")
+    bomb = "".join(f"x{level}: &x{level} [{','.join([f'*x{level - 1}'] * 10)}]\n" for level in range(1, 10))
+    for part in ("vision_model", "language_model"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "vision_model/README.md").write_text(f"---\nx0: &x0 [1]\n{bomb}---\n")
+    os.mkfifo(tmp_path / "language_model/README.md")
+    start = time.monotonic()
+    save_adapter_checkpoint(model, tmp_path, gather_trained_tensors(model))
+    assert time.monotonic() - start < 20 and not list(tmp_path.rglob("README.md"))
+
+
+def test_tensor_in_two_files_is_an_error(checkpoint):
+    shutil.copy(checkpoint / "model.safetensors", checkpoint / "model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match="holds the tensor .* twice, also in model.safetensors"):
+        CheckpointTensors(checkpoint)
+
+
+def test_adapters_must_hold_all_that_the_run_trains(two_steps):
+    model = InternVLChatModel.from_pretrained(two_steps / "checkpoint-2")
+    load_trained_tensors(model, two_steps / "checkpoint-2")
+    with pytest.raises(ValueError, match="missing: mlp1.1.bias"):
+        load_trained_tensors(model, two_steps / "checkpoint-2", required=["mlp1.1.bias"])
+
+
+def test_resumed_mixture_of_experts_loads_its_experts(tiny_inputs, goldens, tmp_path, monkeypatch):
+    """Files name the weights of each expert, memory those of all experts together."""
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tiny"
+    make_tiny_checkpoint(folder / "model", goldens / "tokenizer", "qwen3_moe")
+    (folder / "train.jsonl").write_text((tiny_inputs / "train.jsonl").read_text())
+    write_meta_file(folder, goldens / "dataset/images")
+    flags = [*TRAIN_LLM_AND_PROJECTOR, "--save_steps", "2", "--no_smoke_save", "True"]
+    train_in_process(folder, tmp_path / "unbroken", *flags, "--max_steps", "3")
+    shutil.copytree(tmp_path / "unbroken", tmp_path / "resumed", ignore=shutil.ignore_patterns("checkpoint-3"))
+    trainer = prepare_trainer([*build_run_flags(folder, tmp_path / "resumed"), *flags, "--max_steps", "3"])
+    trainer.train(str(tmp_path / "resumed/checkpoint-2"))
+    expected = load_file(tmp_path / "unbroken/model.safetensors")
+    trainer.save_model()
+    resumed = load_file(tmp_path / "resumed/model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -146,3 +147,17 @@ def test_lines_of_repeated_steps_and_incomplete_lines_are_dropped(tmp_path):
     drop_metrics_after(file, 3)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_foreign_lines_are_kept(tmp_path, caplog):
+    file = tmp_path / METRICS_FILE
+    foreign = [b"# a note", b"[1]", b'{"loss": 1}', b'{"step": "x"}', b"\xff\xfe", b"[" * 100_000, b""]
+    lines = [b'{"step": 1}', *foreign, b'{"step": 2}', b'{"step": 9}']
+    file.write_bytes(b"\n".join(lines) + b"\n")
+    drop_metrics_after(file, 3)
+    assert file.read_bytes() == b"\n".join(lines[:-1]) + b"\n"
+    assert "has 7 lines that are no metrics of a step" in caplog.text
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(OSError, match="metrics.jsonl is a FIFO, not a regular file"):
+        drop_metrics_after(file, 3)

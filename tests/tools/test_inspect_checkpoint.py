@@ -1,11 +1,13 @@
 """tools/inspect_checkpoint.py: all kinds of folders are recognized from headers alone."""
 
 import json
+import os
 import shutil
 
 import pytest
+import torch
 from helpers.tiny_models import make_tiny_checkpoint, save_part_adapters
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tools.export_adapters import main as export_adapters
 from tools.inspect_checkpoint import LOADERS, describe_checkpoint, read_tensor_headers
 from tools.inspect_checkpoint import main as inspect_checkpoint
@@ -97,3 +99,53 @@ def test_other_folders_are_errors_of_one_line(folders, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(SystemExit, match="^error: .*model.safetensors is not a complete safetensors file"):
         inspect_checkpoint([str(tmp_path / "cut")])
+
+
+def edit_json(folder, name, **fields):
+    file = folder / name
+    old = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(old | fields))
+
+
+def replace_by_fifo(file):
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+
+
+# Damage of the folder "full checkpoint with adapters" -> the sentence.
+DAMAGES = {
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, got a JSON list"),
+    "config is a FIFO": (lambda f: replace_by_fifo(f / "config.json"), "config.json is a FIFO"),
+    "base is a text": (lambda f: edit_json(f, "config.json", base_model="x"), "base_model is 'x', expected a JSON obj"),
+    "LLM is a list": (lambda f: edit_json(f, "config.json", llm_config=[1]), "llm_config is .1., expected a JSON obj"),
+    "rank is a text": (lambda f: edit_json(f, "config.json", use_llm_lora="4"), "use_llm_lora is '4', expected an int"),
+    "step is a text": (lambda f: edit_json(f, "trainer_state.json", global_step="6"), "global_step is '6', expected"),
+    "adapter of another type": (
+        lambda f: edit_json(f, "adapters/vision_model/adapter_config.json", peft_type="XLORA"),
+        "its type is 'XLORA'",
+    ),
+    "negative rank": (lambda f: edit_json(f, "adapters/vision_model/adapter_config.json", r=-1), "r and rank_pattern"),
+    "weights are a pointer": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "model.safetensors is a pointer of Git LFS",
+    ),
+    "weights are empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is not a complete safetensors file"),
+    "weights are a FIFO": (lambda f: replace_by_fifo(f / "model.safetensors"), "model.safetensors is a FIFO"),
+}
+
+
+@pytest.mark.parametrize(("damage_fn", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_checkpoints_are_errors_of_one_line(folders, tmp_path, damage_fn, message):
+    folder = tmp_path / "damaged"
+    shutil.copytree(folders / "full checkpoint with adapters", folder)
+    damage_fn(folder)
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
+        inspect_checkpoint([str(folder)])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_optimizer_states_are_no_weights(folders, tmp_path):
+    folder = shutil.copytree(folders / "adapter checkpoint", tmp_path / "checkpoint-6")
+    expected = describe_checkpoint(folder)
+    save_file({"mlp1.0.weight.fp32": torch.zeros(9)}, folder / "optimizer.safetensors")
+    assert describe_checkpoint(folder) == expected

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from internvl.checkpoint.manifest import fsync_paths, list_checkpoints, parse_checkpoint_step, write_manifest
+from internvl.checkpoint.manifest import fsync_paths, list_checkpoints, write_manifest
+from internvl.checkpoint.trainer_state import parse_checkpoint_step
 from internvl.dist_utils import is_collective_error
 
 logger = logging.getLogger(__name__)
@@ -142,10 +143,14 @@ class CheckpointManager:
         start, folder = time.monotonic(), self.output_dir / UNFINISHED_DIR
         with one_line_io_errors(f"no checkpoint can be written to {self.output_dir}"):
             self._remove_unfinished()
-            write_fn(folder)
+            write_fn(folder / "trial")
             barrier()
+            write_manifest(folder / "trial", self.is_writer, self.one_dir_per_node)
+            if self.is_writer:  # as `_publish` does; some object stores that are mounted cannot rename a folder
+                os.replace(folder / "trial", folder / "renamed")
+                fsync_paths(folder)
         if self.is_writer:
-            verify_fn(folder)
+            verify_fn(folder / "renamed")
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             free, required = shutil.disk_usage(folder).free, size + OPTIMIZER_BYTES_PER_PARAMETER * num_trainable
             if free < required:

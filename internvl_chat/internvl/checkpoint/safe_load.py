@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from internvl.regular_files import open_regular_file
+
 # Environment variables that torch reads at every load.
 FORCE_WEIGHTS_ONLY, FORCE_NO_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 PICKLE_SUFFIXES = (".pt", ".pth")
@@ -61,8 +63,11 @@ def refuse_unsafe_pickles(checkpoint: Path) -> None:
 
     Raises:
         ValueError: with the name of the file and the functions that it would call.
+        OSError: a file is a FIFO or device.
     """
     for file in sorted(file for file in checkpoint.rglob("*") if file.suffix in PICKLE_SUFFIXES):
+        with open_regular_file(file):  # a FIFO would block below
+            pass
         try:
             required = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
         except Exception as error:  # for damaged files torch raises many types

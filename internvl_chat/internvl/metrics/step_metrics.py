@@ -1,6 +1,7 @@
 """Throughput, time, memory and MFU of a logging step."""
 
 import json
+import logging
 import os
 import resource
 from collections import Counter
@@ -12,7 +13,9 @@ import torch
 from internvl.metrics.model_flops import ModelFlops
 from internvl.metrics.step_timer import STEP_PHASES, StepTimer
 from internvl.model.internvl_chat.documents import get_loss_mask
+from internvl.regular_files import open_regular_file
 
+logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"  # in the output folder
 
 
@@ -76,7 +79,7 @@ def combine_rank_reports(reports: Sequence[dict]) -> dict[str, float]:
     num_ranks, num_steps = len(reports), reports[0]["num_steps"]
     mean_seconds = sum(seconds.values()) / num_ranks
     flops_per_second = counts["flops"] / mean_seconds
-    data_wait = max(report["seconds"]["data"] / sum(report["seconds"].values()) for report in reports)
+    data_wait = max(report["seconds"].get("data", 0.0) / sum(report["seconds"].values()) for report in reports)
     return {
         "step_seconds": mean_seconds / num_steps,
         "tokens_per_second": counts["tokens"] / mean_seconds,
@@ -115,16 +118,31 @@ def append_metrics(file: Path, entry: dict) -> None:
 
 
 def drop_metrics_after(file: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and incomplete lines."""
+    """Drop the lines of steps after `step`, and an incomplete last line.
+
+    Lines that this package has not written are kept, as they are.
+    """
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    unfinished = file.with_name(f"unfinished-{file.name}")
-    unfinished.write_text("".join(kept), encoding="utf-8")
+    unfinished, num_foreign = file.with_name(f"unfinished-{file.name}"), 0
+    with open_regular_file(file) as lines, unfinished.open("wb") as kept:
+        for line in lines:
+            step_of_line = _read_step(line)
+            if step_of_line is None and line.endswith(b"\n"):
+                num_foreign += 1
+            elif step_of_line is None or step_of_line > step:
+                continue
+            kept.write(line if line.endswith(b"\n") else line + b"\n")
     os.replace(unfinished, file)
+    if num_foreign:
+        logger.warning("%s has %d lines that are no metrics of a step; they are kept.", file, num_foreign)
+
+
+def _read_step(line: bytes) -> float | None:
+    """Return the step of a line, None for a foreign or incomplete one."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return step if type(step) in (int, float) else None

@@ -1,0 +1,264 @@
+"""What a changed flag does when a run resumes.
+
+`RULES` has one rule for each flag. Each checkpoint holds the flags of its run in `flags.json`. A run that resumes logs
+the differences, and refuses those that the checkpoint does not allow:
+
+    {"flags": {"learning_rate": 2e-05, ...}, "world_size": 8, "versions": {"torch": "2.14.1", ...},
+     "base_model": {"path": ..., "fingerprint": ...} or null,
+     "changes": [{"from": "checkpoint-400", "flags": {"learning_rate": [2e-05, 1e-05]}}, ...]}
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from internvl.arguments.deepspeed_config import get_zero_stage
+from internvl.arguments.unsupported_flags import UNSUPPORTED
+from internvl.checkpoint.saved_states import one_line_state_errors
+from internvl.dist_utils import get_world_size, run_on_rank_0
+from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.internvl_chat.adapter_checkpoint import is_adapter_checkpoint
+from internvl.model.internvl_chat.lora_mixin import get_lora_settings
+from internvl.model.lora import LORA_RANK_FIELDS, PART_FLAGS
+from internvl.regular_files import read_json_object
+
+logger = logging.getLogger(__name__)
+FLAGS_FILE = "flags.json"
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes")
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+TAKEN = "taken from the command line"
+PLANNED = "taken from the command line; the rest of the epoch is planned again"
+DATA = "changed samples require --accept_changed_data True"
+BASE_MODEL = "weights are checked by their fingerprint"
+ADAPTERS = "must equal the setting of the checkpoint's adapters"
+MUST_MATCH = "must equal the checkpoint's value"
+NO_EFFECT = "no effect on the result"
+
+_FLAGS_OF_RULES = {
+    TAKEN: """
+        learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+        lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio num_train_epochs max_steps
+        backbone_lr mlp_lr llm_lr backbone_weight_decay mlp_weight_decay llm_weight_decay
+        backbone_loraplus_lr_ratio mlp_loraplus_lr_ratio llm_loraplus_lr_ratio backbone_layer_decay
+        backbone_lora_dropout mlp_lora_dropout llm_lora_dropout drop_path_rate neftune_noise_alpha
+        loss_reduction loss_reduction_all_gather rpo_alpha label_smoothing sigmoid_loss_weight bco_pair_loss_weight
+        seed data_seed max_bad_samples max_skipped_steps skip_above_grad_norm save_full_model deepspeed""",
+    PLANNED: """
+        per_device_train_batch_size gradient_accumulation_steps group_by_length use_packed_ds max_packed_tokens
+        num_images_expected""",
+    DATA: """
+        meta_path max_seq_length dynamic_image_size use_thumbnail min_dynamic_patch max_dynamic_patch min_num_frame
+        max_num_frame use_data_resampling allow_overflow allow_outside_root keep_surplus_placeholders
+        max_image_pixels""",
+    BASE_MODEL: "model_name_or_path vision_path llm_path mlp_path",
+    ADAPTERS: """
+        backbone_lora_alpha mlp_lora_alpha llm_lora_alpha backbone_lora_targets mlp_lora_targets llm_lora_targets
+        backbone_lora_layers llm_lora_layers backbone_lora_variant mlp_lora_variant llm_lora_variant""",
+    MUST_MATCH: """
+        use_backbone_lora use_mlp_lora use_llm_lora freeze_backbone freeze_mlp freeze_llm unfreeze_vit_layers
+        unfreeze_lm_head train_new_tokens quantize_backbone quantize_llm merge_before_training
+        conv_style force_image_size down_sample_ratio vision_select_layer ps_version normalize_type
+        upstream_image_decoding image_background
+        bf16 fp16 lora_fp32 optim optim_args loss_type beta reference_free""",
+    NO_EFFECT: """
+        output_dir overwrite_output_dir resume_from_checkpoint do_train accept_changed_data allow_pickle
+        ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_timeout
+        local_rank use_cpu tf32 full_determinism
+        grad_checkpoint vit_grad_checkpoint grad_checkpoint_ratio grad_checkpoint_keep gradient_checkpointing
+        gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs compile use_liger
+        torch_empty_cache_steps skip_memory_metrics debug store_retry_seconds
+        dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+        dataloader_multiprocessing_context remove_unused_columns label_names strict_mode pad2square
+        logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level
+        log_level_replica log_freq disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+        trackio_static_space_id
+        save_strategy save_steps save_total_limit save_only_model save_on_each_node no_smoke_save
+        restore_callback_states_from_checkpoint save_on_signal_seconds watchdog_factor watchdog_seconds
+        push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision
+        evaluation_strategy eval_steps eval_delay eval_accumulation_steps eval_do_concat_batches
+        eval_use_gather_object per_device_eval_batch_size prediction_loss_only include_for_metrics batch_eval_metrics
+        bf16_full_eval fp16_full_eval metric_for_best_model greater_is_better
+        max_buffer_size replacement split_annotations use_fast_tokenizer use_custom_flash_attn""",
+}
+RULES = {flag: rule for rule, names in _FLAGS_OF_RULES.items() for flag in names.split()}
+
+
+# -- flags of a run ----------------------------------------------------------------------------------------------------
+
+
+def collect_flags(*arguments: Any) -> dict[str, Any]:
+    """Collect the flags of parsed arguments by name, JSON-serializable.
+
+    Flags that have only one supported value, and secrets, are left out.
+    """
+    flags = {field.name: getattr(args, field.name) for args in arguments for field in fields(args)}
+    kept = {name: value for name, value in flags.items() if name not in UNSUPPORTED and not name.endswith("_token")}
+    return json.loads(json.dumps(kept, default=str))
+
+
+class RunRecord:
+    """The flags of a run, and how they changed when it resumed.
+
+    Args:
+        arguments: the parsed arguments.
+    """
+
+    def __init__(self, *arguments: Any):
+        self.flags = collect_flags(*arguments)
+        self.changes: list[dict] = []
+
+    def save(self, folder: Path, base_checkpoint: dict | None) -> None:
+        """Write `flags.json`.
+
+        Args:
+            base_checkpoint: of the model.
+        """
+        record = {"flags": self.flags, **describe_environment()}
+        record |= {"base_model": base_checkpoint, "changes": self.changes}
+        (folder / FLAGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+    def resume_from(self, checkpoint: Path) -> None:
+        """Log the flags that differ from those of a checkpoint's run. A collective.
+
+        Raises:
+            ValueError: a flag differs that must equal the checkpoint's.
+        """
+        record = run_on_rank_0(lambda: read_flags_file(checkpoint))
+        if not record:
+            logger.warning("%s has no %s: it is unknown which flags differ", checkpoint, FLAGS_FILE)
+            return
+        changed = find_changes(record["flags"], self.flags)
+        refused = {name: values for name, values in changed.items() if RULES[name] == MUST_MATCH}
+        if refused:
+            raise make_refusal(checkpoint, refused)
+        environment = {**describe_environment()["versions"], "ranks": get_world_size()}
+        before = {**record["versions"], "ranks": record["world_size"]}
+        if lines := format_changes(changed, find_changes(before, environment)):
+            logger.info("Resuming with other settings:\n%s", "\n".join(f"  {line}" for line in lines))
+        self.changes = record["changes"]
+        if acting := {name: values for name, values in changed.items() if RULES[name] != NO_EFFECT}:
+            self.changes = [*self.changes, {"from": checkpoint.name, "flags": acting}]
+
+
+def describe_environment() -> dict:
+    """Return the number of ranks and the versions of the libraries."""
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:  # an optional library
+            continue
+    return {"world_size": get_world_size(), "versions": versions}
+
+
+def read_flags_file(checkpoint: Path) -> dict | None:
+    """Read `flags.json` of a checkpoint; None if an earlier version wrote the checkpoint.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = checkpoint / FLAGS_FILE
+    if not file.exists():
+        return None
+    record = read_json_object(file)
+    for key, kind in {"flags": dict, "world_size": int, "versions": dict, "changes": list}.items():
+        if type(record.get(key)) is not kind:
+            raise ValueError(f"{file} is invalid: {key} is {record.get(key)!r:.80}, expected a JSON {kind.__name__}.")
+    base = record.get("base_model")
+    is_base = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("path", "fingerprint"))
+    if base is not None and not is_base:
+        raise ValueError(f"{file} is invalid: base_model is {base!r:.80}, expected its path and fingerprint.")
+    return record
+
+
+def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list]:
+    """Return name -> [before, now] of the values that differ, of names in both."""
+    return {name: [before[name], value] for name, value in now.items() if name in before and before[name] != value}
+
+
+def format_changes(flags: dict[str, list], environment: dict[str, list]) -> list[str]:
+    """Format changes to lines: a flag with an effect per line, the others in one."""
+    lines = [f"{format_change(n, values)} ({RULES[n]})" for n, values in flags.items() if RULES[n] != NO_EFFECT]
+    for name, (before, now) in environment.items():
+        effect = "the rest of the epoch is planned again" if name == "ranks" else "results may differ by rounding"
+        lines.append(f"{name} {before!s:.80} -> {now} ({effect})")
+    # These differ by design, or in most runs that resume from a certain checkpoint.
+    silent = {"resume_from_checkpoint", "overwrite_output_dir", "accept_changed_data", "run_name", "local_rank"}
+    others = [f"--{name}" for name in flags if RULES[name] == NO_EFFECT and name not in silent]
+    return [*lines, *([f"{', '.join(others)} ({NO_EFFECT})"] if others else [])]
+
+
+def format_change(flag: str, values: list) -> str:
+    if flag == "deepspeed":
+        has_block = [isinstance(value, dict) and isinstance(value.get("zero_optimization"), dict) for value in values]
+        values = [f"ZeRO-{get_zero_stage(v)}" if has else v for v, has in zip(values, has_block, strict=True)]
+    before, now = (f"{value!s:.80}" for value in values)
+    return f"--{flag} {before} -> {now}"
+
+
+def make_refusal(checkpoint: Path, changes: dict[str, list]) -> ValueError:
+    """Create the error for flags that must equal the checkpoint's."""
+    listed = ", ".join(format_change(flag, values) for flag, values in changes.items())
+    return ValueError(
+        f"{listed}: not supported when resuming from {checkpoint}. Keep the value, or start a new run from the "
+        f"trained model: --model_name_or_path {checkpoint} and another --output_dir."
+    )
+
+
+# -- the model that a run resumes --------------------------------------------------------------------------------------
+
+
+def check_model(checkpoint: Path, model: InternVLChatModel, needs_base: bool) -> None:
+    """Check that a model has the adapters and the base checkpoint of a run. A collective.
+
+    It holds for checkpoints without `flags.json`, too. A base checkpoint at another path is the same if its weights
+    are.
+
+    Args:
+        needs_base: whether the result depends on the base checkpoint although the checkpoint holds all weights.
+
+    Raises:
+        ValueError: they differ.
+    """
+    record = run_on_rank_0(lambda: read_flags_file(checkpoint)) or {}
+    config = InternVLChatConfig.from_pretrained(checkpoint)
+    check_adapter_settings(checkpoint, config, model.config)
+    has_adapters_only = is_adapter_checkpoint(checkpoint)
+    expected = config.base_model if has_adapters_only else record.get("base_model")
+    own = model.base_checkpoint
+    if not expected or _drop_path(expected) == _drop_path(own or {}):
+        return
+    found = f"the fingerprint {own['fingerprint'][:12]}..." if own else "no base checkpoint"
+    difference = (
+        f"{checkpoint} was trained on another base model: expected {expected['path']} with the fingerprint "
+        f"{expected['fingerprint'][:12]}..., got {own['path'] if own else 'composed weights'} with {found}"
+    )
+    if has_adapters_only or needs_base:
+        raise ValueError(f"{difference}. Pass that base model, which may have moved, or choose another --output_dir.")
+    logger.warning("%s. The run resumes with the weights of the checkpoint.", difference)
+
+
+def check_adapter_settings(checkpoint: Path, before: InternVLChatConfig, now: InternVLChatConfig) -> None:
+    """Raise a ValueError if the adapters of a part differ from a checkpoint's."""
+    changes = {}
+    for part, rank_flag in LORA_RANK_FIELDS.items():
+        ranks = [getattr(before, rank_flag), getattr(now, rank_flag)]
+        if ranks[0] != ranks[1]:
+            changes[rank_flag] = ranks
+        elif ranks[0]:
+            with one_line_state_errors(checkpoint / "config.json"):
+                settings = [json.loads(json.dumps(asdict(get_lora_settings(config, part)))) for config in (before, now)]
+            found = find_changes(*settings)
+            changes |= {f"{PART_FLAGS[part]}_lora_{name}": found[name] for name in found if name != "dropout"}
+    if changes:
+        raise make_refusal(checkpoint, changes)
+
+
+def _drop_path(base_checkpoint: dict) -> dict:
+    return {name: value for name, value in base_checkpoint.items() if name != "path"}
