@@ -18,6 +18,10 @@
 # shellcheck disable=SC2015 # `sh recipe.sh` is replaced by bash
 [ -n "${BASH_VERSION:-}" ] && set +o posix || exec bash "$0" "$@"
 set -euo pipefail
+# A closed stdin, stdout or stderr would become the next file that is opened.
+[[ -e /dev/fd/0 ]] || exec 0</dev/null
+[[ -e /dev/fd/1 ]] || exec 1>/dev/null
+[[ -e /dev/fd/2 ]] || exec 2>/dev/null
 stop() { printf 'launch.sh: %s.\n' "$*" >&2 && exit 1; }
 stop_unless_dry_run() { # for what this machine lacks: a dry run, on any machine, only warns
     if [[ ${DRY_RUN:-0} == 1 ]]; then printf 'launch.sh: warning: %s.\n' "$*" >&2; else stop "$*"; fi
@@ -65,6 +69,7 @@ if [[ -z ${LAUNCHER:-} ]]; then
     esac
 fi
 require_positive_integers GPUS NODES GPUS_PER_NODE BATCH_SIZE PER_DEVICE_BATCH_SIZE CPUS_PER_TASK MASTER_PORT
+((${MASTER_PORT:-1} <= 65535)) || stop "MASTER_PORT=$MASTER_PORT is invalid: expected a port from 1 to 65535"
 
 LOCAL_GPUS=$(count_local_gpus)
 case $LAUNCHER-$SLURM_PLACE in
@@ -155,10 +160,12 @@ case $LAUNCHER-$SLURM_PLACE in
         if ((NODES > 1)) && [[ -z ${MASTER_ADDR:-} || -z ${NODE_RANK:-} ]]; then
             stop "NODES=$NODES with LAUNCHER=pytorch requires MASTER_ADDR and NODE_RANK: start the recipe on every node"
         fi
+        [[ ${NODE_RANK:=0} =~ ^(0|[1-9][0-9]*)$ ]] && ((NODE_RANK < NODES)) ||
+            stop "NODE_RANK=$NODE_RANK is invalid: expected an integer from 0 to $((NODES - 1)), because NODES=$NODES"
         ((NODES == 1)) || : "${MASTER_PORT:=34229}" # the same on every node
         : "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=$(find_free_port)}"
         CPUS_PER_TASK=${CPUS_PER_TASK:-$(($(env -u OMP_NUM_THREADS nproc) / GPUS_PER_NODE))}
-        START=(python3 "$ROOT/shell/torchrun.py" --nnodes="$NODES" --node_rank="${NODE_RANK:-0}"
+        START=(python3 "$ROOT/shell/torchrun.py" --nnodes="$NODES" --node_rank="$NODE_RANK"
             --nproc_per_node="$GPUS_PER_NODE" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT")
         ;;
     slurm-task)
@@ -196,21 +203,25 @@ fi
 # shellcheck source=shell/setup.sh
 source "$ROOT/shell/setup.sh"
 [[ $LAUNCHER-$SLURM_PLACE == slurm-task && $SLURM_PROCID != 0 ]] && exec "${COMMAND[@]}" # task 0 alone writes the log
+[[ ${NODE_RANK:-0} != 0 ]] || python3 -m internvl.runtime.output_lock "${ARGS[@]}"
 mkdir -p "$OUTPUT" 2>/dev/null || stop "cannot create OUTPUT_DIR=$OUTPUT"
 
-# Whatever signals come, tee and this shell stay until the training has exited and the log is complete. Signals that
-# reach only this shell are forwarded to the training. Ctrl-C in a terminal reaches the training directly. srun gets
-# SIGUSR1 in place of SIGTERM, at which it would kill its tasks.
-exec > >(trap '' INT TERM USR1 && exec tee -a "$OUTPUT/training_log.txt") 2>&1
-LOG=$! ON_TERM=TERM
-[[ ${START[0]} != srun ]] || ON_TERM=USR1
-"${COMMAND[@]}" <&0 &
+# Whatever signals come, tee and this shell stay until the training has exited and the log is complete. The log is
+# written even if the reader of stdout leaves (PIPE). Signals that reach only this shell are forwarded to the training.
+# Ctrl-C in a terminal reaches the training directly, but not srun, which would kill its tasks at SIGINT, SIGTERM and
+# SIGHUP: it gets SIGUSR1. If this shell is killed, the training gets the same signal, and saves a checkpoint.
+exec > >(trap '' HUP INT TERM USR1 PIPE && exec tee -a "$OUTPUT/training_log.txt") 2>&1
+LOG=$! ON_TERM=TERM GUARD=(env)
+[[ ${START[0]} != srun ]] || ON_TERM=USR1 GUARD=(setsid)
+! setpriv --pdeathsig="$ON_TERM" true 2>/dev/null || GUARD+=(setpriv --pdeathsig="$ON_TERM")
+"${GUARD[@]}" "${COMMAND[@]}" <&0 &
 TRAINING=$!
-# shellcheck disable=SC2329 # the traps call it
-forward_signal() { HAS_FORWARDED=1 && { [[ $1 == INT ]] || kill -"$1" "$TRAINING" 2>/dev/null || true; }; }
-trap 'forward_signal INT' INT && trap 'forward_signal USR1' USR1 && trap 'forward_signal $ON_TERM' TERM
+# shellcheck disable=SC2317,SC2329 # the traps call it
+forward_signal() { HAS_TRAPPED=1 && { kill -"$1" "$TRAINING" 2>/dev/null || true; }; }
+trap HAS_TRAPPED=1 INT && trap 'forward_signal USR1' USR1 && trap 'forward_signal $ON_TERM' TERM HUP
+[[ $ON_TERM == TERM ]] || trap 'forward_signal USR1' INT
 # A trapped signal interrupts `wait`: wait again.
-while HAS_FORWARDED='' STATUS=0 && { wait "$TRAINING" || STATUS=$?; } && [[ -n $HAS_FORWARDED ]]; do :; done
+while HAS_TRAPPED='' STATUS=0 && { wait "$TRAINING" || STATUS=$?; } && [[ -n $HAS_TRAPPED ]]; do :; done
 exec >&- 2>&-
 wait "$LOG" || true
 exit "$STATUS"

@@ -17,7 +17,8 @@ _internvl_setup() {
     elif [[ $env != /* ]]; then
         env=$PWD/$env
     fi
-    command -v "${compiler%% *}" >/dev/null || {
+    # shellcheck disable=SC2086 # such as CXX="ccache g++"
+    $compiler --version >/dev/null 2>&1 || {
         _internvl_log "no C++ compiler (${CXX:-g++}), which DeepSpeed requires to compile an op: apt-get install g++."
         return 1
     }

@@ -11,7 +11,16 @@ import pytest
 from helpers.paths import PACKAGE_DIR
 from helpers.slurm_cluster import NODE_LISTS
 
-from internvl.launchers import JOB_PORTS, launch_environment, parse_first_node
+from internvl import launchers
+from internvl.launchers import (
+    JOB_PORTS,
+    count_local_ranks,
+    find_free_port,
+    launch_environment,
+    parse_first_node,
+    validate_environment,
+    wait_for_rank_0,
+)
 
 EXPECTED = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 JOB = {"SLURM_JOB_ID": "71", "SLURM_JOB_NODELIST": "node[1-4]", "SLURM_NODELIST": "node[1-4]", "SLURM_NTASKS": "16"}
@@ -92,6 +101,83 @@ def test_jobs_on_a_node_choose_different_ports():
     assert int(launch_environment(ENVIRONMENTS["slurm"] | {"SLURM_PROCID": "0"})["MASTER_PORT"]) == ports[0]
     mpi = [launch_environment(ENVIRONMENTS["mpi"] | {"PMIX_NAMESPACE": name}) for name in "ab"]
     assert mpi[0]["MASTER_PORT"] != mpi[1]["MASTER_PORT"]
+
+
+INVALID_RANKS = {
+    "RANK=2 is invalid: expected less than WORLD_SIZE=2": {"RANK": "2"},
+    "RANK='-1' is invalid: expected an integer >= 0": {"RANK": "-1"},
+    "WORLD_SIZE='two' is invalid": {"WORLD_SIZE": "two"},
+    "LOCAL_RANK='' is invalid": {"LOCAL_RANK": ""},
+    "MASTER_PORT=99999 is invalid: expected a port from 1 to 65535": {"MASTER_PORT": "99999"},
+    "MASTER_PORT=0 is invalid": {"MASTER_PORT": "0"},
+    "MASTER_PORT='http' is invalid": {"MASTER_PORT": "http"},
+}
+
+
+@pytest.mark.parametrize(("message", "changes"), INVALID_RANKS.items())
+def test_invalid_ranks_and_ports(message, changes):
+    with pytest.raises(ValueError, match=message):
+        launch_environment({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"} | changes)
+
+
+VALID_ENVIRONMENTS = [
+    {},
+    {"OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": "0,1"},
+    {"OMP_NUM_THREADS": "4,2", "CUDA_VISIBLE_DEVICES": ""},
+    {"CUDA_VISIBLE_DEVICES": "-1"},
+    {"CUDA_VISIBLE_DEVICES": "NoDevFiles"},
+    {"CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c,MIG-GPU-8932/1/0"},
+    {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "l"},
+    {"NCCL_SOCKET_IFNAME": "=lo"},
+    {"NCCL_SOCKET_IFNAME": "^docker,veth"},
+]
+
+
+@pytest.mark.parametrize("env", VALID_ENVIRONMENTS)
+def test_valid_environments(env):
+    validate_environment(env)
+
+
+INVALID_ENVIRONMENTS = [
+    {"OMP_NUM_THREADS": "0"},
+    {"OMP_NUM_THREADS": "4x"},
+    {"CUDA_VISIBLE_DEVICES": "cuda:0"},
+    {"CUDA_VISIBLE_DEVICES": "0;1"},
+    {"GLOO_SOCKET_IFNAME": "l"},
+    {"NCCL_SOCKET_IFNAME": "=l"},
+]
+
+
+@pytest.mark.parametrize("env", INVALID_ENVIRONMENTS)
+def test_invalid_environments(env):
+    with pytest.raises(ValueError, match=f"{next(iter(env))}=.* is invalid"):
+        validate_environment(env)
+
+
+@pytest.mark.parametrize(
+    ("env", "num_ranks"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x3),2"}, 8),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2,8"}, 8),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_TASKS_PER_NODE": "1"}, 2),
+    ],
+)
+def test_ranks_of_a_machine_are_counted(env, num_ranks):
+    assert count_local_ranks(env) == num_ranks
+
+
+def test_a_rank_says_that_it_waits_for_rank_0(monkeypatch, capfd):
+    monkeypatch.setattr(launchers, "NOTICE_SECONDS", 0.2)
+    with pytest.raises(
+        OSError, match=r"rank 1 of 2 did not reach rank 0 at 127.0.0.1:\d+ within 1 s \(Connection refused\)"
+    ):
+        wait_for_rank_0("127.0.0.1", find_free_port(), 1, "rank 1 of 2")
+    assert capfd.readouterr().err.startswith("rank 1 of 2 waits for rank 0 at 127.0.0.1:")
+    with socket.create_server(("127.0.0.1", 0)) as rank_0:
+        wait_for_rank_0("127.0.0.1", rank_0.getsockname()[1], 1, "rank 1 of 2")
+    assert not capfd.readouterr().err
 
 
 JOIN = "from internvl.dist_utils import init_dist\ninit_dist('slurm')"

@@ -1,15 +1,19 @@
 """Error reporting, input checkpoints and output folders of the command-line tools."""
 
 import functools
-import json
+import io
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from internvl.regular_files import read_json_object
+
+INPUT_FLAGS = ("model_name_or_path", "vision_path", "llm_path", "mlp_path", "meta_path")
 CHAT_MODEL_TYPE = "internvl_chat"  # `model_type` in the config.json of a chat checkpoint
 
 
@@ -23,6 +27,8 @@ def exit_on_user_error(main_fn: Callable) -> Callable:
     @functools.wraps(main_fn)
     def wrapper(argv: list[str] | None = None):
         _silence_libraries()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may have bytes that the terminal cannot show
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main_fn(argv)
         except (ValueError, OSError) as error:
@@ -54,10 +60,71 @@ def require_checkpoint_dir(path: str | Path, model_type: str | None = None) -> P
     config_path = Path(path) / "config.json"
     if not config_path.is_file():
         raise ValueError(f"no checkpoint in {str(path)!r}: config.json is missing")
-    actual_type = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
+    actual_type = read_json_object(config_path).get("model_type")
     if model_type not in (None, actual_type):
         raise ValueError(f"the checkpoint in {str(path)!r} has model_type {actual_type!r}, expected {model_type!r}")
     return Path(path)
+
+
+def refuse_inputs_in_output_dir(output_dir: str | Path, inputs: Mapping[str, str | None]) -> None:
+    """Raise a ValueError if a run could overwrite its inputs.
+
+    Inputs may not be the output folder or inside it, and it may not be inside a checkpoint. Symbolic links and mounts
+    are followed.
+
+    Args:
+        inputs: name for the message -> path. Paths that do not exist, such as hub names, are ignored.
+    """
+    folder = Path(os.path.realpath(output_dir))
+    for name, value in inputs.items():
+        if not value or not os.path.exists(value):
+            continue
+        path = Path(os.path.realpath(value))
+        if folder.exists() and any(map(folder.samefile, [path, *path.parents])):
+            relation = "is" if folder.samefile(path) else "contains"
+            raise ValueError(
+                f"--output_dir {output_dir} {relation} {name} {value}, which the run could overwrite: choose another "
+                "folder."
+            )
+        is_inside = any(path.samefile(parent) for parent in folder.parents if parent.exists())
+        if is_inside and (path / "config.json").is_file():
+            raise ValueError(f"--output_dir {output_dir} is inside of {name} {value}: choose another folder.")
+
+
+def list_run_inputs(args: Mapping[str, Any]) -> dict[str, str | None]:
+    """List the files and folders that a run reads, for `refuse_inputs_in_output_dir`.
+
+    Args:
+        args: values of the flags INPUT_FLAGS. Files that are invalid are reported elsewhere.
+    """
+    inputs = {f"--{flag}": args.get(flag) for flag in INPUT_FLAGS}
+    base = _read_json(Path(args.get("model_name_or_path") or "", "config.json")).get("base_model")
+    inputs["the base model"] = base.get("path") if isinstance(base, dict) else None
+    for name, dataset in _read_json(Path(args.get("meta_path") or "")).items():
+        if isinstance(dataset, dict):
+            inputs |= {f"{key} of dataset {name}": dataset.get(key) for key in ("root", "annotation")}
+    return {name: value for name, value in inputs.items() if isinstance(value, str)}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def resolve_below(folder: str | Path, path: object) -> Path:
+    """Join a path from an untrusted file to a folder, with links resolved.
+
+    Raises:
+        ValueError: it is no path, or leads out of the folder.
+    """
+    if not isinstance(path, str) or not path.isprintable():
+        raise ValueError(f"{path!r:.80} is not a path: expected a text")
+    joined = (Path(folder) / path).resolve()
+    if not joined.is_relative_to(Path(folder).resolve()):
+        raise ValueError(f"{path!r:.80} leads out of the folder {folder}, which is not allowed")
+    return joined
 
 
 @contextmanager

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from internvl.launchers import check_master_address, launch_environment, make_port_in_use_error
+from internvl.launchers import (
+    announce_waiting,
+    check_master_address,
+    describe_connected_hosts,
+    launch_environment,
+    make_port_in_use_error,
+    validate_environment,
+    wait_for_rank_0,
+)
 from internvl.torch_internals import list_process_groups
 
 timeout = timedelta(minutes=60)  # upstream's name; the default of --ddp_timeout
@@ -36,9 +44,14 @@ def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs)
         ValueError: the launcher is unknown, or its variables are not set.
         OSError: rank 0's address is unknown, or its port is in use.
     """
+    validate_environment(os.environ)
     os.environ.update(launch_environment(os.environ, launcher))
-    check_master_address(os.environ["MASTER_ADDR"])
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    check_master_address(address)
     has_cuda = torch.cuda.is_available()
+    if not has_cuda:
+        require_no_gpus()
     if has_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     else:
@@ -48,13 +61,37 @@ def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs)
     if backend in (None, "nccl"):
         backend = "nccl" if has_cuda else "gloo"
     if not dist.is_initialized():
+        options: dict[str, Any] = {"timeout": timeout, **kwargs}
+        if rank > 0:
+            wait_for_rank_0(address, port, options["timeout"].total_seconds(), f"rank {rank} of {world_size}")
         try:
-            options: dict[str, Any] = {"timeout": timeout, **kwargs}
-            dist.init_process_group(backend, **options)
+            with announce_waiting(lambda: describe_waiting(rank, world_size, port)):
+                dist.init_process_group(backend, **options)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
-            raise make_port_in_use_error(os.environ["MASTER_PORT"]) from error
+            raise make_port_in_use_error(port) from error
+
+
+def describe_waiting(rank: int, world_size: int, port: str) -> str:
+    """Describe which ranks a rank waits for."""
+    connected = f"; {describe_connected_hosts(port)}" if rank == 0 else ""
+    return f"rank {rank} waits for all {world_size} ranks to start{connected}"
+
+
+def require_no_gpus(driver_dir: str = "/proc/driver/nvidia/gpus") -> None:
+    """Raise a ValueError if CUDA sees none of this machine's GPUs.
+
+    CUDA_VISIBLE_DEVICES may be empty, or -1, to hide them.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    is_hidden = visible is not None and visible.strip() in ("", "-1", "NoDevFiles")
+    if torch.version.cuda and not is_hidden and os.path.isdir(driver_dir) and os.listdir(driver_dir):
+        name = "CUDA" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}: CUDA"
+        raise ValueError(
+            f"{name} finds no GPU, but this machine has {len(os.listdir(driver_dir))}: compare with `nvidia-smi -L`, "
+            "or set CUDA_VISIBLE_DEVICES= to train on the CPU."
+        )
 
 
 def is_collective_error(error: BaseException) -> bool:

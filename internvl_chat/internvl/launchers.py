@@ -1,12 +1,17 @@
-"""Environment variables of torchrun, SLURM and Open MPI, translated to torchrun's.
+"""Environment variables of torchrun, SLURM and Open MPI, translated to torchrun's, and the connection to rank 0.
 
 No torch here, and no commands of the launchers: a compute node may lack both.
 """
 
+import contextlib
 import os
 import re
+import resource
 import socket
-from collections.abc import Mapping
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 from zlib import crc32
 
@@ -51,6 +56,8 @@ LAUNCHERS = {
     ),
 }
 DEFAULT_PORT = "29500"  # torchrun's
+MIN_ADDRESS_SPACE = 4 << 30  # bytes of virtual memory in which torch can be imported, for `ulimit -v`
+NOTICE_SECONDS, NOTICE_INTERVAL = 10.0, 60.0  # until the first notice about ranks that are missing; between notices
 JOB_PORTS = range(20000, 30000)  # below the range from which systems take ports for outgoing connections
 
 
@@ -65,7 +72,7 @@ def launch_environment(env: Mapping[str, str], launcher: str | None = None) -> d
         RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Addresses and ports that `env` has are kept.
 
     Raises:
-        ValueError: the launcher is unknown, its variables are not set, or none of them names rank 0's host.
+        ValueError: the launcher is unknown, its variables are not set or invalid, or none of them names rank 0's host.
     """
     if launcher is None:
         launcher = next(
@@ -85,7 +92,68 @@ def launch_environment(env: Mapping[str, str], launcher: str | None = None) -> d
     translated = {name: env[launcher_name] for name, launcher_name in selected.rank_variables.items()}
     translated["MASTER_ADDR"] = env.get("MASTER_ADDR") or find_master_host(env, selected)
     translated["MASTER_PORT"] = env.get("MASTER_PORT") or choose_job_port(env, selected)
+    rank, world_size = (
+        require_integer(selected.rank_variables[name], translated[name]) for name in ("RANK", "WORLD_SIZE")
+    )
+    require_integer(selected.rank_variables["LOCAL_RANK"], translated["LOCAL_RANK"])
+    if rank >= world_size:
+        names = selected.rank_variables
+        raise ValueError(f"{names['RANK']}={rank} is invalid: expected less than {names['WORLD_SIZE']}={world_size}.")
+    validate_port("MASTER_PORT", translated["MASTER_PORT"])
     return translated
+
+
+def require_integer(name: str, value: str) -> int:
+    """Convert a variable to an integer >= 0."""
+    if not re.fullmatch(r"\d{1,9}", value, re.ASCII):
+        raise ValueError(f"{name}={value!r:.80} is invalid: expected an integer >= 0.")
+    return int(value)
+
+
+def validate_port(name: str, value: str) -> None:
+    """Raise a ValueError if a variable is not a TCP port."""
+    if not 1 <= require_integer(name, value) <= 65535:
+        raise ValueError(f"{name}={value} is invalid: expected a port from 1 to 65535.")
+
+
+def validate_environment(env: Mapping[str, str]) -> None:
+    """Raise a ValueError if a variable that libraries read is invalid.
+
+    They would print C++ frames, or ignore it. The same for a limit of memory in which torch cannot be imported.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_SPACE:
+        raise ValueError(
+            f"`ulimit -v` {limit >> 10} is too low: expected unlimited, or at least {MIN_ADDRESS_SPACE >> 10} KB."
+        )
+    if (threads := env.get("OMP_NUM_THREADS")) and not re.fullmatch(r"0*[1-9]\d*(,0*[1-9]\d*)*", threads.strip()):
+        raise ValueError(f"OMP_NUM_THREADS={threads!r:.80} is invalid: expected an integer >= 1.")
+    devices = (env.get("CUDA_VISIBLE_DEVICES") or "NoDevFiles").split(",")  # NoDevFiles: SLURM's value for no GPU
+    if not all(re.fullmatch(r"-?\d+|(GPU|MIG)-\S+|NoDevFiles|", device.strip()) for device in devices):
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={','.join(devices)!r:.80} is invalid: expected numbers or UUIDs of GPUs, as "
+            "`nvidia-smi -L` prints them, or an empty value for none."
+        )
+    interfaces = [name for _, name in socket.if_nameindex()]
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        value = env.get(variable, "")
+        # NCCL takes prefixes of names; `=` before exact names, `^` before those to exclude.
+        is_exact = variable.startswith("GLOO") or value.startswith("=")
+        names = tuple(value.removeprefix("=").split(","))
+        found = [name for name in interfaces if (name in names if is_exact else name.startswith(names))]
+        if value and not found and not value.startswith("^"):
+            raise ValueError(
+                f"{variable}={value!r:.80} is invalid: {os.uname().nodename} has no such network interface, only "
+                f"{', '.join(interfaces)}."
+            )
+
+
+def count_local_ranks(env: Mapping[str, str]) -> int:
+    """Count the ranks on this node."""
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        if counts := re.findall(r"(\d+)(?:\(x\d+\))?", env.get(name, "")):  # SLURM: 8(x3),2
+            return max(map(int, counts))
+    return 1
 
 
 def find_missing_variables(launcher: Launcher, env: Mapping[str, str]) -> list[str]:
@@ -145,6 +213,59 @@ def check_master_address(address: str) -> None:
             f"{os.uname().nodename} cannot resolve {address}, the host of rank 0 ({error.strerror}): "
             "set MASTER_ADDR to its address."
         ) from error
+
+
+def wait_for_rank_0(address: str, port: str | int, seconds: float, waiting: str) -> None:
+    """Wait until rank 0 listens; torch would print C++ frames meanwhile.
+
+    Args:
+        waiting: who waits, such as "node 1 of 2".
+
+    Raises:
+        OSError: it did not listen within `seconds`.
+    """
+    deadline, reason = time.monotonic() + seconds, ""
+    with announce_waiting(lambda: f"{waiting} waits for rank 0 at {address}:{port}: {reason}"):
+        while True:
+            try:
+                socket.create_connection((address, int(port)), timeout=5).close()
+                return
+            except OSError as error:
+                reason = error.strerror or str(error)
+            if time.monotonic() > deadline:
+                raise OSError(
+                    f"{waiting} did not reach rank 0 at {address}:{port} within {seconds:.0f} s ({reason}): start it "
+                    "there, or set MASTER_ADDR and MASTER_PORT to its address."
+                )
+            time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def announce_waiting(describe_fn: Callable[[], str]) -> Iterator[None]:
+    """Print to stderr who waits for whom, while the body runs or until the description is empty."""
+    is_done = threading.Event()
+
+    def announce() -> None:
+        seconds = NOTICE_SECONDS
+        while not is_done.wait(seconds) and (notice := describe_fn()):
+            print(notice, file=sys.stderr, flush=True)
+            seconds = NOTICE_INTERVAL
+
+    threading.Thread(target=announce, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_done.set()
+
+
+def describe_connected_hosts(port: str | int) -> str:
+    """Describe the other hosts that are connected to a port of this process."""
+    import psutil
+
+    connections = psutil.Process().net_connections("tcp")
+    own = {connection.laddr.ip for connection in connections}
+    remote = {one.raddr.ip for one in connections if one.raddr and one.laddr.port == int(port)} - own
+    return f"connected: {', '.join(sorted(remote)).replace('::ffff:', '') or 'none of the others'}"
 
 
 def make_port_in_use_error(port: str | int) -> OSError:

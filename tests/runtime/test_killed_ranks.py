@@ -1,4 +1,4 @@
-"""Killed ranks, killed workers and stalled files in real training runs.
+"""Killed ranks, killed workers and stalled workers in real training runs.
 
 All processes end, and one message names the fault.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.live_runs import HANG_SECONDS, count_logged_steps, link_dataset, stall_image, wait_until
+from helpers.live_runs import HANG_SECONDS, count_logged_steps, wait_until
 from helpers.paths import FINETUNE_PROGRAM
 from helpers.training_runs import TRAIN_ADAPTERS, build_launch_command, write_meta_file
 
@@ -30,11 +30,10 @@ class Run:
         torchrun: start the ranks by torchrun, else without a launcher that watches them.
     """
 
-    def __init__(self, tiny_inputs: Path, goldens: Path, folder: Path, flags: list[str], torchrun: bool):
-        data, self.images = link_dataset(tiny_inputs, goldens, folder)
+    def __init__(self, tiny_inputs: Path, folder: Path, flags: list[str], torchrun: bool):
         self.log = folder / "log"
         endless = "--max_steps 100000 --save_strategy no --no_smoke_save --ddp_timeout".split() + [str(DDP_TIMEOUT)]
-        command, env = build_launch_command(data, folder / "out", *TRAIN_ADAPTERS, *endless, *flags, ranks=2)
+        command, env = build_launch_command(tiny_inputs, folder / "out", *TRAIN_ADAPTERS, *endless, *flags, ranks=2)
         self.started: list[psutil.Popen] = []
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_port(), "WORLD_SIZE": "2"}
         with self.log.open("wb") as log:
@@ -78,8 +77,9 @@ def kill_worker(run: Run) -> None:
     run.find_rank(1).children()[0].kill()
 
 
-def stall_file(run: Run) -> None:
-    stall_image(run.images)
+def suspend_worker(run: Run) -> None:
+    """As by a file system that does not respond."""
+    run.find_rank(1).children()[0].suspend()
 
 
 ZERO_2, ZERO_3 = (["--deepspeed", f"zero_stage{stage}_config.json"] for stage in (2, 3))
@@ -106,10 +106,10 @@ FAULTS = {
         rf"error: rank 1 failed: {WORKER_KILLED}",
         15,
     ),
-    "stalled file, no launcher": (
-        ZERO_2,
+    "stalled worker, no launcher": (
+        [*ZERO_2, "--dataloader_num_workers", "1"],
         False,
-        stall_file,
+        suspend_worker,
         [1, 1],
         r"error: rank \d did not join a collective that rank \d waited for: RuntimeError: Timed out waiting 10000ms .*",
         DDP_TIMEOUT + 10,
@@ -118,9 +118,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_ends_all_processes_with_one_message(tiny_inputs, goldens, tmp_path, name):
+def test_a_fault_ends_all_processes_with_one_message(tiny_inputs, tmp_path, name):
     flags, torchrun, fault_fn, statuses, message, max_seconds = FAULTS[name]
-    run = Run(tiny_inputs, goldens, tmp_path, flags, torchrun)
+    run = Run(tiny_inputs, tmp_path, flags, torchrun)
     fault_fn(run)
     actual_statuses, seconds, error_lines = run.wait()
     assert len(error_lines) == 1 and re.fullmatch(message, error_lines[0]), (

@@ -131,9 +131,9 @@ def start_python(program: str) -> subprocess.Popen:
 
 
 INVALID_FLAGS = {
-    "--save_on_signal_seconds -1": "--save_on_signal_seconds -1.0 is invalid: expected seconds >= 0",
-    "--save_on_signal_seconds nan": "--save_on_signal_seconds nan is invalid: expected seconds >= 0",
-    "--max_skipped_steps -1": "--max_skipped_steps -1 is invalid: expected an integer >= 0",
+    "--save_on_signal_seconds -1": "--save_on_signal_seconds -1.0 is invalid: expected a number from 0",
+    "--save_on_signal_seconds nan": "--save_on_signal_seconds nan is invalid: expected a number from 0",
+    "--max_skipped_steps -1": "--max_skipped_steps -1 is invalid: expected an integer from 0",
     "--skip_above_grad_norm 0": "--skip_above_grad_norm 0.0 is invalid: expected a number > 0",
 }
 

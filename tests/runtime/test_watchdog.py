@@ -1,12 +1,12 @@
 """A stalled step prints the stacks of every rank."""
 
 import re
-import subprocess
 import threading
 import time
 
+import psutil
 import pytest
-from helpers.live_runs import HANG_SECONDS, count_logged_steps, link_dataset, resume_image, stall_image, wait_until
+from helpers.live_runs import HANG_SECONDS, count_logged_steps, find_workers, wait_until
 from helpers.training_runs import TRAIN_ADAPTERS, build_launch_command, read_step_logs
 
 from internvl.runtime.watchdog import Watchdog
@@ -75,16 +75,15 @@ def test_factor_0_starts_no_thread():
 
 
 @pytest.mark.multiprocess
-def test_the_stacks_show_which_rank_waits_for_a_stalled_file(tiny_inputs, goldens, tmp_path):
-    data, images = link_dataset(tiny_inputs, goldens, tmp_path)
+def test_the_stacks_show_which_rank_waits_for_a_stalled_worker(tiny_inputs, tmp_path):
     output, log = tmp_path / "out", tmp_path / "log"
     flags = [*TRAIN_ADAPTERS, *"--max_steps 40 --save_strategy no --watchdog_factor 3 --watchdog_seconds 2".split()]
-    command, env = build_launch_command(data, output, *flags, "--dataloader_num_workers", "1", ranks=2)
+    command, env = build_launch_command(tiny_inputs, output, *flags, "--dataloader_num_workers", "1", ranks=2)
 
     def printed() -> str:
         return log.read_text(errors="replace")
 
-    with log.open("wb") as file, subprocess.Popen(command, env=env, stderr=file, stdout=file) as process:
+    with log.open("wb") as file, psutil.Popen(command, env=env, stderr=file, stdout=file) as process:
 
         def wait_for(text: str) -> None:
             wait_until(lambda: text in printed(), lambda: printed()[-3000:], processes=[process])
@@ -92,14 +91,16 @@ def test_the_stacks_show_which_rank_waits_for_a_stalled_file(tiny_inputs, golden
         try:
             wait_until(lambda: count_logged_steps(printed()), lambda: printed()[-3000:], processes=[process])
             assert "is slow" not in printed()
-            content = stall_image(images)
+            _, worker = find_workers(process)[1]
+            worker.suspend()
             for rank in (0, 1):
                 wait_for(f"[rank {rank}] step")
             time.sleep(1.5)  # a second report of the same stall would come by now
-            resume_image(images, content)
+            worker.resume()
             assert process.wait(HANG_SECONDS) == 0
         finally:
-            process.kill()
+            if process.is_running():
+                process.kill()
     lines = [line for line in printed().splitlines() if line.startswith("[rank ")]
     for rank in "01":
         lines_of_rank = [line for line in lines if line.startswith(f"[rank {rank}]")]
@@ -107,8 +108,7 @@ def test_the_stacks_show_which_rank_waits_for_a_stalled_file(tiny_inputs, golden
         assert re.fullmatch(rf"\[rank {rank}\] step \d+ finished after \d+\.\d s", lines_of_rank[-1])
     worker_stacks = [re.search(r"rank (\d)\]   worker process \d+ ", line) for line in lines]
     assert {match[1] for match in worker_stacks if match} == {"0", "1"}
-    ranks_in_file = {line[6] for line in lines if "internvl/data/images.py" in line}
-    assert len(ranks_in_file) == 1, "one rank waits for the file"
-    ranks_in_collective = {line[6] for line in lines if "distributed" in line}
-    assert ranks_in_collective - ranks_in_file, "the other rank waits for that one"
+    assert [line[6] for line in lines if "no response" in line] == ["1"]
+    assert {line[6] for line in lines if "_try_get_data" in line} == {"1"}, "rank 1 waits for its worker"
+    assert "0" in {line[6] for line in lines if "distributed" in line}, "rank 0 waits for rank 1"
     assert len(read_step_logs(output)) == 40

@@ -1,10 +1,12 @@
 """torchrun and Open MPI connect ranks on two hosts with separate networks."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.network_hosts import (
     MPIRUN_ENVIRONMENT,
@@ -56,6 +58,27 @@ def test_a_port_in_use_and_an_unknown_host_are_named(hosts, tmp_path):
     assert "error: port 34229 of node1 is already in use: set MASTER_PORT" in outputs[0]
     assert "error: node2 cannot resolve node3, the host of rank 0" in outputs[1]
     assert not any("Traceback" in output for output in outputs)
+
+
+NOTICES = {  # NODE_RANK, MASTER_ADDR -> notice
+    (1, "10.77.0.9"): r"node 1 of 2 \(node1\) waits for rank 0 at 10\.77\.0\.9:34230: (No route to host|timed out)",
+    (1, "node2"): r"node 1 of 2 \(node1\) waits for rank 0 at node2:34230: Connection refused",
+    (0, "node1"): r"node 0 \(node1\) waits for all 2 nodes to start; connected: none of the others",
+}
+
+
+@pytest.mark.parametrize(("node", "address"), NOTICES)
+def test_a_node_says_that_it_waits(hosts, tmp_path, node, address):
+    run = start(hosts[0], tmp_path, NODE_RANK=node, MASTER_ADDR=address, MASTER_PORT=34230)
+    for line in run.stdout:
+        if "waits for" in line:
+            break
+    inside = psutil.Process(run.pid).children()
+    for process in inside:
+        process.terminate()
+    output = line + run.communicate(timeout=60)[0]
+    assert run.returncode == 85, output
+    assert re.match(NOTICES[node, address], output), output
 
 
 def test_mpirun_on_one_host(hosts, tmp_path):

@@ -1,6 +1,8 @@
 """launch.sh: invalid inputs, SLURM, exit status and log."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 
 import psutil
 import pytest
+from helpers.live_runs import wait_until
 from helpers.paths import REPO_ROOT, VISION_LORA_RECIPE
 from helpers.recipe_runs import replace_training
 
@@ -33,6 +36,11 @@ TASK = JOB | {"SLURM_STEP_ID": 0, "SLURM_PROCID": 3, "SLURM_STEP_NUM_TASKS": 8, 
         ({"LAUNCHER": "slurm", "GPUS": 8}, ["srun"]),
         ({"OUTPUT_DIR": "/dev/null/out"}, ["OUTPUT_DIR=/dev/null/out"]),
         (TASK | {"GPUS": 4}, ["GPUS=4", "8 tasks"]),
+        ({"NODE_RANK": 7}, ["NODE_RANK=7 is invalid: expected an integer from 0 to 0, because NODES=1"]),
+        ({"NODES": 2, "GPUS": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, ["NODE_RANK=2", "from 0 to 1"]),
+        ({"NODES": 2, "GPUS": 2, "NODE_RANK": "x", "MASTER_ADDR": "a"}, ["NODE_RANK=x", "from 0 to 1"]),
+        ({"MASTER_PORT": "http"}, ["MASTER_PORT=http"]),
+        ({"MASTER_PORT": 99999}, ["MASTER_PORT=99999 is invalid: expected a port from 1 to 65535"]),
     ],
 )
 def test_invalid_input_is_one_sentence(bash, tmp_path, variables, words):
@@ -278,3 +286,86 @@ def test_the_command_of_a_dry_run_can_be_run(bash, tmp_path):
     variables = replace_training(tmp_path, "import sys; print(sys.argv[-1])") | TASK
     command = bash(VISION_LORA_RECIPE, "it's me", DRY_RUN=1, **variables).stdout
     assert subprocess.check_output(["bash", "-c", command], text=True) == "it's me\n"
+
+
+INVALID_ENVIRONMENTS = {
+    "OMP_NUM_THREADS": ("abc", "OMP_NUM_THREADS='abc' is invalid: expected an integer >= 1"),
+    "CUDA_VISIBLE_DEVICES": ("zero", "CUDA_VISIBLE_DEVICES='zero' is invalid: expected numbers or UUIDs of GPUs"),
+    "GLOO_SOCKET_IFNAME": ("none7", "GLOO_SOCKET_IFNAME='none7' is invalid: .* has no such network interface, only lo"),
+    "NCCL_SOCKET_IFNAME": ("none7", "NCCL_SOCKET_IFNAME='none7' is invalid: .* has no such network interface, only lo"),
+}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", INVALID_ENVIRONMENTS)
+def test_an_invalid_environment_is_one_sentence(bash, tmp_path, name):
+    value, message = INVALID_ENVIRONMENTS[name]
+    done = bash(VISION_LORA_RECIPE, **replace_training(tmp_path, "print('started')") | {name: value})
+    assert done.returncode == 1
+    assert re.fullmatch(f"error: {message}.*\n", done.stdout), done.stdout + done.stderr
+
+
+@pytest.mark.multiprocess
+def test_inputs_in_the_output_folder_are_refused_before_anything_is_written(bash, tmp_path):
+    variables = replace_training(tmp_path, "print('started')")
+    (model := tmp_path / "model").mkdir()
+    (model / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(model)
+    (data := tmp_path / "data").mkdir()
+    (data / "train.jsonl").touch()
+    (meta := tmp_path / "meta/data.json").parent.mkdir()
+    meta.write_text(json.dumps({"a": {"annotation": str(data / "train.jsonl")}}))
+    overlaps = {
+        "is --model_name_or_path": {"OUTPUT_DIR": model},
+        "is --model_name_or_path .*link": {"OUTPUT_DIR": model, "MODEL_PATH": tmp_path / "link"},
+        "contains --model_name_or_path": {"OUTPUT_DIR": tmp_path},
+        "is inside of --model_name_or_path": {"OUTPUT_DIR": model / "new/out"},
+        "contains annotation of dataset a": {"OUTPUT_DIR": data, "META_PATH": meta},
+        "contains --meta_path": {"OUTPUT_DIR": meta.parent, "META_PATH": meta},
+    }
+    files = sorted(tmp_path.rglob("*"))
+    for message, changes in overlaps.items():
+        done = bash(VISION_LORA_RECIPE, **variables | {"MODEL_PATH": model} | changes)
+        assert done.returncode == 1 and done.stdout == "", done.stdout
+        assert re.fullmatch(f"error: --output_dir .* {message}.*choose another folder.\n", done.stderr), done.stderr
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("shell", ["{} | head -1", "{} <&- >&- 2>&-", "{} >/dev/full 2>&1"])
+def test_the_log_is_complete_without_a_console(bash, tmp_path, shell):
+    code = "import time\nfor n in range(200):\n    print('line', n, 'x' * 1000)\n    time.sleep(0.001)"
+    command = shell.format(f"{VISION_LORA_RECIPE}")
+    (tmp_path / "script").write_text(f"set -o pipefail; bash {command}")
+    done = bash(tmp_path / "script", **replace_training(tmp_path, code))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/training_log.txt").read_text().count("line ") == 200
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_is_a_preemption_signal_unless_nohup(bash, tmp_path, nohup):
+    """SIGHUP goes to all processes, as from the kernel."""
+    code = """
+import sys, time
+from internvl.runtime.process import prepare_rank
+from internvl.runtime.signals import preemption
+prepare_rank()
+preemption.start_training(0)
+print("waiting", flush=True)
+for _ in range(30):
+    time.sleep(0.1)
+print("signal", preemption.signal and preemption.signal.name)
+"""
+    variables = {"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "INTERNVL_VENV": "none", "HOME": tmp_path, "GPUS": 2}
+    env = {name: str(value) for name, value in (variables | replace_training(tmp_path, code)).items()}
+    command = [*(["nohup"] if nohup else []), "bash", VISION_LORA_RECIPE]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = psutil.Popen(command, env=env, **streams)
+    log = tmp_path / "out/training_log.txt"
+    wait_until(
+        lambda: log.exists() and log.read_text().count("waiting") == 2, lambda: log.read_text(), processes=[process]
+    )
+    send_to_all(process, signal.SIGHUP)
+    assert process.wait(60) == 0
+    assert log.read_text().count("signal None" if nohup else "signal SIGHUP") == 2, log.read_text()

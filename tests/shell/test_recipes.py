@@ -2,8 +2,10 @@
 
 import pytest
 from helpers.paths import REPO_ROOT, VISION_LORA_RECIPE
+from helpers.training_runs import TRAIN_LLM_AND_PROJECTOR, read_losses, run_training
 
 RECIPES = sorted((REPO_ROOT / "shell").glob("*/*_vit_lora.sh"))
+CUTS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 1, 4)]  # ranks, micro-batch size, gradient accumulation
 EXPECTED_BY_SIZE = {  # ZeRO stage, micro-batch size, learning rate
     "1b": (2, 8, 2e-4),
     "2b": (2, 8, 2e-4),
@@ -38,6 +40,28 @@ def test_flags_of_the_vision_lora_recipes(parse_recipe, size):
     assert training.deepspeed["zero_optimization"]["stage"] == stage
     assert training.per_device_train_batch_size == micro_batch_size
     assert training.learning_rate == learning_rate
+    assert (data.loss_reduction, data.loss_reduction_all_gather) == ("token", True)
+
+
+@pytest.mark.multiprocess
+def test_loss_does_not_depend_on_how_a_step_is_cut(parse_recipe, tiny_inputs, tmp_path):
+    """With the recipes' flags, a step's loss is the mean over its loss tokens."""
+    _, data, _ = parse_recipe(VISION_LORA_RECIPE)
+    reduction = ["--loss_reduction", data.loss_reduction, "--loss_reduction_all_gather", data.loss_reduction_all_gather]
+    losses = {}
+    for ranks, micro_batch, accumulation in CUTS:
+        cut = ["--per_device_train_batch_size", micro_batch, "--gradient_accumulation_steps", accumulation]
+        output = tmp_path / f"{ranks}x{micro_batch}x{accumulation}"
+        flags = [
+            *TRAIN_LLM_AND_PROJECTOR,
+            *reduction,
+            *cut,
+            *"--max_steps 3 --save_strategy no --no_smoke_save".split(),
+        ]
+        run_training(tiny_inputs, output, *flags, ranks=ranks)
+        losses[output.name] = read_losses(output)
+    first, *others = losses.values()
+    assert all(other == pytest.approx(first, rel=1e-6) for other in others), losses
 
 
 def test_variables_override_the_recipe(parse_recipe, tmp_path):

@@ -223,15 +223,41 @@ def test_node_lists_are_parsed_as_scontrol_does(cluster):
         assert hostnames[0] == first == parse_first_node(nodes)
 
 
-def test_sigterm_to_the_shell_of_a_recipe_reaches_the_tasks(cluster, tmp_path):
-    """As SIGUSR1: at SIGTERM srun would kill its tasks."""
-    shell = start_from_login_node(cluster, **replace_training(tmp_path, WAIT_FOR_SIGNAL))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_signals_to_the_shell_of_a_recipe_reach_the_tasks(cluster, tmp_path, number):
+    """As SIGUSR1: at other signals srun would kill its tasks. A killed shell cannot forward: the kernel does."""
+    code = WAIT_FOR_SIGNAL.replace("sys.exit(85", "print('saved'); sys.exit(85")
+    shell = start_from_login_node(cluster, **replace_training(tmp_path, code))
     log = tmp_path / "out/training_log.txt"
     wait_until(lambda: log.exists() and log.read_text().count("start 0") == 2, cluster.read_logs, 30)
     inside = [process for process in psutil.Process(shell.pid).children() if process.name() == "bash"]
-    inside[0].terminate()
-    shell.communicate(timeout=30)
-    assert shell.returncode == 85
+    inside[0].send_signal(number)
+    shell.communicate(timeout=60)
+    assert shell.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 85)
+    assert log.read_text().count("saved") == 2
+    wait_until(lambda: not cluster.read_output("squeue", "-h"), cluster.read_logs, 30)
+
+
+TAKE_LOCK = """
+import json, os, sys, time
+from dataclasses import asdict, replace
+from pathlib import Path
+from internvl.runtime.output_lock import LOCK_FILE, OutputLock, describe_this_process
+folder, job = Path(sys.argv[1]), sys.argv[2]
+holder = replace(describe_this_process("other"), machine="another", host="node7", job=job, job_start="0")
+(folder / LOCK_FILE).write_text(json.dumps(asdict(holder)))
+start = time.monotonic()
+OutputLock(folder, "new")
+print(time.monotonic() - start < 5)
+"""
+
+
+def test_the_lock_of_a_job_that_has_ended_is_replaced(cluster, tmp_path):
+    done = cluster.run("sbatch", "--parsable", "--wait", "--wrap=true", f"--output={tmp_path}/job")
+    env = os.environ | {"PYTHONPATH": str(PACKAGE_DIR)}
+    for job in (done.stdout.strip(), "999999"):
+        taken = cluster.run(sys.executable, "-c", TAKE_LOCK, tmp_path, job, env=env)
+        assert taken.stdout == "True\n", taken.stdout + taken.stderr
 
 
 TASK_1_FAILS = """

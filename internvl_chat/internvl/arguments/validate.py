@@ -7,7 +7,10 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
+
+from PIL import ImageColor
 
 from internvl.arguments.data import DataTrainingArguments
 from internvl.arguments.deepspeed_config import get_zero_stage
@@ -16,11 +19,11 @@ from internvl.arguments.model import ModelArguments
 from internvl.arguments.per_part import PART_NAMES, LoraArguments, get_part_settings
 from internvl.arguments.preference import DPOConfig, PreferenceDataArguments
 from internvl.arguments.training import TrainingArguments
+from internvl.constants import MAX_FRAMES_PER_VIDEO, MAX_TILES_PER_IMAGE
 from internvl.conversation import conv_templates
 
 logger = logging.getLogger(__name__)
 
-MAX_LORA_RANK = 2**16  # wider than the layers of any published LLM
 LAYER_RANGE = re.compile(r"(-?\d+)?:(-?\d+)?")
 
 # A DataLoader worker sends tensors through a socket in TMPDIR. Linux limits the path of a socket (unix(7)). With a
@@ -40,6 +43,7 @@ def validate_arguments(
     validate_gradient_checkpointing(model_args, training_args)
     validate_compile(model_args, training_args)
     validate_worker_socket(training_args)
+    validate_op_compilation(training_args)
 
 
 def validate_preference_arguments(
@@ -84,9 +88,19 @@ def validate_data_arguments(args: DataTrainingArguments) -> None:
     for low, high in (("min_dynamic_patch", "max_dynamic_patch"), ("min_num_frame", "max_num_frame")):
         require(args, low, getattr(args, low) >= 1, "an integer >= 1")
         require(args, high, getattr(args, high) >= getattr(args, low), f"at least --{low} {getattr(args, low)}")
+    for flag, limit in (("max_dynamic_patch", MAX_TILES_PER_IMAGE), ("max_num_frame", MAX_FRAMES_PER_VIDEO)):
+        require(args, flag, getattr(args, flag) <= limit, f"at most {limit:,}")
+    require(args, "image_background", _is_color(args.image_background), "a CSS color name or #rrggbb")
     ratio = args.down_sample_ratio
     is_valid = 0 < ratio <= 1 and 1 / ratio == round(1 / ratio)
     require(args, "down_sample_ratio", is_valid, "1 / n, where an image token covers n x n patches")
+
+
+def _is_color(text: str) -> bool:
+    try:
+        return bool(ImageColor.getrgb(text))
+    except ValueError:
+        return False
 
 
 def validate_lora_arguments(args: ModelArguments) -> None:
@@ -94,7 +108,6 @@ def validate_lora_arguments(args: ModelArguments) -> None:
     for part_flag in PART_NAMES:
         rank_flag = f"use_{part_flag}_lora"
         rank = getattr(args, rank_flag)
-        require(args, rank_flag, 0 <= rank <= MAX_LORA_RANK, f"a LoRA rank from 0 (no LoRA) to {MAX_LORA_RANK:,}")
         settings = get_part_settings(args, LoraArguments, part_flag)
         for setting, value in settings.items():
             if not rank:
@@ -102,6 +115,11 @@ def validate_lora_arguments(args: ModelArguments) -> None:
         if "lora_layers" in settings:
             is_valid = bool(LAYER_RANGE.fullmatch(settings["lora_layers"]))
             require(args, f"{part_flag}_lora_layers", is_valid, "START:STOP, such as 0:12 or -8:")
+    if args.train_new_tokens and not args.use_llm_lora:
+        raise ValueError(
+            "--train_new_tokens True requires --use_llm_lora: without LoRA in the LLM its embeddings are trained or "
+            "frozen as a whole."
+        )
 
 
 def validate_gradient_checkpointing(args: ModelArguments, training_args: TrainingArguments) -> None:
@@ -157,3 +175,22 @@ def validate_worker_socket(args: TrainingArguments) -> None:
             f"TMPDIR {folder} is {excess} bytes too long for the sockets of --dataloader_num_workers "
             f"{args.dataloader_num_workers}: set TMPDIR to a shorter folder, such as /tmp."
         )
+
+
+def validate_op_compilation(args: TrainingArguments) -> None:
+    """Raise a ValueError if DeepSpeed cannot compile its op."""
+    if not args.deepspeed:
+        return
+    compiler = os.environ.get("CXX") or "c++"
+    if not shutil.which(compiler.split()[0]):
+        raise ValueError(
+            f"DeepSpeed compiles an op, and the C++ compiler {compiler} is missing: set CXX, or apt-get install g++."
+        )
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"DeepSpeed compiles an op into {folder}, which cannot be created ({error.strerror}): set HOME or "
+            "TORCH_EXTENSIONS_DIR to a writable folder."
+        ) from error

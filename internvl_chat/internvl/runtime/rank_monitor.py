@@ -45,6 +45,7 @@ from internvl.runtime.rank_monitor_server import (
     is_started_by_torchrun,
     write_stderr,
 )
+from internvl.runtime.signals import exit_process
 
 CONNECT_TIMEOUT = 60.0  # seconds for all ranks to connect
 REPLY_TIMEOUT = 10.0  # seconds to wait for rank 0's decision
@@ -133,7 +134,7 @@ class RankMonitorClient:
             time.sleep(EXIT_DELAY_TORCHRUN if is_started_by_torchrun() else EXIT_DELAY)
         sys.stdout.flush()
         # Not sys.exit: threads of a process group whose other ranks have exited may never end.
-        os._exit(self.exit_status)
+        exit_process(self.exit_status)
 
     def leave(self, reason: str = "") -> None:
         """Leave the monitor, so that this rank's exit is not a failure.

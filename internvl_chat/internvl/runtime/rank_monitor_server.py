@@ -12,6 +12,8 @@ import threading
 import time
 from typing import NamedTuple
 
+from internvl.runtime.console import write_console
+
 # Kinds of exit reports, the best explanation of a failed run first -> seconds to wait for a better explanation.
 # None: the report does not end the run, because a rank may finish while others still write files.
 GRACE_SECONDS = {"error": 2.0, "killed": 0.5, "exit": None, "collective_failed": 2.0, "done": None}
@@ -190,5 +192,5 @@ def format_error(report: ExitReport, rank: int | None) -> str:
 
 def write_stderr(text: str) -> None:
     """Write text to stderr, on separate lines, in one piece."""
-    # The leading newline ends a progress bar. One call of os.write keeps lines of several ranks from mixing.
-    os.write(2, f"\n{text}\n".encode(errors="replace"))
+    # The leading newline ends a progress bar.
+    write_console(2, f"\n{text}\n")

@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -18,10 +20,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from internvl.data.outages import StoreUnavailableError
 from internvl.dist_utils import get_world_size, init_dist, is_collective_error, timeout
 from internvl.runtime.rank_monitor import RankMonitorClient, reports_for_rank_0
 from internvl.runtime.rank_monitor_server import ExitReport, format_error, write_stderr
-from internvl.runtime.signals import preemption
+from internvl.runtime.signals import PREEMPTED_EXIT_STATUS, kill_workers, preemption
 from internvl.torch_internals import is_raised_in_dataloader_wait
 
 # Errors that are not bugs, by class -> advice.
@@ -31,6 +34,13 @@ ADVICE_BY_ERROR = [
         "to use less memory: smaller micro-batches or packed sequences, --grad_checkpoint True, or ZeRO-3",
     ),
     (MemoryError, "to use less memory: fewer --dataloader_num_workers"),
+    (subprocess.CalledProcessError, "DeepSpeed compiles an op: set CXX to a C++ compiler (apt-get install g++)"),
+]
+# The same for errors without a class of their own, by a pattern of their text.
+ADVICE_BY_TEXT = [
+    (r"can't allocate memory|bad_alloc|Cannot allocate memory", "memory is full, or limited by `ulimit -v`"),
+    (r"can't start new thread|pthread_create", "raise the limit `ulimit -u`, or set a lower OMP_NUM_THREADS"),
+    (r"Too many open files", "raise the limit `ulimit -n`"),
 ]
 DEAD_WORKER_ADVICE = (
     "a DataLoader worker died; if memory ran out: fewer --dataloader_num_workers (while measuring lengths: fewer CPUs)"
@@ -96,7 +106,9 @@ def abort_all_ranks_on_error() -> Iterator[None]:
             monitor_client.leave(f"with exit status {error.code or 0}")
         raise
     except BaseException as error:
-        exit_with_report(make_exit_report(error), 130 if isinstance(error, KeyboardInterrupt) else 1)
+        statuses = {KeyboardInterrupt: 130, StoreUnavailableError: PREEMPTED_EXIT_STATUS}  # the latter may be restarted
+        status = next((status for kind, status in statuses.items() if isinstance(error, kind)), 1)
+        exit_with_report(make_exit_report(error), status)
 
 
 def exit_with_report(report: ExitReport, exit_status: int) -> None:
@@ -111,6 +123,8 @@ def exit_with_report(report: ExitReport, exit_status: int) -> None:
     is_only_rank = os.environ.get("WORLD_SIZE", "1") == "1"
     if report.kind == "error" or rank == "0" or reports_for_rank_0():
         write_stderr(format_error(report, None if is_only_rank else int(rank)))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error about a killed worker
+    kill_workers()  # Python would wait for them
     sys.exit(exit_status)
 
 
@@ -123,7 +137,9 @@ def make_exit_report(error: BaseException) -> ExitReport:
     if is_dead_dataloader_worker(error):
         advice = DEAD_WORKER_ADVICE
     else:
-        advice = next((text for kind, text in ADVICE_BY_ERROR if isinstance(error, kind)), None)
+        matching = [text for kind, text in ADVICE_BY_ERROR if isinstance(error, kind)]
+        matching += [text for pattern, text in ADVICE_BY_TEXT if re.search(pattern, str(error))]
+        advice = next(iter(matching), None)
     is_bug = advice is None and not isinstance(error, (ValueError, OSError, KeyboardInterrupt))
     trace = ""
     if is_bug or os.environ.get("INTERNVL_TRACEBACK") == "1":

@@ -1,0 +1,120 @@
+"""DataLoader workers: start, end, and the shared memory through which they send batches."""
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from internvl.runtime.parent import exit_with_parent
+from internvl.runtime.signals import ignore_first_sigterm
+
+logger = logging.getLogger(__name__)
+SHARED_MEMORY_DIR = "/dev/shm"  # where Linux puts shared memory
+PAGE_BYTES = 8 * 4096  # lost by rounding the tensors of a batch up to pages
+USABLE_SHARE = 0.8  # of its free bytes: NCCL has buffers there, too
+HOW_TO_ENLARGE = "docker run --shm-size=8g; in Kubernetes an emptyDir with medium: Memory"
+
+
+class SpawnableDataset(Dataset):
+    """Dataset that spawned workers load from a temporary file.
+
+    A spawned process reads its pickled arguments from a pipe, whose other end its parent keeps open as well. If the
+    process dies while it imports, a parent with more than 64 KB of arguments writes to the pipe forever (Python 3.14).
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    @cached_property
+    def file(self):
+        """Temporary file with the pickled dataset."""
+        file = tempfile.NamedTemporaryFile(prefix="dataset-")  # noqa: SIM115
+        file.write(ForkingPickler.dumps(self.dataset))
+        file.flush()
+        return file
+
+    def __getstate__(self) -> str:
+        return self.file.name
+
+    def __setstate__(self, path: str) -> None:
+        # As multiprocessing reads arguments. Only this user can write to the file.
+        self.dataset = ForkingPickler.loads(Path(path).read_bytes())
+
+
+def start_worker(worker_id: int) -> None:
+    """Prepare a worker (a `worker_init_fn`)."""
+    exit_with_parent()
+    ignore_first_sigterm(worker_id)
+
+
+def collate_in_shared_memory(collate_fn: Callable, rows: Sequence[dict]) -> dict:
+    """Collate rows; in a worker, move the batch to shared memory.
+
+    torch would move it in another thread of the worker. That thread prints an error, such as a full /dev/shm, and drops
+    the batch, for which the rank then waits forever (torch 2.14, Python 3.13).
+    """
+    batch = collate_fn(rows)
+    if get_worker_info() is not None:
+        for value in batch.values():
+            if isinstance(value, torch.Tensor):
+                _share(value)
+    return batch
+
+
+def _share(tensor: torch.Tensor) -> None:
+    try:
+        tensor.share_memory_()
+    except RuntimeError as error:
+        if "No space left" not in str(error):
+            raise
+        raise OSError(
+            f"{SHARED_MEMORY_DIR} is full, through which dataloader workers send batches: enlarge it "
+            f"({HOW_TO_ENLARGE}), or set fewer --dataloader_num_workers."
+        ) from error
+
+
+def limit_num_workers(
+    num_workers: int, prefetch_factor: int, num_used: int, batch_bytes: int, num_local_ranks: int
+) -> int:
+    """Reduce the number of workers to what fits into shared memory, with a warning.
+
+    Their number does not change the training.
+
+    Args:
+        num_used: batches that a rank has taken from its workers and still uses.
+        batch_bytes: size of the largest batch.
+        num_local_ranks: ranks on this machine, which share the memory.
+    """
+    if sys.platform != "linux":
+        return num_workers
+    free = shutil.disk_usage(SHARED_MEMORY_DIR).free if os.access(SHARED_MEMORY_DIR, os.W_OK) else 0
+    bytes_per_rank, batch_bytes = free * USABLE_SHARE / num_local_ranks, batch_bytes + PAGE_BYTES
+    num_batches = num_workers * prefetch_factor + num_used
+    num_fitting = max(0, min(num_workers, int((bytes_per_rank / batch_bytes - num_used) / prefetch_factor)))
+    if num_fitting < num_workers:
+        logger.warning(
+            "Dataloader workers per rank: %d instead of %d. %s has %s free; %d batches of up to %s on each of %d ranks "
+            "need %s. To use all workers, enlarge it (%s).",
+            *(num_fitting, num_workers, SHARED_MEMORY_DIR, _format_megabytes(free), num_batches),
+            *(_format_megabytes(batch_bytes), num_local_ranks),
+            *(_format_megabytes(num_batches * batch_bytes * num_local_ranks), HOW_TO_ENLARGE),
+        )
+    return num_fitting
+
+
+def _format_megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2g} MB"
