@@ -6,6 +6,6 @@
 : "${MODEL_PATH:=OpenGVLab/InternVL2_5-26B}" "${ZERO_CONFIG:=zero_stage3_config.json}" "${PER_DEVICE_BATCH_SIZE:=2}"
 FLAGS="
     --freeze_backbone True --freeze_llm True --freeze_mlp True --use_backbone_lora 16 --use_llm_lora 16
-    --learning_rate 1e-4 --weight_decay 0.05
+    --learning_rate 1e-4 --weight_decay 0.05 --loss_reduction_all_gather True
 "
 . "$(dirname "$0")/../launch.sh"

@@ -5,6 +5,6 @@
 : "${MODEL_PATH:=OpenGVLab/InternVL2_5-2B}" "${ZERO_CONFIG:=zero_stage2_config.json}" "${PER_DEVICE_BATCH_SIZE:=8}"
 FLAGS="
     --freeze_backbone True --freeze_llm True --freeze_mlp True --use_backbone_lora 16 --use_llm_lora 16
-    --learning_rate 2e-4 --weight_decay 0.01
+    --learning_rate 2e-4 --weight_decay 0.01 --loss_reduction_all_gather True
 "
 . "$(dirname "$0")/../launch.sh"

@@ -10,6 +10,7 @@ from internvl.arguments.deepspeed_config import ZERO_CONFIG_DIR
 from internvl.arguments.model import ModelArguments
 from internvl.arguments.per_part import LoraArguments
 from internvl.arguments.training import parse_args
+from internvl.arguments.validate import validate_data_arguments
 
 MODEL_DEFAULTS = {
     "model_name_or_path": None,
@@ -60,8 +61,14 @@ DATA_DEFAULTS = {
 }
 OWN_FLAGS = {
     "accept_changed_data",
+    "store_retry_seconds",
     "allow_outside_root",
     "allow_pickle",
+    "image_background",
+    "max_image_pixels",
+    "upstream_image_decoding",
+    "train_new_tokens",
+    "keep_surplus_placeholders",
     "max_bad_samples",
     "merge_before_training",
     "use_mlp_lora",
@@ -133,20 +140,16 @@ INVALID = {
     "unknown ZeRO config": (["--deepspeed", "zero_stage9.json"], "zero_stage9.json: no such file"),
     "unknown flag": (["--no_such_flag", "3"], "unknown flag: --no_such_flag 3"),
     "not a number": (["--learning_rate", "fast"], "--learning_rate.*: invalid float value: 'fast'"),
-    "warmup ratio of 3": (["--warmup_ratio", "3"], r"--warmup_ratio 3.0 is invalid: expected a share in \[0, 1\)"),
+    "no pixels": (["--max_image_pixels", "0"], "--max_image_pixels 0 is invalid: expected an integer from 1"),
+    "no color": (
+        ["--meta_path", "m", "--image_background", "beigeish"],
+        "image_background beigeish is invalid: expected a CSS color",
+    ),
+    "warmup ratio of 3": (["--warmup_ratio", "3"], r"--warmup_ratio 3.0 is invalid: expected a number in \[0, 1\)"),
 }
 
 
 @pytest.mark.parametrize(("flags", "message"), INVALID.values(), ids=INVALID)
 def test_invalid_values_are_refused(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        parse(tmp_path, *flags)
-
-
-def test_deepspeed_optimizer_that_contradicts_the_flags_is_refused(tmp_path):
-    file = tmp_path / "zero.json"
-    file.write_text(
-        json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}, "zero_optimization": {"stage": 1}})
-    )
-    with pytest.raises(ValueError, match="optimizer lr 0.5 contradicts the command line, which has 0.001"):
-        parse(tmp_path, "--deepspeed", str(file), "--learning_rate", "1e-3")
+        validate_data_arguments(parse(tmp_path, *flags)[1])

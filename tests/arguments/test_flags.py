@@ -210,7 +210,11 @@ PACKING_FLAGS = {
     ),
     "strict_mode": (["--strict_mode", "False"], lambda t: padded_length(t) == max_per_row(t, "tokens")),
     "loss_reduction": (["--loss_reduction", "square"], lambda t: t.model.loss_reduction == "square"),
-    "loss_reduction_all_gather": (["--loss_reduction_all_gather", "True"], lambda t: t.all_gather_loss),
+    "loss_reduction_all_gather": (["--loss_reduction_all_gather", "True"], lambda t: t.loss_weights.all_gather),
+    "store_retry_seconds": (
+        ["--store_retry_seconds", "7"],
+        lambda t: t.train_dataset.datasets[0].data_args.store_retry_seconds,
+    ),
     "accept_changed_data": (["--accept_changed_data", "True"], lambda t: t.accept_changed_data),
 }
 
@@ -264,6 +268,11 @@ INVALID = {
     "too many layers": (["--unfreeze_vit_layers", "-3"], "--unfreeze_vit_layers -3 is invalid: the vision encoder has"),
     "drop rate 1": (["--drop_path_rate", "1"], r"--drop_path_rate 1.0 is invalid: expected a probability in \[0, 1\)"),
     "too few frames": (["--max_num_frame", "7"], "--max_num_frame 7 is invalid: expected at least --min_num_frame 8"),
+    "too many tiles": (
+        ["--max_dynamic_patch", "1000000"],
+        "--max_dynamic_patch 1000000 is invalid: expected at most 1,024",
+    ),
+    "too many frames": (["--max_num_frame", "1000000"], "--max_num_frame 1000000 is invalid: expected at most 10,000"),
     "tiles of 0 pixels": (["--force_image_size", "0"], "An image size of 0 pixels is invalid"),
 }
 
@@ -315,6 +324,9 @@ CHECKED_FLAGS = {
 }
 CHECKED_FLAGS[ModelArguments] += ["allow_pickle"]  # test_untrusted_checkpoints.py
 CHECKED_FLAGS[DataTrainingArguments] += ["allow_outside_root"]  # test_unsafe_records.py
+CHECKED_FLAGS[ModelArguments] += ["train_new_tokens"]  # test_new_tokens.py
+CHECKED_FLAGS[DataTrainingArguments] += ["keep_surplus_placeholders"]  # test_schema_records.py
+CHECKED_FLAGS[DataTrainingArguments] += ["max_image_pixels", "image_background", "upstream_image_decoding"]
 
 
 @pytest.mark.parametrize("kind", CHECKED_FLAGS)

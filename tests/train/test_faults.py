@@ -112,8 +112,15 @@ def train(tiny_inputs, tmp_path, monkeypatch):
     """
     monkeypatch.setenv("INTERNVL_CACHE", str(tiny_inputs / "cache"))
 
-    def train(*flags: str, inputs: Path = tiny_inputs, callback: TrainerCallback | None = None, checkpoint: str = ""):
+    def train(
+        *flags: str,
+        inputs: Path = tiny_inputs,
+        callback: TrainerCallback | None = None,
+        checkpoint: str = "",
+        learning_rate: float | None = None,  # also one that the flag does not allow
+    ):
         trainer = prepare_trainer([*build_run_flags(inputs, tmp_path / "out"), *COSINE, *flags])
+        trainer.args.learning_rate = learning_rate or trainer.args.learning_rate
         if callback:
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=checkpoint or None)
@@ -145,16 +152,16 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(train, tmp_path):
         "They changed no weight; the same command resumes from checkpoint-1"
     )
     # After a step at this learning rate no loss is finite.
-    flags = ["--learning_rate", "1e25", "--max_skipped_steps", "3", "--save_steps", "1", "--save_total_limit", "1"]
+    flags = ["--max_skipped_steps", "3", "--save_steps", "1", "--save_total_limit", "1"]
     with pytest.raises(ValueError, match=message):
-        train(*flags)
+        train(*flags, learning_rate=1e25)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
     assert are_saved_weights_finite(tmp_path / "out/checkpoint-1")
 
 
 def test_nonfinite_weights_are_not_saved(train, tmp_path):
     with pytest.raises(ValueError, match="Non-finite weights after step 1 .* and [0-9]+ more.: nothing is saved"):
-        train("--learning_rate", "1e39", "--save_steps", "1")
+        train("--save_steps", "1", learning_rate=1e39)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 

@@ -17,11 +17,12 @@ from helpers.training_runs import (
     remove_image_tokens,
     write_meta_file,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from internvl.arguments.preference import PREFERENCE_ARGUMENTS, DPOConfig, PreferenceDataArguments
 from internvl.arguments.training import parse_args
 from internvl.arguments.validate import validate_preference_arguments
+from internvl.checkpoint.resume_rules import RunRecord
 from internvl.data.preference_dataset import PreferenceDataset, collate_pairs
 from internvl.metrics.model_flops import count_model_flops
 from internvl.metrics.step_metrics import METRICS_FILE
@@ -61,7 +62,7 @@ INVALID_FLAGS = {
     "loss over a batch": ("--loss_type aot", "--loss_type aot is not supported: choose"),
     "unknown loss": ("--loss_type kto", "invalid choice: 'kto'"),
     "beta of 0": ("--beta 0", "--beta 0.0 is invalid: expected a number > 0"),
-    "label smoothing too large": ("--label_smoothing 0.5", r"a probability in \[0, 0.5\)"),
+    "label smoothing too large": ("--label_smoothing 0.5", r"a number in \[0, 0.5\)"),
     "label smoothing without effect": (
         "--loss_type hinge --label_smoothing 0.1",
         "is not supported with --loss_type hinge",
@@ -119,6 +120,7 @@ def prepare_trainer(*argv: str) -> MultimodalDPOTrainer:
     data = build_data(data_args, args, tokenizer, model.num_image_token, PreferenceDataset)
     return build_trainer(
         *(model, tokenizer, data, data_args, args, MultimodalDPOTrainer, collate_pairs),
+        run_record=RunRecord(model_args, data_args, args),
         loss=PreferenceLoss(data_args, args),
         reference=reference,
     )
@@ -264,3 +266,26 @@ def test_program_has_upstreams_names():
     assert internvl_chat_mpo.DPOConfig is DPOConfig
     assert internvl_chat_mpo.LazySupervisedDataset is PreferenceDataset
     assert callable(internvl_chat_mpo.main)
+
+
+@pytest.mark.multiprocess
+def test_finished_preference_run_is_left_as_it_is(tiny_inputs, tmp_path):
+    run_training(tiny_inputs, tmp_path / "out", *TRAIN_ADAPTERS)
+    names = ["language_model/adapter_model.safetensors", "trainer_state.json", METRICS_FILE, "train_results.json"]
+    before = [(tmp_path / "out" / name).read_bytes() for name in names]
+    run_training(tiny_inputs, tmp_path / "out", *TRAIN_ADAPTERS)
+    assert [(tmp_path / "out" / name).read_bytes() for name in names] == before
+
+
+@pytest.mark.multiprocess
+def test_reference_model_of_another_base_is_refused_on_resume(tiny_inputs, tmp_path):
+    """The checkpoint holds all weights, but not those of the reference model."""
+    run_training(tiny_inputs, tmp_path / "out", *TRAIN_LLM_AND_PROJECTOR)
+    shutil.copytree(tiny_inputs / "model", tmp_path / "other")
+    (file,) = (tmp_path / "other").glob("*.safetensors")
+    save_file({name: 1.01 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    command = [*FEW_STEPS, *TRAIN_LLM_AND_PROJECTOR, "--model_name_or_path", str(tmp_path / "other")]
+    refused = training_runs.run_training(
+        tiny_inputs, tmp_path / "out", *command, "--max_steps", "9", entry=MPO_PROGRAM, status=1
+    )
+    assert "was trained on another base model" in refused.stderr

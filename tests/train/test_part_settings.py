@@ -1,6 +1,5 @@
 """LoRA settings and rates of each part: flags, variants, saving, merging, ZeRO."""
 
-import json
 from dataclasses import fields
 
 import pytest
@@ -141,26 +140,6 @@ REFUSED = {
 def test_settings_without_effect_are_refused(build_from_flags, flags, message):
     with pytest.raises(ValueError, match=message):
         build_from_flags(*flags)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("part", ["backbone", "llm"])
-def test_quantization_requires_cuda(build_from_flags, part):
-    with pytest.raises(ValueError, match=f"--quantize_{part} True requires a CUDA device"):
-        build_from_flags(*FREEZE_ALL, f"--use_{part}_lora", "2", f"--quantize_{part}", "True")
-
-
-@pytest.mark.gpu
-def test_quantized_base_gets_trainable_adapters(build_from_flags, tiny_inputs, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    model = build_from_flags(*LORA_IN_LLM, "--quantize_llm", "True", "--bf16", "True").cuda().train()
-    ids = torch.arange(1, 33, device="cuda")[None]
-    model(input_ids=ids, labels=ids, position_ids=ids - 1).loss.backward()
-    layers = {name: p for name, p in model.language_model.named_parameters() if ".q_proj." in name}
-    assert {p.dtype for name, p in layers.items() if "lora_" not in name and name.endswith("weight")} == {torch.uint8}
-    assert all(p.grad.isfinite().all() for name, p in layers.items() if "lora_" in name)
-    save_adapter_checkpoint(model, tmp_path, gather_trained_tensors(model))
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
 def logits(model: InternVLChatModel) -> torch.Tensor:

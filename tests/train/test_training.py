@@ -1,6 +1,9 @@
 """Train a tiny model with the real entry point, ranks and DeepSpeed."""
 
+import json
 import shutil
+import signal
+import time
 
 import numpy as np
 import psutil
@@ -21,9 +24,12 @@ from helpers.training_runs import (
     train_in_process,
     write_meta_file,
 )
+from transformers import TrainerCallback
 
 from internvl.constants import SPECIAL_TOKENS
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.runtime.signals import PreemptionListener
+from internvl.train import graceful_stop
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +135,98 @@ def test_resuming_at_the_start_of_an_epoch_equals_unbroken_run(tiny_inputs, tmp_
     assert read_losses(tmp_path / "resumed") == read_losses(tmp_path / "unbroken")
 
 
+CONSTANT_RATE = "--lr_scheduler_type constant_with_warmup --warmup_steps 2 --save_steps 1".split()
+ROW_FLAGS = {
+    "samples": [],
+    "samples from workers": ["--dataloader_num_workers", "2"],
+    "packed rows from workers": "--use_packed_ds True --max_packed_tokens 200 --dataloader_num_workers 1".split(),
+}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("rows", ROW_FLAGS)
+def test_resuming_anywhere_equals_the_unbroken_run(tiny_inputs, tmp_path, rows):
+    """The run ends within an epoch, at a constant learning rate: a step too many or too few would show."""
+    flags = [*TRAIN_ADAPTERS, *CONSTANT_RATE, *ROW_FLAGS[rows], "--max_steps", "7"]
+    run_training(tiny_inputs, tmp_path / "unbroken", *flags)
+    expected, losses = load_weights(tmp_path / "unbroken"), read_losses(tmp_path / "unbroken")
+    assert len(losses) == 7
+    assert read_step_logs(tmp_path / "unbroken")[-1]["epoch"] % 1
+    for step in (1, 3, 6, 7):
+        output = tmp_path / f"from_{step}"
+        shutil.copytree(tmp_path / f"unbroken/checkpoint-{step}", output / f"checkpoint-{step}")
+        run_training(tiny_inputs, output, *flags)
+        assert read_losses(output) == losses
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in load_weights(output).items())
+        assert max(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")) == 7
+
+
+def test_unusable_samples_are_reported_before_each_checkpoint(tiny_inputs, goldens, tmp_path, monkeypatch, caplog):
+    """The run ends at its checkpoint, long before the next report. The resumed run does not read them again."""
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(goldens / "dataset/images", tmp_path / "images")
+    (tmp_path / "images/im0.png").write_bytes((tmp_path / "images/im0.png").read_bytes()[:200])
+    shutil.copytree(tiny_inputs, tmp_path / "tiny")
+    write_meta_file(tmp_path / "tiny", tmp_path / "images")
+    flags = ["--max_bad_samples", "8", "--logging_steps", "100", "--save_steps", "4", "--max_steps", "8"]
+    trainer = prepare_trainer([*build_run_flags(tmp_path / "tiny", tmp_path / "out"), *TRAIN_ADAPTERS, *flags])
+
+    def get_reported() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "Skipped sample" in record.getMessage()]
+
+    class StopAtCheckpoint(TrainerCallback):
+        def on_save(self, *args, **kwargs):
+            raise InterruptedError
+
+    before = get_reported()
+    trainer.add_callback(StopAtCheckpoint())
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    assert trainer.state.global_step == 4
+    assert any("tiny line 1" in message for message in set(get_reported()) - set(before))
+
+
+def test_interrupted_run_logs_the_steps_since_the_last_report(tiny_inputs, tmp_path, monkeypatch):
+    """They would be missing from the metrics of the resumed run."""
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny_inputs / "cache"))
+    listener = PreemptionListener()
+    monkeypatch.setattr(graceful_stop, "preemption", listener)
+    flags = ["--logging_steps", "100", "--save_steps", "100"]
+    trainer = prepare_trainer([*build_run_flags(tiny_inputs, tmp_path / "out"), *TRAIN_ADAPTERS, *flags])
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                listener.record_signal(signal.SIGUSR1, time.monotonic())
+
+    trainer.add_callback(Interrupt())
+    trainer.train()
+    assert trainer.graceful_stop.has_stopped
+    state = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [2]
+
+
+def test_adapters_are_saved_with_the_projector_of_mlp_path(tiny_inputs, tmp_path, monkeypatch):
+    """It is frozen, and the base model has another one."""
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny_inputs / "cache"))
+    projector = {n: t for n, t in load_weights(tiny_inputs / "model").items() if n.startswith("mlp1.")}
+    doubled = {name.removeprefix("mlp1."): 2 * tensor for name, tensor in projector.items()}
+    torch.save(doubled, tmp_path / "projector.pth")
+    flags = ["--mlp_path", str(tmp_path / "projector.pth"), "--max_steps", "1"]
+    train_in_process(tiny_inputs, tmp_path / "out", *TRAIN_ADAPTERS, *flags)
+    saved = load_weights(tmp_path / "out")
+    assert all(torch.equal(saved[f"mlp1.{name}"], tensor) for name, tensor in doubled.items())
+
+
+@pytest.mark.multiprocess
+def test_save_steps_of_the_command_line_act_on_resume(tiny_inputs, lora_run, tmp_path):
+    shutil.copytree(lora_run[0] / "checkpoint-3", tmp_path / "out/checkpoint-3")
+    run_training(tiny_inputs, tmp_path / "out", *TRAIN_ADAPTERS, "--save_steps", "2", ranks=2)
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
+        f"checkpoint-{step}" for step in (3, 4, 6)
+    ]
+
+
 @pytest.mark.multiprocess
 def test_unusable_image_is_skipped_during_training(tiny_inputs, goldens, tmp_path):
     """A truncated image is noticed only when it is decoded.
@@ -180,7 +278,7 @@ def test_invalid_inputs_are_errors_before_the_first_step(tiny_inputs, flags, mes
 def test_error_of_all_ranks_is_printed_once(tiny_inputs, tmp_path):
     done = run_training(tiny_inputs, tmp_path / "out", "--use_llm_lora", "-3", ranks=2, status=1)
     assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [
-        "error: --use_llm_lora -3 is invalid: expected a LoRA rank from 0 (no LoRA) to 65,536."
+        "error: --use_llm_lora -3 is invalid: expected an integer from 0 to 65,536."
     ]
     assert "Traceback" not in done.stderr
 
@@ -202,9 +300,10 @@ def test_missing_image_tokens_and_another_tile_size_are_adapted(tiny_inputs, tmp
 
 @pytest.mark.multiprocess
 def test_finished_model_is_not_overwritten(tiny_inputs, tmp_path):
-    done = run_training(tiny_inputs, tiny_inputs / "model", *TRAIN_ADAPTERS, status=1)
+    shutil.copytree(tiny_inputs / "model", tmp_path / "out")
+    done = run_training(tiny_inputs, tmp_path / "out", *TRAIN_ADAPTERS, status=1)
     assert "holds a finished model and no checkpoint to resume from" in done.stderr
-    assert load_weights(tiny_inputs / "model")
+    assert load_weights(tmp_path / "out")
 
 
 def test_last_step_of_an_epoch_is_averaged_over_its_own_samples(tiny_inputs, tmp_path, monkeypatch):

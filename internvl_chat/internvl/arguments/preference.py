@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from internvl.arguments.data import DataTrainingArguments
-from internvl.arguments.flags import option, require
+from internvl.arguments.flags import option
 from internvl.arguments.model import ModelArguments
 from internvl.arguments.training import TrainingArguments
 
@@ -42,8 +42,6 @@ class DPOConfig(TrainingArguments):
                 f"--loss_type {self.loss_type} is not supported: choose sigmoid (DPO), hinge, ipo, bco_pair or "
                 "sigmoid,bco_pair (MPO)."
             )
-        require(self, "beta", self.beta > 0, "a number > 0")
-        require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "a probability in [0, 0.5)")
         if self.label_smoothing and "sigmoid" not in self.loss_type.split(","):
             raise ValueError(
                 f"--label_smoothing {self.label_smoothing} is not supported with --loss_type {self.loss_type}: it has "

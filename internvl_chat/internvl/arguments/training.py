@@ -4,6 +4,7 @@
 transformers 5 removed but upstream's recipes still pass are declared here, so every recipe parses unchanged.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 
@@ -15,8 +16,14 @@ from internvl.arguments.deepspeed_config import get_zero_stage, load_deepspeed_c
 from internvl.arguments.fault_tolerance import FaultToleranceArguments
 from internvl.arguments.flags import OneLineErrorParser, option, require
 from internvl.arguments.model import ModelArguments
+from internvl.arguments.number_ranges import validate_numbers
+from internvl.arguments.optimizers import refuse_unsupported_optimizer, try_optimizer
 from internvl.arguments.per_part import PartRateArguments
+from internvl.arguments.reporters import validate_reporters
+from internvl.arguments.schedulers import validate_scheduler
 from internvl.arguments.unsupported_flags import REMOVED_FLAGS, refuse_unsupported_flags
+
+JSON_FLAGS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 
 @dataclass
@@ -50,18 +57,26 @@ class TrainingArguments(transformers.TrainingArguments, PartRateArguments, Fault
     def __post_init__(self):
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
+        validate_numbers(self)
         refuse_unsupported_flags(self)
+        refuse_unsupported_optimizer(self)
+        if isinstance(self.report_to, str):
+            self.report_to = self.report_to.split(",")
+        validate_reporters(self.report_to)
         self.validate_fault_tolerance()
-        require(self, "warmup_ratio", self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, "a share in [0, 1)")
         if self.warmup_ratio and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # transformers 5 takes a value below 1 as a share
         if self.output_dir is None:
             raise ValueError("--output_dir is required: the folder for checkpoints and logs.")
-        if isinstance(self.deepspeed, str):
+        for flag in JSON_FLAGS:
+            setattr(self, flag, parse_json_flag(self, flag))
+        if self.deepspeed:
             self.deepspeed = load_deepspeed_config(self.deepspeed, self)
         if self.lora_fp32:
             self.enable_lora_fp32()
         super().__post_init__()
+        try_optimizer(self)
+        validate_scheduler(self)
 
     def enable_lora_fp32(self):
         """Keep trainable parameters in fp32 under DeepSpeed, by its autocast.
@@ -83,6 +98,21 @@ class TrainingArguments(transformers.TrainingArguments, PartRateArguments, Fault
         self.deepspeed |= {"bf16": {"enabled": False}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
+def parse_json_flag(args, flag: str) -> dict | None:
+    """Parse a flag whose value is a JSON object.
+
+    Raises:
+        ValueError: the value is not a JSON object.
+    """
+    value = getattr(args, flag)
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        parsed = value
+    require(args, flag, parsed is None or isinstance(parsed, dict), "a JSON object, such as '{\"key\": 1}'")
+    return parsed
+
+
 FINETUNE_ARGUMENTS = (ModelArguments, DataTrainingArguments, TrainingArguments)
 
 
@@ -101,8 +131,11 @@ def parse_args(argv: list[str] | None = None, classes: tuple[type, ...] = FINETU
     argv = sys.argv[1:] if argv is None else argv
     parser = OneLineErrorParser(classes)
     if len(argv) == 1 and argv[0].endswith(".json"):
-        return parser.parse_json_file(argv[0])
-    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        parsed, unknown = parser.parse_json_file(argv[0]), []
+    else:
+        *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    for args in parsed:
+        validate_numbers(args)
     if unknown:
         flags = [word.lstrip("-").split("=")[0] for word in unknown]
         hints = "".join(f"; {REMOVED_FLAGS[flag]}" for flag in flags if flag in REMOVED_FLAGS)

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import transformers
 
-from internvl.arguments.flags import require
+from internvl.arguments.schedulers import SUPPORTED_SCHEDULERS
 
 NO_EVALUATION = "this trainer has no evaluation set"
 OWN_DATALOADER = "the data loader reads an epoch plan that every rank computes for itself"
@@ -49,10 +49,7 @@ UNSUPPORTED = {
 
 # flag -> supported values, reason why others are not
 SUPPORTED_VALUES = {
-    "optim": (
-        ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
-        "the optimizer must take a parameter group for each part of the model",
-    ),
+    "lr_scheduler_type": (SUPPORTED_SCHEDULERS, NO_EVALUATION),
     "save_strategy": (("no", "steps", "epoch"), NO_EVALUATION),
 }
 
@@ -80,18 +77,9 @@ def refuse_unsupported_flags(args: transformers.TrainingArguments) -> None:
         if value != default and (value or default is True):
             raise ValueError(f"--{flag} {value} is not supported: {reason}.")
     for flag, (values, reason) in SUPPORTED_VALUES.items():
-        if (value := getattr(args, flag)) not in values:
+        value = getattr(args, flag)
+        if (value := getattr(value, "value", value)) not in values:
             raise ValueError(f"--{flag} {value} is not supported: {reason}. Supported: {', '.join(values)}.")
-    is_adamw = args.optim in ("adamw_torch", "adamw_torch_fused")
-    if args.deepspeed and not is_adamw:
-        raise ValueError(f"--optim {args.optim} is not supported with --deepspeed: its optimizer is AdamW.")
-    if args.optim_args and is_adamw:
-        raise ValueError(
-            f"--optim_args {args.optim_args} is not supported with AdamW: use --adam_beta1, --adam_beta2 and "
-            "--adam_epsilon."
-        )
-    for flag in ("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"):
-        require(args, flag, getattr(args, flag) >= 1, "an integer >= 1")
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         raise ValueError(
             f"--max_steps {args.max_steps} with --num_train_epochs {args.num_train_epochs} is invalid: there are no "

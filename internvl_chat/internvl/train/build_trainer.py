@@ -55,7 +55,10 @@ def build_trainer(
     layout = build_plan_layout(data_args, training_args, training_args.world_size, compute_sample_cost(model))
     schedule = DataSchedule(data.lengths, data.digests, layout, data.weights)
     logger.info(
-        "Epoch plan:\n%s", format_epoch_plan(data.lengths, schedule.plan(0), schedule.layout, len(data.skipped_samples))
+        "Epoch plan:\n%s",
+        format_epoch_plan(
+            data.lengths, schedule.plan(0), schedule.layout, len(data.skipped_samples), data.lost_loss_tokens
+        ),
     )
     model.loss_reduction = data_args.loss_reduction
     collator = partial(collator, pad_id=tokenizer.pad_token_id)

@@ -1,4 +1,4 @@
-"""Stop a run after a step if any rank received a signal.
+"""Stop a run after a step if any rank received a signal, or cannot read its next batch.
 
 `runtime/signals.py` receives the signals of this process. Here the ranks combine them and stop after the same step.
 """
@@ -7,6 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class RunStatus(NamedTuple):
     signal_number: int  # 0 without a signal
     seconds_since_signal: float
     is_output_dir_missing: bool
+    is_data_missing: bool
 
 
 class GracefulStop:
@@ -34,43 +36,54 @@ class GracefulStop:
 
     Args:
         max_seconds: `--save_on_signal_seconds`, from the signal to the exit of the process; 0 for no limit.
+        max_data_wait: seconds after the signal that a step may wait for data.
 
     Attributes:
         has_stopped: whether the run was stopped before its end.
     """
 
-    def __init__(self, checkpoints: CheckpointManager, max_seconds: float):
-        self.checkpoints, self.max_seconds = checkpoints, max_seconds
+    def __init__(self, checkpoints: CheckpointManager, max_seconds: float, max_data_wait: float = 60.0):
+        self.checkpoints, self.max_seconds, self.max_data_wait = checkpoints, max_seconds, max_data_wait
         self.has_stopped = False
+        self._reason = ""  # of the stop
         self._group: dist.ProcessGroup | None = None
 
-    def begin(self) -> None:
-        """Start to handle signals at the end of steps. A collective."""
+    def begin(self, timeout: timedelta | None = None) -> None:
+        """Start to handle signals at the end of steps. A collective.
+
+        Args:
+            timeout: how long ranks wait for each other; default: torch's.
+        """
         if get_world_size() > 1:
             # gloo on CPUs: the reduction in each step does not synchronize with the device.
-            group: Any = dist.new_group(backend="gloo")
+            group: Any = dist.new_group(backend="gloo", timeout=timeout)
             self._group = group
         preemption.resume_hint = self.checkpoints.resume_hint
-        preemption.start_training(self.max_seconds)
+        preemption.start_training(self.max_seconds, self.max_data_wait)
 
     def end(self) -> None:
         """Ignore signals after the last checkpoint."""
         preemption.ignore_further_signals()
 
-    def end_step(self, step: int, control: TrainerControl, folders: Iterable[Path]) -> None:
-        """Save and stop after a signal; restore a removed output folder.
+    def end_step(
+        self, step: int, control: TrainerControl, folders: Iterable[Path], is_data_missing: bool = False
+    ) -> None:
+        """Save and stop after a signal or an outage; restore a removed output folder.
 
         A collective.
 
         Args:
             folders: created again, together with the output folder, if that was removed.
+            is_data_missing: whether this rank cannot read its next batch, because a store does not answer.
         """
         is_last_step = control.should_training_stop
-        status = self._combine_ranks()
+        status = self._combine_ranks(is_data_missing)
         if status.is_output_dir_missing:
             self._recreate_output_dir(folders)
             control.should_save = True
-        if status.signal_number and not is_last_step:
+        if (status.signal_number or status.is_data_missing) and not is_last_step:
+            signal_name = signal.Signals(status.signal_number).name if status.signal_number else ""
+            self._reason = signal_name or "a store does not answer"
             self.has_stopped = True
             control.should_save = self.has_time_to_save(status.seconds_since_signal)
             if not control.should_save:
@@ -86,23 +99,23 @@ class GracefulStop:
             self._stop(step, control)
 
     def _stop(self, step: int, control: TrainerControl) -> None:
-        assert preemption.signal is not None
         control.should_training_stop = True
-        logger.warning("Stopping after step %d (%s): %s", step, preemption.signal.name, self.checkpoints.resume_hint)
+        logger.warning("Stopping after step %d (%s): %s", step, self._reason, self.checkpoints.resume_hint)
 
-    def _combine_ranks(self) -> RunStatus:
+    def _combine_ranks(self, is_data_missing: bool) -> RunStatus:
         """Combine the status of all ranks; record a signal of another one."""
         own_signal = preemption.signal or 0
         is_missing = self.checkpoints.is_writer and not self.checkpoints.output_dir.is_dir()
-        values = [own_signal, preemption.seconds_since_signal, self.checkpoints.save_seconds, is_missing]
+        values = [own_signal, preemption.seconds_since_signal, self.checkpoints.save_seconds]
+        values += [is_missing, is_data_missing]
         numbers = torch.tensor(values, dtype=torch.float64)
         if self._group:
             dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
-        number, seconds_since_signal, save_seconds, is_missing = numbers.tolist()
+        number, seconds_since_signal, save_seconds, is_missing, is_data_missing = numbers.tolist()
         if number and not own_signal:
             preemption.record_signal(signal.Signals(int(number)), time.monotonic() - seconds_since_signal)
         self.checkpoints.save_seconds = save_seconds  # of the slowest rank, so all ranks decide alike
-        return RunStatus(int(number), seconds_since_signal, bool(is_missing))
+        return RunStatus(int(number), seconds_since_signal, bool(is_missing), bool(is_data_missing))
 
     def has_time_to_save(self, seconds_since_signal: float) -> bool:
         """Check that a checkpoint can be saved within `max_seconds`."""

@@ -6,23 +6,28 @@ torchrun or srun starts this program on every rank, as the recipes in `shell/` d
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds: a signal may come at any time
-    from internvl.runtime.signals import preemption
+    from internvl.runtime.process import prepare_rank
 
-    preemption.listen()
+    prepare_rank()
+
+from pathlib import Path
 
 from internvl.arguments.data import DataTrainingArguments  # noqa: F401
 from internvl.arguments.model import ModelArguments  # noqa: F401
 from internvl.arguments.training import TrainingArguments, parse_args  # noqa: F401
 from internvl.arguments.validate import validate_arguments
 from internvl.checkpoint.resume import choose_resume_checkpoint
+from internvl.checkpoint.resume_rules import RunRecord
 from internvl.constants import IGNORE_INDEX  # noqa: F401
 from internvl.data.collators import len2weight  # noqa: F401
 from internvl.data.supervised_dataset import LazySupervisedDataset  # noqa: F401
+from internvl.runtime.output_dir import claim_output_dir
 from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
 from internvl.train.build_data import build_data
 from internvl.train.build_model import build_model, build_tokenizer
 from internvl.train.build_trainer import build_trainer
 from internvl.train.run_training import exit_process_group, set_up_logging, train_and_save
+from internvl.train.trainable_parameters import find_untrained_tokens
 
 
 def main() -> None:
@@ -41,11 +46,16 @@ def train() -> int:
         model_args, data_args, training_args = parse_args()
         set_up_logging(training_args)
         validate_arguments(model_args, data_args, training_args)
+        claim_output_dir(model_args, data_args, training_args)
+        run_record = RunRecord(model_args, data_args, training_args)
         checkpoint = choose_resume_checkpoint(training_args)
+        if checkpoint:
+            run_record.resume_from(Path(checkpoint))
         tokenizer = build_tokenizer(model_args, data_args)
         model = build_model(model_args, data_args, training_args, tokenizer)
-        data = build_data(data_args, training_args, tokenizer, model.num_image_token)
-        trainer = build_trainer(model, tokenizer, data, data_args, training_args)
+        untrained_tokens = find_untrained_tokens(model_args, tokenizer)
+        data = build_data(data_args, training_args, tokenizer, model.num_image_token, untrained_tokens=untrained_tokens)
+        trainer = build_trainer(model, tokenizer, data, data_args, training_args, run_record=run_record)
         return train_and_save(trainer, data, checkpoint)
 
 

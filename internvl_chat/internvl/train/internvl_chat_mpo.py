@@ -6,9 +6,9 @@ It is the same program as `internvl_chat_finetune.py`, for pairs of answers.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds: a signal may come at any time
-    from internvl.runtime.signals import preemption
+    from internvl.runtime.process import prepare_rank
 
-    preemption.listen()
+    prepare_rank()
 
 import logging
 import shutil
@@ -20,16 +20,19 @@ from internvl.arguments.preference import PreferenceDataArguments as DataTrainin
 from internvl.arguments.training import parse_args
 from internvl.arguments.validate import validate_preference_arguments
 from internvl.checkpoint.resume import choose_resume_checkpoint
+from internvl.checkpoint.resume_rules import RunRecord
 from internvl.data.preference_dataset import PreferenceDataset, collate_pairs
 from internvl.data.preference_dataset import PreferenceDataset as LazySupervisedDataset  # noqa: F401
 from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.lora import LORA_RANK_FIELDS
+from internvl.runtime.output_dir import claim_output_dir
 from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
 from internvl.train.build_data import build_data
 from internvl.train.build_model import build_model, build_tokenizer, load_model
 from internvl.train.build_trainer import build_trainer
 from internvl.train.preference_loss import PreferenceLoss, PreferenceModel
 from internvl.train.run_training import exit_process_group, set_up_logging, train_and_save
+from internvl.train.trainable_parameters import find_untrained_tokens
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -54,14 +57,22 @@ def train() -> int:
         model_args, data_args, training_args = parse_args(classes=PREFERENCE_ARGUMENTS)
         set_up_logging(training_args)
         validate_preference_arguments(model_args, data_args, training_args)
+        claim_output_dir(model_args, data_args, training_args)
+        run_record = RunRecord(model_args, data_args, training_args)
         checkpoint = choose_resume_checkpoint(training_args)
+        if checkpoint:
+            run_record.resume_from(Path(checkpoint))
         tokenizer = build_tokenizer(model_args, data_args)
         model = build_model(model_args, data_args, training_args, tokenizer, PreferenceModel)
         assert isinstance(model, PreferenceModel)
         reference = build_reference(model, model_args, data_args, training_args)
-        data = build_data(data_args, training_args, tokenizer, model.num_image_token, PreferenceDataset)
+        untrained_tokens = find_untrained_tokens(model_args, tokenizer)
+        data = build_data(
+            data_args, training_args, tokenizer, model.num_image_token, PreferenceDataset, untrained_tokens
+        )
         trainer = build_trainer(
             *(model, tokenizer, data, data_args, training_args, MultimodalDPOTrainer, collate_pairs),
+            run_record=run_record,
             loss=PreferenceLoss(data_args, training_args),
             reference=reference,
         )

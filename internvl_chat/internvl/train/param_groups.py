@@ -4,7 +4,6 @@ import re
 
 from torch import nn
 
-from internvl.arguments.flags import require
 from internvl.arguments.per_part import PART_NAMES, PartRateArguments, get_part_settings
 from internvl.arguments.training import TrainingArguments
 from internvl.model.internvl_chat import InternVLChatModel
@@ -69,7 +68,7 @@ def compute_lr_factor(args: TrainingArguments, part: str, parameter_name: str, n
 
 
 def validate_part_rates(args: TrainingArguments, part: str, trainable: list[str]) -> None:
-    """Raise a ValueError for an invalid or ineffective rate of a part.
+    """Raise a ValueError for a rate that has no effect.
 
     Args:
         trainable: names of the part's trainable parameters.
@@ -92,6 +91,3 @@ def validate_part_rates(args: TrainingArguments, part: str, trainable: list[str]
         value = getattr(args, flag)
         if not names:
             raise ValueError(f"--{flag} {value} has no effect: the {part_name} has no trainable {kind}. Remove it.")
-        can_be_zero = setting in ("lr", "weight_decay")
-        is_valid = value >= 0 if can_be_zero else value > 0
-        require(args, flag, is_valid, f"a number {'>=' if can_be_zero else '>'} 0")

@@ -1,8 +1,10 @@
 """QLoRA: 4-bit base weights below the adapters of a part."""
 
 import importlib.util
+from importlib.metadata import version
 
 import torch
+from packaging.version import Version
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from internvl.arguments.deepspeed_config import get_zero_stage
@@ -10,6 +12,8 @@ from internvl.arguments.model import ModelArguments
 from internvl.arguments.training import TrainingArguments
 from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.lora import LORA_RANK_FIELDS, PART_FLAGS
+
+MIN_VERSION_ON_CPU = Version("0.49")  # of bitsandbytes
 
 
 def is_quantized(model_args: ModelArguments, part: str) -> bool:
@@ -54,9 +58,13 @@ def find_quantization_obstacle(part: str, model_args: ModelArguments, training_a
     config = InternVLChatConfig.from_pretrained(path) if path else None
     zero_stage = get_zero_stage(training_args.deepspeed)
     has_adapters = config is not None and any(getattr(config, rank) for rank in LORA_RANK_FIELDS.values())
+    is_installed = importlib.util.find_spec("bitsandbytes") is not None
+    is_supported = is_installed and (
+        torch.cuda.is_available() or Version(version("bitsandbytes")) >= MIN_VERSION_ON_CPU
+    )
     obstacles = {
-        "requires a CUDA device": not torch.cuda.is_available(),
-        "requires the package bitsandbytes": importlib.util.find_spec("bitsandbytes") is None,
+        "requires the package bitsandbytes: pip install bitsandbytes": not is_installed,
+        f"requires a CUDA device, or bitsandbytes >= {MIN_VERSION_ON_CPU}": not is_supported,
         f"requires adapters: set --{LORA_RANK_FIELDS[part]}": not getattr(model_args, LORA_RANK_FIELDS[part]),
         "is not supported under ZeRO-3, which cannot partition 4-bit weights: use ZeRO-2": zero_stage == 3,
         "is not supported with --save_full_model True: 4-bit weights would be saved": training_args.save_full_model,
@@ -73,9 +81,15 @@ def find_quantization_obstacle(part: str, model_args: ModelArguments, training_a
 
 
 def allow_training_quantized(model: PreTrainedModel) -> None:
-    """Mark a quantized model as one with adapters for transformers' Trainer.
+    """Prepare a quantized model for transformers' Trainer.
 
     The Trainer rejects quantized models without adapters. It looks for adapters in the model itself (transformers
     5.23), but here they are in the parts.
     """
     model._hf_peft_config_loaded = True
+    for module in model.modules():
+        # On CPUs with AVX-512 BF16, a layer of bitsandbytes 0.50 in evaluation mode rearranges its weights for good and
+        # rounds their scales to bf16: the training after that would be another one.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # pyrefly: ignore[bad-argument-type]  # not a module or tensor
+            module.support_avx512bf16_for_cpu = False

@@ -4,16 +4,21 @@ import gc
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 import torch.distributed as dist
 import transformers
 
 from internvl.arguments.training import TrainingArguments
 from internvl.checkpoint.manager import one_line_io_errors
+from internvl.checkpoint.trainer_state import TRAINER_STATE_FILE, read_global_step
+from internvl.dist_utils import run_on_rank_0
+from internvl.model.internvl_chat.adapter_checkpoint import list_weight_files
 from internvl.runtime.shutdown import leave_rank_monitor
 from internvl.runtime.signals import PREEMPTED_EXIT_STATUS, ignore_signals
 from internvl.train.build_data import TrainingData
 from internvl.train.trainer import InternVLTrainer
+from internvl.versions import warn_about_untested_versions
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +35,49 @@ def train_and_save(trainer: InternVLTrainer, data: TrainingData, checkpoint: str
     if not trainer.args.do_train:
         logger.info("--do_train False: everything is set up, exiting without training")
         return 0
+    if checkpoint and has_finished(trainer, Path(checkpoint)):
+        return 0
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.graceful_stop.has_stopped:
         return PREEMPTED_EXIT_STATUS
-    with one_line_io_errors(f"the model cannot be written to {trainer.args.output_dir}"):
+    output_dir, metrics = trainer.checkpoints.output_dir, result.metrics
+    with one_line_io_errors(f"the model cannot be written to {output_dir}"):
+        if trainer.args.should_save:  # it marks a complete model, see `has_finished`
+            (output_dir / TRAINER_STATE_FILE).unlink(missing_ok=True)
         trainer.save_model()
-    logger.info("Saved the model to %s", trainer.args.output_dir)
-    metrics = result.metrics
-    logger.info(
-        "Training finished: %d steps, mean loss %.4f, %.1f s",
-        *(trainer.state.global_step, metrics["train_loss"], metrics["train_runtime"]),
-    )
-    trainer.save_metrics("train", {**metrics, "train_samples": int(data.is_usable.sum())})
+    logger.info("Saved the model of step %d to %s", trainer.state.global_step, output_dir)
+    if trainer.num_trained_steps:
+        logger.info(
+            "Training finished: %d steps, mean loss %.4f, %.1f s",
+            *(trainer.state.global_step, metrics["train_loss"], metrics["train_runtime"]),
+        )
+        trainer.save_metrics("train", {**metrics, "train_samples": int(data.is_usable.sum())})
     trainer.save_state()
     return 0
+
+
+def has_finished(trainer: InternVLTrainer, checkpoint: Path) -> bool:
+    """Check whether the steps of a run are trained and its model is saved. A collective."""
+    trainer.resume_position(checkpoint)
+    step, last_step = trainer.state.global_step, trainer.count_steps()
+    if step < last_step:
+        return False
+    logger.info("Training has finished: %s is at step %d, the run ends at step %d", checkpoint, step, last_step)
+    is_saved = run_on_rank_0(lambda: find_saved_step(trainer.checkpoints.output_dir, checkpoint) in (step, last_step))
+    if is_saved:
+        logger.info("Nothing to do: the model is in %s", trainer.args.output_dir)
+    return is_saved
+
+
+def find_saved_step(output_dir: Path, checkpoint: Path) -> int | None:
+    """Find the step of the model in the output folder; None if it is incomplete or another run's."""
+    names = [file.relative_to(checkpoint) for file in list_weight_files(checkpoint)]
+    if checkpoint.resolve().parent != output_dir.resolve() or not all((output_dir / n).is_file() for n in names):
+        return None
+    try:
+        return read_global_step(output_dir)
+    except (OSError, ValueError):  # it is written after the model
+        return None
 
 
 def exit_process_group(status: int) -> None:
@@ -72,3 +106,4 @@ def set_up_logging(args: TrainingArguments) -> None:
         transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about one another
+    warn_about_untested_versions()

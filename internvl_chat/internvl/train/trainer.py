@@ -4,7 +4,9 @@ The loop itself, DeepSpeed, learning rate schedules and reporting are those of t
 objects that are tested separately:
 
     batches       PlanBatchSampler    planning/batch_sampler.py, over the DataSchedule
+    loss weights  MicroBatchWeights   train/loss_weights.py
     checkpoints   CheckpointManager   checkpoint/manager.py
+    flags         RunRecord           checkpoint/resume_rules.py
     skipped steps NonFiniteStepGuard  train/step_guard.py
     preemption    GracefulStop        train/graceful_stop.py
     metrics       StepMetrics         metrics/step_metrics.py
@@ -19,7 +21,7 @@ of the plan. `LoopCallback` (train/loop_callback.py) connects transformers' hook
 import json
 import logging
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from internvl.arguments.training import TrainingArguments
 from internvl.checkpoint.deepspeed_internals import compute_grad_norm, set_grads_to_inf
 from internvl.checkpoint.manager import CheckpointManager
-from internvl.checkpoint.optimizer_state import OPTIMIZER_STATE_FILE, load_engine_states, save_optimizer_states
+from internvl.checkpoint.optimizer_state import LATEST_FILE, OPTIMIZER_STATE_FILE
+from internvl.checkpoint.resume_rules import RunRecord, check_model
 from internvl.checkpoint.safe_load import refuse_unsafe_pickles, weights_only_loading
+from internvl.checkpoint.saved_states import one_line_state_errors
+from internvl.checkpoint.trainer_state import read_global_step
 from internvl.data.images import normalize_tiles
-from internvl.dist_utils import count_cores_per_rank, gather_objects, run_on_rank_0, set_collective_timeout
+from internvl.dist_utils import gather_objects, run_on_rank_0, set_collective_timeout
 from internvl.metrics.device_peak import get_device_peak
 from internvl.metrics.model_flops import ModelFlops, count_model_flops
 from internvl.metrics.step_metrics import (
@@ -51,25 +55,31 @@ from internvl.model.internvl_chat.adapter_checkpoint import (
     gather_trained_tensors,
     is_adapter_checkpoint,
     load_trained_tensors,
-    read_trained_tensors,
     save_adapter_checkpoint,
 )
-from internvl.model.internvl_chat.documents import compute_label_weights, get_loss_mask
-from internvl.model.internvl_chat.safe_loading import refuse_unsafe_files
 from internvl.model.lora import is_peft_model
-from internvl.planning.batch_sampler import PlanBatchSampler, count_run_steps
+from internvl.planning.batch_sampler import PlanBatchSampler, compute_max_batch_bytes, count_run_steps
 from internvl.planning.data_schedule import DataSchedule
 from internvl.planning.data_state import resume_data, save_data_state
-from internvl.runtime.signals import ignore_first_sigterm
 from internvl.runtime.watchdog import Watchdog
+from internvl.train.build_dataloader import build_dataloader
 from internvl.train.console import ConsoleCallback
 from internvl.train.deepspeed_engine import HookedDeepSpeedEngine
 from internvl.train.graceful_stop import GracefulStop
 from internvl.train.gradient_check import watch_gradients
 from internvl.train.loop_callback import LoopCallback
-from internvl.train.param_groups import build_param_groups, count_elements
+from internvl.train.loss_weights import MicroBatchWeights
+from internvl.train.next_batches import NextBatches
+from internvl.train.param_groups import build_param_groups
 from internvl.train.skipped_samples import SkippedSampleReport
 from internvl.train.step_guard import NonFiniteStepGuard, check_weights_finite
+from internvl.train.training_states import (
+    find_random_states,
+    load_full_checkpoint,
+    load_training_states,
+    save_engine_states,
+    write_trial_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,15 +89,15 @@ class InternVLTrainer(Trainer):
 
     Overrides these private methods of transformers (5.22 to 5.23; a test fails with the name of one that has moved):
     `_prepare_inputs`, `_prepare_for_training`, `_get_grad_norm`, `_save_checkpoint`, `_get_output_dir`,
-    `_save_optimizer_and_scheduler`, `_load_from_checkpoint`. It calls `_load_optimizer_and_scheduler`.
+    `_save_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_rng_state`.
 
     Args (beyond those of transformers.Trainer):
         schedule: the epoch plans.
         skipped_samples: report of the samples that are unusable.
         preprocessor: content of `preprocessor_config.json`.
+        run_record: the flags of the run.
         accept_changed_data: resume even if the data has changed.
-        all_gather_loss: average the loss of a step over its loss tokens, across ranks and micro-batches; otherwise
-            average the means of its micro-batches.
+        all_gather_loss: see `MicroBatchWeights`.
     """
 
     args: TrainingArguments
@@ -95,6 +105,7 @@ class InternVLTrainer(Trainer):
     # transformers declares types that do not hold during a run.
     model_wrapped: Any
     train_dataset: Any
+    optimizer: Any
     lr_scheduler: Any
     processing_class: Any
 
@@ -104,6 +115,7 @@ class InternVLTrainer(Trainer):
         schedule: DataSchedule,
         skipped_samples: SkippedSampleReport,
         preprocessor: dict,
+        run_record: RunRecord,
         accept_changed_data: bool = False,
         all_gather_loss: bool = False,
         **kwargs,
@@ -112,11 +124,13 @@ class InternVLTrainer(Trainer):
         args = self.args
         args.ignore_data_skip = True  # the batch sampler starts at the position to resume from
         self.schedule, self.skipped_samples, self.preprocessor = schedule, skipped_samples, preprocessor
-        self.accept_changed_data, self.all_gather_loss = accept_changed_data, all_gather_loss
+        self.run_record, self.accept_changed_data = run_record, accept_changed_data
+        self.loss_weights = MicroBatchWeights(schedule, self.model.loss_reduction, all_gather_loss)
         self.epoch = 0
         self.steps_before_epoch = 0  # global step at which `epoch` began
+        self.first_step = 0  # global step at which this process began
+        self.needs_base_model = False  # although checkpoints may hold all weights
         self.new_unusable_samples: list[str] = []  # on this rank since the last report
-        self.mean_step_weight = torch.tensor(0.0)  # mean of `sum_label_weights` over the micro-batches of a step
         self.check_gradients: Callable | None = None  # checks those of the first step
 
         adapted = any(is_peft_model(module) for module in self.model.children())
@@ -126,8 +140,9 @@ class InternVLTrainer(Trainer):
             output_dir, args.should_save, args.save_total_limit, one_dir_per_node=args.save_on_each_node
         )
         self.guard = NonFiniteStepGuard(args.skip_above_grad_norm, args.max_skipped_steps)
-        self.graceful_stop = GracefulStop(self.checkpoints, args.save_on_signal_seconds)
+        self.graceful_stop = GracefulStop(self.checkpoints, args.save_on_signal_seconds, args.watchdog_seconds)
         self.metrics = StepMetrics(args.device)
+        self.next_batches = NextBatches(self.metrics.timer)
         self.metrics_file = output_dir / METRICS_FILE
         self.watchdog = Watchdog(args.watchdog_factor, args.watchdog_seconds, args.process_index)
         for callback in (PrinterCallback, ProgressCallback):
@@ -154,32 +169,15 @@ class InternVLTrainer(Trainer):
 
         Each rank reads its own column of the plan, so accelerate must not split the batches.
         """
-        args, step = self.args, self.step_in_epoch
         num_steps = self.count_steps() - self.state.global_step
-        num_workers = min(args.dataloader_num_workers, count_cores_per_rank())  # their number does not affect the data
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=PlanBatchSampler(self.schedule, args.process_index, self.epoch, step, num_steps),
-            collate_fn=self.data_collator,
-            num_workers=num_workers,
-            worker_init_fn=ignore_first_sigterm,
-            prefetch_factor=args.dataloader_prefetch_factor or 2 if num_workers else None,
-            multiprocessing_context=args.dataloader_multiprocessing_context if num_workers else None,
-            # One iterator lasts for the run, whatever --dataloader_persistent_workers. torch 2.14 would end persistent
-            # workers only when it collects the DataLoader, after waiting 5 s for each.
-            persistent_workers=False,
-            generator=torch.Generator(),  # for the workers' seeds, instead of the global generator
-            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
-        )
+        sampler = PlanBatchSampler(self.schedule, self.args.process_index, self.epoch, self.step_in_epoch, num_steps)
+        max_bytes = compute_max_batch_bytes(self.schedule, self.epoch, self.preprocessor["size"])
+        return build_dataloader(self.train_dataset, sampler, self.data_collator, self.args, max_bytes)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        self.metrics.timer.mark("data")
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.metrics.timer.mark("other")
-        if self.all_gather_loss and batches:
-            weight: Any = sum(self.sum_label_weights(batch) for batch in batches)
-            weight = weight.to(device)
-            self.mean_step_weight = self.accelerator.reduce(weight, "mean") / len(batches)
+        read_fn = partial(super().get_batch_samples, epoch_iterator, num_batches, device)
+        batches, num_items = self.next_batches.take(read_fn)
+        self.loss_weights.begin_step(batches, lambda weight: self.accelerator.reduce(weight.to(device), "mean"))
         return batches, num_items
 
     def _prepare_inputs(self, inputs: dict) -> dict:
@@ -203,6 +201,16 @@ class InternVLTrainer(Trainer):
             self.optimizer = optimizer_class(build_param_groups(self.model, self.args), **kwargs)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None) -> Any:
+        """Create the scheduler of learning rates.
+
+        Some schedulers read `defaults`, which only torch's optimizer within those of accelerate and DeepSpeed has.
+        """
+        optimizer = optimizer or self.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -213,21 +221,8 @@ class InternVLTrainer(Trainer):
     def weigh_loss(self, loss: torch.Tensor, inputs: dict) -> torch.Tensor:
         """Multiply a loss by the weight of its micro-batch in the step."""
         self.metrics.timer.mark("backward")
-        return self.guard.propagate_nonfinite_loss(loss) * self.compute_micro_batch_weight(inputs)
-
-    def compute_micro_batch_weight(self, inputs: dict) -> torch.Tensor | float:
-        """Compute the weight of a micro-batch in the loss of a step."""
-        if self.all_gather_loss:
-            return self.sum_label_weights(inputs) / torch.where(self.mean_step_weight == 0, 1.0, self.mean_step_weight)
-        # Micro-batches have equal weights. Empty ones in an epoch's last step do not count, as they would lower its
-        # loss and gradient.
-        step = self.schedule.plan(self.epoch).steps[self.step_in_epoch]  # (accumulation, ranks, micro-batch)
-        return step[..., 0].size / (step >= 0).any(-1).sum()
-
-    def sum_label_weights(self, batch: dict) -> torch.Tensor:
-        """Add up the weights of a batch's labels, to a scalar."""
-        weights = compute_label_weights(batch["labels"], batch["position_ids"], self.model.loss_reduction)
-        return weights[:, 1:][get_loss_mask(batch["labels"], batch["position_ids"])].sum()
+        weight = self.loss_weights.compute(inputs, self.epoch, self.step_in_epoch)
+        return self.guard.propagate_nonfinite_loss(loss) * weight
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         """Run forward and backward pass of a micro-batch.
@@ -267,23 +262,22 @@ class InternVLTrainer(Trainer):
         """Prepare the first step, after everything is on its device."""
         args, state = self.args, self.state
         state.num_train_epochs = max(1, -(-state.max_steps // max(1, self.schedule.count_epoch_steps(self.epoch))))
+        state.compute_steps(args, state.max_steps)  # the state of a checkpoint has --save_steps of its run
         self.checkpoints.last_saved_step = state.global_step  # above 0 only after resuming
         if self.is_deepspeed_enabled:
             wrapped: Any = self.accelerator.deepspeed_engine_wrapped
             engine = wrapped.engine
             self.accelerator.deepspeed_engine_wrapped = HookedDeepSpeedEngine(engine, self.before_zero_step)
-        half = torch.bfloat16 if args.bf16 else torch.float16
-        self.metrics.peak_flops, description = get_device_peak(
-            args.device, half if args.bf16 or args.fp16 else torch.float32
-        )
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        self.metrics.peak_flops, description = get_device_peak(args.device, dtype)
         logger.info("MFU reference peak: %s", description)
         if state.global_step == 0 and not args.no_smoke_save:
-            self.save_trial_checkpoint()
+            write_trial_checkpoint(self)
         if args.process_index == 0:
             drop_metrics_after(self.metrics_file, state.global_step)
         for folder in self.list_output_dirs() if args.should_save else []:
             folder.mkdir(parents=True, exist_ok=True)
-        self.graceful_stop.begin()
+        self.graceful_stop.begin(args.ddp_timeout_delta)
         self.watchdog.start(state.global_step + 1)
 
     def begin_step(self) -> None:
@@ -305,7 +299,9 @@ class InternVLTrainer(Trainer):
         is_skipped = self.guard.end_step(state.global_step, control, self.checkpoints.resume_hint)
         if is_skipped and self.is_deepspeed_enabled and not args.fp16:
             self.lr_scheduler.step()  # transformers does so unless DeepSpeed has skipped the step
-        self.graceful_stop.end_step(state.global_step, control, self.list_output_dirs())
+        is_missing = state.global_step < state.max_steps and not self.next_batches.read_ahead()
+        self.graceful_stop.end_step(state.global_step, control, self.list_output_dirs(), is_missing)
+        control.should_log |= self.graceful_stop.has_stopped and args.logging_strategy != IntervalStrategy.NO
 
     def list_output_dirs(self) -> list[Path]:
         """List the folders that the run writes to: output and TensorBoard."""
@@ -332,14 +328,12 @@ class InternVLTrainer(Trainer):
 
         A collective.
         """
+        self.report_unusable_samples()
+        if "train_loss" in logs and not self.num_trained_steps:
+            return  # there is no loss
         is_training = "loss" in logs
-        report = {"unusable": self.new_unusable_samples}
-        self.new_unusable_samples = []
         if is_training:
-            report |= {"nonfinite_loss": self.guard.take_nonfinite_loss(), **self.metrics.take_report()}
-        reports = gather_objects(report)
-        self.skipped_samples.add(sentence for report in reports for sentence in report["unusable"])
-        if is_training:
+            reports = gather_objects({"nonfinite_loss": self.guard.take_nonfinite_loss(), **self.metrics.take_report()})
             logs["loss"] += sum(report["nonfinite_loss"] for report in reports)
             logs.update(combine_rank_reports(reports))
             if self.guard.num_skipped:
@@ -347,6 +341,11 @@ class InternVLTrainer(Trainer):
         super().log(logs, start_time)
         if is_training and self.args.process_index == 0:
             append_metrics(self.metrics_file, {"step": self.state.global_step, **logs})
+
+    def report_unusable_samples(self) -> None:
+        """Report the unusable samples of all ranks since the last report. A collective."""
+        own, self.new_unusable_samples = self.new_unusable_samples, []
+        self.skipped_samples.add(sentence for sentences in gather_objects(own) for sentence in sentences)
 
     # -- writing checkpoints -------------------------------------------------------------------------------------------
 
@@ -373,9 +372,11 @@ class InternVLTrainer(Trainer):
             super().save_model(str(folder), _internal_call)
         if self.args.should_save:
             (folder / "preprocessor_config.json").write_text(json.dumps(self.preprocessor, indent=2) + "\n")
+            self.run_record.save(folder, self.model.base_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         if self.checkpoints.last_saved_step != self.state.global_step:
+            self.report_unusable_samples()  # a resumed run does not read them again
             with self.watchdog.during("saving"), self.checkpoints.writing(self.state.global_step):
                 super()._save_checkpoint(model, trial)
 
@@ -384,91 +385,66 @@ class InternVLTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder = Path(output_dir)
-        if not (self.is_deepspeed_enabled and self.saves_adapters_only):
-            super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_deepspeed_enabled and self.saves_adapters_only:
+            save_engine_states(self, folder)
         else:
-            if self.model_wrapped.zero_optimization():
-                save_optimizer_states(
-                    self.model_wrapped, self.get_trainable_parameters(), folder, self.args.should_save
-                )
-            else:
-                self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-            if self.args.should_save:
-                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+            super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             save_data_state(self.schedule, self.epoch, self.step_in_epoch, folder, self.checkpoints.output_dir)
 
-    def save_trial_checkpoint(self) -> None:
-        """Write and read a checkpoint before the first step."""
-
-        def write_fn(folder: Path) -> None:
-            self.save_model(str(folder), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(folder))
-
-        def verify_fn(folder: Path) -> None:
-            if self.saves_adapters_only:
-                read_trained_tensors(self.model, folder)
-
-        self.checkpoints.write_trial_checkpoint(
-            write_fn, verify_fn, sum(map(count_elements, self.get_trainable_parameters().values()))
-        )
-
     # -- resuming ------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_trained_steps(self) -> int:
+        """Steps that this process has trained."""
+        return self.state.global_step - self.first_step
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Train to the end of the run, from a checkpoint if given.
 
-        Checkpoints are untrusted: no code in them is run.
+        Checkpoints are untrusted: no code in them is run. A checkpoint at the end of the run or beyond is loaded, so
+        that it can be saved as the final model, and no step is trained.
         """
-        if resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-            run_on_rank_0(lambda: refuse_unsafe_pickles(checkpoint))
-            self.epoch, step = resume_data(self.schedule, checkpoint, self.accept_changed_data)
-            self.state.global_step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
-            self.steps_before_epoch = self.state.global_step - step
-            logger.info("Resuming from %s (epoch %d, step %d)", checkpoint.name, self.epoch, step)
-        self.args.max_steps = self.count_steps()  # transformers cannot count the steps of a sampler without `__len__`
+        if resume_from_checkpoint and not self.first_step:
+            self.resume_position(Path(resume_from_checkpoint))
+        # transformers cannot count the steps of a sampler without `__len__`.
+        self.args.max_steps = self.count_steps()
         try:
             with weights_only_loading(deepspeed=self.is_deepspeed_enabled):
                 return super().train(resume_from_checkpoint, **kwargs)
         finally:
+            self.next_batches.close()
             self.watchdog.stop()
 
+    def resume_position(self, checkpoint: Path) -> None:
+        """Check that a checkpoint fits this run, and set the position in the data. A collective."""
+        run_on_rank_0(lambda: refuse_unsafe_pickles(checkpoint))
+        check_model(checkpoint, self.model, self.needs_base_model)
+        self.first_step = self.state.global_step = run_on_rank_0(lambda: read_global_step(checkpoint))
+        self.epoch, step = resume_data(self.schedule, checkpoint, self.accept_changed_data, self.first_step)
+        self.steps_before_epoch = self.first_step - step
+        logger.info("Resuming from %s (epoch %d, step %d)", checkpoint.name, self.epoch, step)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if Path(resume_from_checkpoint, OPTIMIZER_STATE_FILE).is_file():
+        if any(Path(resume_from_checkpoint, name).exists() for name in (OPTIMIZER_STATE_FILE, LATEST_FILE)):
             raise ValueError(f"{resume_from_checkpoint} was written under DeepSpeed: resume with --deepspeed.")
         if is_adapter_checkpoint(resume_from_checkpoint):
-            load_trained_tensors(self.model, resume_from_checkpoint)
+            load_trained_tensors(self.model, resume_from_checkpoint, self.get_trainable_parameters())
         else:
-            refuse_unsafe_files(resume_from_checkpoint)
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_full_checkpoint(self.model, resume_from_checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint:
+            with one_line_state_errors(find_random_states(Path(checkpoint), self.args)):
+                super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
-        """Prepare model and optimizer; load a checkpoint of DeepSpeed.
+        """Prepare model and optimizer; load the states of a checkpoint.
 
-        transformers' own loading requires frozen weights in the checkpoint and the same number of ranks.
+        transformers' own loading would also load the hyperparameters.
         """
-        resumes_engine = resume_from_checkpoint and self.is_deepspeed_enabled
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, None if resumes_engine else resume_from_checkpoint
-        )
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         set_collective_timeout(self.args.ddp_timeout_delta)
-        if resumes_engine:
-            self.load_engine_checkpoint(Path(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            load_training_states(self, Path(resume_from_checkpoint))
         return prepared
-
-    def load_engine_checkpoint(self, checkpoint: Path) -> None:
-        """Load weights, optimizer states and learning rates into the DeepSpeed engine."""
-        engine, has_adapters_only = self.model_wrapped, is_adapter_checkpoint(checkpoint)
-        if has_adapters_only:
-            load_trained_tensors(self.model, checkpoint)
-        load_engine_states(
-            engine,
-            self.get_trainable_parameters(),
-            checkpoint,
-            is_rank_0=self.args.process_index == 0,
-            strict=not has_adapters_only,
-        )
-        self._load_optimizer_and_scheduler(str(checkpoint))
-        for group, rate in zip(engine.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate

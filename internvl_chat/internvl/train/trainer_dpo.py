@@ -20,6 +20,7 @@ from internvl.dist_utils import gather_objects
 from internvl.metrics.model_flops import ModelFlops, count_model_flops
 from internvl.model.internvl_chat.documents import get_loss_mask
 from internvl.model.lora import is_peft_model
+from internvl.regular_files import read_json
 from internvl.train.preference_loss import PreferenceLoss, PreferenceModel
 from internvl.train.trainer import InternVLTrainer
 
@@ -39,6 +40,7 @@ class MultimodalDPOTrainer(InternVLTrainer):
     def __init__(self, *args, loss: PreferenceLoss, reference: PreferenceModel | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss, self.reference = loss, reference
+        self.needs_base_model = reference is not None
         self.pair_metrics: list[dict[str, torch.Tensor]] = []  # of this rank's micro-batches since the last report
 
     # -- step ----------------------------------------------------------------------------------------------------------
@@ -118,8 +120,12 @@ class MultimodalDPOTrainer(InternVLTrainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Train to the end; restore the mean reward when resuming."""
         if resume_from_checkpoint:
-            stored = json.loads((Path(resume_from_checkpoint) / REWARDS_FILE).read_text())
-            self.loss.rewards_seen = torch.tensor(stored, dtype=torch.float64)
+            stored = read_json(file := Path(resume_from_checkpoint) / REWARDS_FILE)
+            expected = self.loss.rewards_seen
+            is_list = isinstance(stored, list) and len(stored) == len(expected)
+            if not is_list or not all(type(value) in (int, float) and abs(value) < 1e300 for value in stored):
+                raise ValueError(f"{file} is invalid: expected {len(expected)} finite numbers, got {stored!r:.80}.")
+            self.loss.rewards_seen = torch.tensor(stored, dtype=expected.dtype)
         return super().train(resume_from_checkpoint, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
