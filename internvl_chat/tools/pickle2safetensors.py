@@ -7,7 +7,6 @@ code is an error. The JSON and text files beside the weights are copied.
 """
 
 import argparse
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,7 +16,9 @@ from safetensors.torch import save_file
 
 from internvl.command_line import create_output_dir, exit_on_user_error
 from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE
+from internvl.model.internvl_chat.safe_loading import one_line_checkpoint_errors
 from internvl.model.safetensors_io import save_tensors
+from internvl.regular_files import copy_regular_file, open_regular_file, refuse_lfs_pointer
 
 COPIED_FILE_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model")
 
@@ -32,7 +33,7 @@ def main(argv=None):
     model_files, adapter_files = sorted(source.glob("pytorch_model*.bin")), sorted(source.glob("adapter_model.bin"))
     if not model_files + adapter_files:
         raise ValueError(f"no pytorch_model*.bin and no adapter_model.bin in {args.input_path!r}")
-    with create_output_dir(args.output_path) as output_dir:
+    with create_output_dir(args.output_path) as output_dir, one_line_checkpoint_errors(f"the weights in {source}"):
         if model_files:
             save_tensors(load_pickled_tensors(model_files), output_dir)
         if adapter_files:
@@ -40,7 +41,7 @@ def main(argv=None):
             save_file(tensors, output_dir / ADAPTER_FILE, metadata={"format": "pt"})
         for file in (file for pattern in COPIED_FILE_PATTERNS for file in source.glob(pattern)):
             if not file.name.endswith(".bin.index.json"):
-                shutil.copyfile(file, output_dir / file.name)
+                copy_regular_file(file, output_dir / file.name)
     print(f"Converted: {', '.join(file.name for file in model_files + adapter_files)}")
     print(f"Safetensors: {args.output_path}")
 
@@ -49,14 +50,25 @@ def load_pickled_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]
     """Yield names and tensors, file by file.
 
     Tensors are cloned: safetensors files do not support tensors that share memory.
+
+    Raises:
+        ValueError: a file holds more than tensors, or a name of an earlier file.
     """
+    names = set()
     for file in files:
+        with open_regular_file(file) as opened:
+            refuse_lfs_pointer(file, opened.read(100))
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(f"{file} is not readable as tensors: {str(error).splitlines()[0]}") from error
-        if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+        ):
             raise ValueError(f"{file} is not a state dict: expected names and tensors only")
+        if repeated := names & state.keys():
+            raise ValueError(f"{file} holds {min(repeated)}, which an earlier file holds too")
+        names |= state.keys()
         for name, tensor in state.items():
             yield name, tensor.clone()
 

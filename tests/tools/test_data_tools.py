@@ -105,6 +105,52 @@ def test_six_views_become_one_image(tmp_path):
         images_stitching(["--data-root", str(tmp_path), "--ann-file", str(tmp_path / "ann.json")])
 
 
+ESCAPES = {
+    "absolute scene": (lambda a: a.update({"/tmp/evil": a.pop("s1")}), "'/tmp/evil_f1' has a slash"),
+    "scene above": (lambda a: a.update({"../../evil": a.pop("s1")}), "'../../evil_f1' has a slash"),
+    "frame above": (lambda a: a["s1"].update(key_frames={"/../../x": a["s1"]["key_frames"]["f1"]}), "has a slash"),
+    "camera above": (
+        lambda a: a["s1"]["key_frames"]["f1"]["image_paths"].update(CAM_BACK="../../x.png"),
+        "leads out of",
+    ),
+    "link": (lambda a: a["s1"]["key_frames"]["f1"]["image_paths"].update(CAM_BACK="link.png"), "leads out of"),
+    "number": (lambda a: a["s1"]["key_frames"]["f1"].update(image_paths=5), "is not a DriveLM annotation"),
+}
+
+
+@pytest.mark.parametrize(("change_fn", "message"), ESCAPES.values(), ids=ESCAPES)
+def test_stitching_stays_below_its_folder(tmp_path, change_fn, message):
+    root = tmp_path / "a/b"
+    root.mkdir(parents=True)
+    for file in (root / "x.png", tmp_path / "x.png"):
+        Image.new("RGB", (8, 8)).save(file)
+    (root / "link.png").symlink_to(tmp_path / "x.png")
+    annotation = {"s1": {"key_frames": {"f1": {"image_paths": dict.fromkeys(CAMERAS, "x.png")}}}}
+    change_fn(annotation)
+    (tmp_path / "ann.json").write_text(json.dumps(annotation))
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        images_stitching(["--data-root", str(root), "--ann-file", str(tmp_path / "ann.json")])
+    assert not list(tmp_path.rglob("*.jpg")) and not Path("/tmp/evil_f1.jpg").exists()
+
+
+def test_stitching_does_not_follow_links_out_of_its_folder(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    Image.new("RGB", (8, 8)).save(root / "x.png")
+    annotation = {"s1": {"key_frames": {"f1": {"image_paths": dict.fromkeys(CAMERAS, "x.png")}}}}
+    (tmp_path / "ann.json").write_text(json.dumps(annotation))
+    args = ["--data-root", str(root), "--ann-file", str(tmp_path / "ann.json")]
+    (root / "stitch").symlink_to(tmp_path)
+    with pytest.raises(SystemExit, match="^error: 'stitch' leads out of the folder"):
+        images_stitching(args)
+    (root / "stitch").unlink()
+    (root / "stitch").mkdir()
+    (root / "stitch/s1_f1.jpg").symlink_to(tmp_path / "victim")
+    with pytest.raises(SystemExit, match="^error: 's1_f1.jpg' leads out of the folder"):
+        images_stitching(args)
+    assert not (tmp_path / "victim").exists()
+
+
 def write_video(path: Path, num_frames: int, fps: int = 10):
     """Write a video whose frame n has brightness 4 n."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +186,31 @@ def test_each_video_question_gets_the_middle_frame_of_its_segment(tmp_path, caps
     (tmp_path / "ssv2" / "a.mp4").unlink()
     with pytest.raises(SystemExit, match=r"failed for 1 of 3 questions: 1: .*a\.mp4 does not exist"):
         extract_video_frames([str(arg) for arg in args])
+
+
+WRONG_QUESTIONS = {
+    "id above": ({"question_id": "/../../evil"}, "leads out of"),
+    "id with a slash": ({"question_id": "x/evil"}, "has a slash"),
+    "video above": ({"data_id": "../a.mp4"}, "leads out of"),
+    "absolute video": ({"data_id": "/etc/passwd"}, "leads out of"),
+    "object as id": ({"question_id": {}}, "must be texts"),
+    "segment of texts": ({"question_type_id": 12, "segment": ["a", "b"]}, r"segment .* is not \[first, last\]"),
+    "segment behind the end": ({"question_type_id": 12, "segment": [60, 70]}, "contains no frame"),
+    "infinite segment": ({"segment": [0, float("inf")]}, "clip"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG_QUESTIONS.values(), ids=WRONG_QUESTIONS)
+def test_questions_name_files_below_their_folders(tmp_path, fields, message):
+    write_video(tmp_path / "videos/a.mp4", 20)
+    (tmp_path / "out/10_x").mkdir(parents=True)
+    question = {"question_type_id": 10, "question_id": "1", "data_id": "a.mp4"} | fields
+    (tmp_path / "ann.json").write_text(json.dumps({"questions": [question]}))
+    args = ["--ann-file", tmp_path / "ann.json", "--output", tmp_path / "out", "--workers", "1"]
+    args += ["--ssv2", tmp_path / "videos", "--breakfast", tmp_path / "videos"]
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        extract_video_frames([str(arg) for arg in args])
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_importable_names_of_upstreams_module():

@@ -7,17 +7,19 @@ Models are evaluated on these images. Each of the three types of video questions
 """
 
 import argparse
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from internvl.command_line import exit_on_user_error
+from internvl.command_line import exit_on_user_error, resolve_below
 from internvl.constants import UnusableSample
+from internvl.data.video_files import read_video_file
 from internvl.data.videos import get_frame_indices, read_frames
+from internvl.regular_files import read_json_object
 
 # Question type -> default folder of its videos.
 VIDEO_DIRS = {
@@ -25,6 +27,7 @@ VIDEO_DIRS = {
     11: "./videos/EPIC-KITCHENS",
     12: "./videos/BreakfastII_15fps_qvga_sync",
 }
+MAX_ANNOTATION_BYTES = 2**30
 OUTPUT_DIR = "SEED-Bench-video-image"
 EPIC_KITCHENS_TYPE = 11  # videos are all in one folder; the folder in `data_id` is ignored
 BREAKFAST_TYPE = 12  # `segment` is in frames; it is in seconds for the other types
@@ -47,31 +50,34 @@ def fetch_images(qa_item: dict, video_dirs: dict[int, str] = VIDEO_DIRS, output_
     """Save the image of one question and return its path.
 
     Raises:
-        UnusableSample: the video is missing or broken, or has no frame in the question's segment.
+        UnusableSample: the video is missing or broken, or has no frame in the question's segment, or a name in the
+            question leads out of the folders.
     """
     question_type, data_id, segment = qa_item["question_type_id"], qa_item["data_id"], qa_item.get("segment")
-    video = Path(video_dirs[question_type]) / (Path(data_id).name if question_type == EPIC_KITCHENS_TYPE else data_id)
+    try:
+        name = Path(data_id).name if question_type == EPIC_KITCHENS_TYPE else data_id
+        video = str(resolve_below(video_dirs[question_type], name))
+        output_file = resolve_below(output_dir, f"{question_type}_{qa_item['question_id']}.png")
+        if output_file.parent != Path(output_dir).resolve():
+            raise ValueError(f"the question id {qa_item['question_id']!r:.80} has a slash, and it names a file")
+    except ValueError as error:
+        raise UnusableSample(str(error)) from error
     if segment and question_type == BREAKFAST_TYPE:
-        segment = _convert_to_seconds(video, *segment)
-    frame = read_frames(str(video), 1, "middle", clip=segment)[0]
-    output_file = Path(output_dir) / f"{question_type}_{qa_item['question_id']}.png"
+        frame = read_video_file(video, None, partial(_choose_middle_frame, video, segment))[0]
+    else:
+        frame = read_frames(video, 1, "middle", clip=segment)[0]
     frame.save(output_file)
     return output_file
 
 
-def _convert_to_seconds(video: Path, start: int, end: int) -> tuple[float, float]:
-    """Convert a segment in frames to seconds.
-
-    Fractions of a frame are added: rounding then gives the same frames again.
-    """
-    import av
-
-    try:
-        with av.open(str(video)) as container:
-            fps = float(container.streams.video[0].average_rate)
-    except (OSError, IndexError) as error:
-        raise UnusableSample(f"video {video} is not readable: {error}") from error
-    return (start + 0.25) / fps, (end + 0.5) / fps
+def _choose_middle_frame(video: str, segment: list, num_frames: int, fps: float) -> list[int]:
+    """Choose the middle frame of a segment in frames."""
+    if not (isinstance(segment, list) and len(segment) == 2 and all(type(frame) is int for frame in segment)):
+        raise UnusableSample(f"segment {segment!r:.80} is not [first, last] in frames")
+    first, end = segment[0], min(segment[1], num_frames)
+    if not 0 <= first < end:
+        raise UnusableSample(f"segment {segment!r:.80} contains no frame of {video}, which has {num_frames}")
+    return [first + index for index in get_frame_indices(1, end - first, "middle")]
 
 
 def fetch_images_parallel(
@@ -110,10 +116,13 @@ def main(argv=None):
 
     video_dirs = dict(zip(VIDEO_DIRS, (args.ssv2, args.epic_kitchens, args.breakfast), strict=True))
     try:
-        questions = json.loads(Path(args.ann_file).read_text(encoding="utf-8"))["questions"]
+        questions = read_json_object(args.ann_file, MAX_ANNOTATION_BYTES)["questions"]
         questions = [item for item in questions if item["question_type_id"] in video_dirs]
+        for item in questions:
+            if not all(isinstance(item[key], (str, int)) for key in ("question_id", "data_id")):
+                raise ValueError(f"question_id and data_id must be texts, got {item!r:.80}")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{args.ann_file} is not a SEED-Bench file: {error}") from error
+        raise ValueError(f"{args.ann_file} is not a SEED-Bench file: {type(error).__name__} {error}") from error
     Path(args.output).mkdir(parents=True, exist_ok=True)
     failed = fetch_images_parallel(questions, video_dirs, args.output, args.workers)
     print(f"Images: {len(questions) - len(failed)}")

@@ -8,7 +8,10 @@ import json
 from pathlib import Path
 
 from internvl.command_line import exit_on_user_error
-from internvl.data.annotations import JsonlFile
+from internvl.data.annotations import open_annotations
+from internvl.regular_files import read_json
+
+MAX_ANNOTATION_BYTES = 2**32
 
 
 @exit_on_user_error
@@ -18,10 +21,7 @@ def json2jsonl(argv=None):
     path = Path(parser.parse_args(argv).path)
     if path.suffix != ".json":
         raise ValueError(f"expected a *.json file, got {path}")
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # invalid JSON or UTF-8
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    records = read_json(path, MAX_ANNOTATION_BYTES)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path}: expected a list of JSON objects")
     write_numbered_records(records, path.with_suffix(".jsonl"))
@@ -34,7 +34,7 @@ def jsonl2jsonl(argv=None):
     path = parser.parse_args(argv).path
     if not path.endswith(".jsonl"):
         raise ValueError(f"expected a *.jsonl file, got {path}")
-    file = JsonlFile(path)
+    file = open_annotations(path)
     # All records are parsed before the first is written: if one is invalid, no file is written.
     write_numbered_records(
         [file[index] for index in range(len(file))], Path(path.removesuffix(".jsonl") + "_new.jsonl")
