@@ -35,6 +35,7 @@ FOREIGN_FLAGS = {
     "--help": "any program",
     "--ntasks-per-node": "srun",
     "--partition": "sbatch",
+    "--shm-size": "docker",
 }
 # Variables of other programs, and constants of this package that docs/development.md names.
 OTHER_CAPITALS = {"AWS_ENDPOINT_URL", "LLM_TARGETS", "PROMPT_STYLES", "LLM_CLASSES", "LLM_CONFIGS"}

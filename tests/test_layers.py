@@ -12,7 +12,18 @@ from helpers.paths import PACKAGE_DIR
 
 # Lowest first. Folders on one line do not import each other; a file on the first line may import those to its left.
 LAYERS = [
-    ["constants", "conversation", "launchers", "command_line", "progress", "torch_internals", "dist_utils"],
+    [
+        "internvl",  # the package itself
+        "constants",
+        "conversation",
+        "launchers",
+        "regular_files",
+        "command_line",
+        "progress",
+        "torch_internals",
+        "dist_utils",
+        "versions",
+    ],
     ["arguments", "model"],
     ["data"],
     ["runtime", "metrics"],
@@ -38,7 +49,7 @@ MODULES = {get_module_name(file): file for file in FILES}
 
 def get_folder(module: str) -> str:
     """Return the entry of LAYERS that a module belongs to."""
-    return "tools" if module.startswith("tools") else module.split(".")[1]
+    return "tools" if module.startswith("tools") else module.removeprefix("internvl.").split(".")[0]
 
 
 def is_type_checking_block(node: ast.AST) -> bool:

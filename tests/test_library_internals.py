@@ -25,6 +25,7 @@ LIBRARY_NAMES = {
         ["activation_checkpointing", "modeling_intern_vit"],
     ),
     "_hf_peft_config_loaded": ("transformers.integrations.peft.PeftAdapterMixin", ["quantization"]),
+    "_save_optimizer_and_scheduler": ("transformers.Trainer", ["training_states"]),
     "_save_pretrained": ("transformers.PreTrainedTokenizerBase", ["tokenization_internlm2"]),
     "_register_custom_module": ("peft.LoraConfig", ["lora_linear"]),
     "_modules": ("torch.nn.Module", ["lora_linear"]),
@@ -33,7 +34,7 @@ LIBRARY_NAMES = {
     "_world": ("torch.distributed.distributed_c10d", ["torch_internals"]),
     "_get_norm_groups": ("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", ["deepspeed_internals"]),
     # Documented by Python in spite of the underscore.
-    "_exit": ("os", ["signals", "rank_monitor", "sample_lengths"]),
+    "_exit": ("os", ["signals", "parent"]),
     "_current_frames": ("sys", ["watchdog"]),
 }
 NAMEDTUPLE_METHODS = {"_replace", "_asdict", "_fields"}
