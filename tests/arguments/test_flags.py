@@ -213,7 +213,7 @@ PACKING_FLAGS = {
     "loss_reduction_all_gather": (["--loss_reduction_all_gather", "True"], lambda t: t.loss_weights.all_gather),
     "store_retry_seconds": (
         ["--store_retry_seconds", "7"],
-        lambda t: t.train_dataset.datasets[0].data_args.store_retry_seconds,
+        lambda t: t.train_dataset.datasets[0].data_args.store_retry_seconds == 7,
     ),
     "accept_changed_data": (["--accept_changed_data", "True"], lambda t: t.accept_changed_data),
 }
