@@ -32,7 +32,8 @@ if [[ -d $WORK && ! -d $WORK/done && -n $(ls -A "$WORK") ]]; then
     stop "OUTPUT_DIR=$WORK has other files: choose an empty folder"
 fi
 mkdir -p "$WORK/done" && exec 8>>"$WORK/lock" # locked by this shell and what it starts, until they end
-! command -v flock >/dev/null || flock -n 8 || stop "OUTPUT_DIR=$WORK is in use by another quickstart"
+# The last processes of an earlier quickstart may take seconds to end.
+! command -v flock >/dev/null || flock -w 30 8 || stop "OUTPUT_DIR=$WORK is in use by another quickstart"
 # Results of other versions of these files are not reused.
 VERSION=$(cat "$ROOT/shell/quickstart.sh" "$TOOLS"/quickstart/{digits,tiny_model,evaluate}.py | cksum)
 if ((FRESH)) || [[ $(cat "$WORK/done/version" 2>/dev/null) != "$VERSION" ]]; then

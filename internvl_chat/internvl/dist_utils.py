@@ -7,7 +7,6 @@ import contextlib
 import io
 import logging
 import os
-import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -24,11 +23,10 @@ from internvl.launchers import (
     validate_environment,
     wait_for_rank_0,
 )
+from internvl.torch_internals import is_collective_error as is_collective_error
 from internvl.torch_internals import list_process_groups
 
 timeout = timedelta(minutes=60)  # upstream's name; the default of --ddp_timeout
-# Errors of collectives are plain RuntimeErrors (torch 2.14): only their text names the library that failed.
-COLLECTIVE_ERROR_PATTERN = re.compile(r"gloo|nccl|ProcessGroup|TCPStore|c10d", re.IGNORECASE)
 
 
 def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs) -> None:
@@ -92,13 +90,6 @@ def require_no_gpus(driver_dir: str = "/proc/driver/nvidia/gpus") -> None:
             f"{name} finds no GPU, but this machine has {len(os.listdir(driver_dir))}: compare with `nvidia-smi -L`, "
             "or set CUDA_VISIBLE_DEVICES= to train on the CPU."
         )
-
-
-def is_collective_error(error: BaseException) -> bool:
-    """Check whether a collective failed, perhaps because of another rank."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and bool(COLLECTIVE_ERROR_PATTERN.search(str(error)))
-    )
 
 
 def set_collective_timeout(limit: timedelta) -> None:

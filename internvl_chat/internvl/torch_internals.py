@@ -3,12 +3,15 @@
 `tests/test_torch_internals.py` fails with the private name when a new version of torch moves it.
 """
 
+import re
 import traceback
 
 import torch.distributed as dist
 
 # Method of `torch.utils.data.dataloader._MultiProcessingDataLoaderIter` that waits for a worker. Seen in torch 2.14.
 DATALOADER_WAIT_METHOD = "_try_get_data"
+# Errors of collectives are plain RuntimeErrors (torch 2.14): only their text names the library that failed.
+COLLECTIVE_ERROR_PATTERN = re.compile(r"gloo|nccl|ProcessGroup|TCPStore|c10d", re.IGNORECASE)
 
 
 def list_process_groups() -> list[dist.ProcessGroup]:
@@ -23,3 +26,10 @@ def list_process_groups() -> list[dist.ProcessGroup]:
 def is_raised_in_dataloader_wait(error: BaseException) -> bool:
     """Check whether a DataLoader raised an error while waiting for workers."""
     return any(frame.f_code.co_name == DATALOADER_WAIT_METHOD for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Check whether a collective failed, perhaps because of another rank."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and bool(COLLECTIVE_ERROR_PATTERN.search(str(error)))
+    )

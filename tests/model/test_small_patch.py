@@ -1,4 +1,4 @@
-"""The small patch: `model/internvl_chat`, `lora*.py` and `token_loss.py` in a checkout of upstream.
+"""The small patch: `model/internvl_chat` and the few files that it imports in a checkout of upstream.
 
 The test builds such a checkout and an environment with upstream's pins. There it runs the goldens of LLMs from
 transformers (Qwen2, Llama: forward, loss, gradients, generate, LoRA, merge, trajectories) and `upstream_main.py`, which
@@ -22,7 +22,10 @@ PINS = "transformers==4.37.2 tokenizers==0.15.1 peft==0.10.0 timm==0.9.12 accele
 PINS += ["datasets<3", "pandas<2.3", "pyarrow<20"]  # imported by its Trainer; built for numpy 1
 PATCH_FILES = [
     "model/internvl_chat",
-    *(f"model/{name}.py" for name in ("lora", "lora_linear", "lora_dropout", "token_loss")),
+    *(f"model/{name}.py" for name in ("lora", "lora_linear", "lora_dropout", "safetensors_io", "token_loss")),
+    "command_line.py",
+    "regular_files.py",
+    "torch_internals.py",
 ]
 TESTS = [HERE / "test_model_goldens.py", HERE / "test_lora_goldens.py", HERE.parent / "programs/upstream_main.py"]
 # Packed rows need transformers 5; upstream patches attention classes instead.

@@ -85,7 +85,9 @@ def test_killed_run_resumes_exactly_on_two_ranks_and_with_the_rest_of_the_epoch_
     alone = [*build_run_flags(tiny_inputs, tmp_path / "alone"), *flags, "--gradient_accumulation_steps", "3"]
     trainer = prepare_trainer([flag for flag in alone if flag not in ("--deepspeed", "zero_stage2_config.json")])
     state = json.loads((tmp_path / "alone/checkpoint-2/data_state.json").read_text())
-    epoch, step = resume_data(trainer.schedule, tmp_path / "alone/checkpoint-2", accept_changed_data=False)
+    epoch, step = resume_data(
+        trainer.schedule, tmp_path / "alone/checkpoint-2", accept_changed_data=False, global_step=2
+    )
     (segment,) = state["segments"]
     assert state["epoch"] == epoch and segment["num_steps"] == step and segment["layout"]["world_size"] == 2
     partial_epoch = trainer.schedule.partial_epoch

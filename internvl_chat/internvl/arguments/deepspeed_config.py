@@ -256,13 +256,15 @@ def try_config(label: str, config: dict) -> None:
     from pydantic import ValidationError
 
     # Values that the flags decide are still "auto".
-    numbers = {**dict.fromkeys(BATCH_KEYS, 1), "gradient_clipping": 1.0}
+    numbers = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
     switches = {block: {**config[block], "enabled": False} for block in ("bf16", "fp16")}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its defaults, and warnings
             from deepspeed.runtime.config import DeepSpeedConfig
 
-            DeepSpeedConfig(copy.deepcopy({**config, **numbers, **switches}))
+            # DeepSpeed computes `train_batch_size` from the others and the number of ranks.
+            tried = {key: value for key, value in config.items() if key != "train_batch_size"}
+            DeepSpeedConfig(copy.deepcopy({**tried, **numbers, **switches}))
     except ValidationError as error:
         first = error.errors()[0]
         blocks = [CHECKED_BLOCKS[error.title]] if error.title in CHECKED_BLOCKS else []

@@ -26,7 +26,8 @@ def build_dataloader(
     num_workers = min(args.dataloader_num_workers, count_cores_per_rank())
     prefetch = args.dataloader_prefetch_factor or 2
     is_pinned = args.dataloader_pin_memory and torch.cuda.is_available()
-    num_used = 2 if is_pinned else args.gradient_accumulation_steps  # of a step; pinned batches are copies
+    # The batches of this step and the next one. Pinned batches are copies.
+    num_used = 2 if is_pinned else 2 * args.gradient_accumulation_steps
     num_workers = limit_num_workers(num_workers, prefetch, num_used, max_batch_bytes, count_local_ranks(os.environ))
     return DataLoader(
         dataset,

@@ -87,7 +87,7 @@ logger = logging.getLogger(__name__)
 class InternVLTrainer(Trainer):
     """Trainer of a chat model on the rows of a data schedule.
 
-    Overrides these private methods of transformers (5.22 to 5.23; a test fails with the name of one that has moved):
+    Overrides these private methods of transformers (5.22 to 5.24; a test fails with the name of one that has moved):
     `_prepare_inputs`, `_prepare_for_training`, `_get_grad_norm`, `_save_checkpoint`, `_get_output_dir`,
     `_save_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_rng_state`.
 

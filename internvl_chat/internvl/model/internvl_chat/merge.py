@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear, LoraLayer
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from internvl.model.internvl_chat.zero3 import gathered_parameters, is_partitioned
@@ -36,9 +35,8 @@ def merge_adapters(model):
             _refuse_shared_weights(module)
             for layer in find_lora_layers(module):
                 _merge_layer(layer)
-            for layer in module.modules():
-                if isinstance(layer, TrainableTokensLayer):
-                    layer.merge()
+            for layer in find_token_layers(module):
+                layer.merge()
             setattr(model, part, module.unload())
     remove_adapter_fields(model.config)
     # transformers 5 saves tensors under the names from which it loaded them. Names of adapted experts are PEFT's.
@@ -109,6 +107,14 @@ def _compute_probe_output(layer: Any) -> torch.Tensor:
     inputs = torch.randn(4, layer.in_features, generator=generator).to(weight)
     layer.eval()  # without dropout
     return Linear.forward(layer, inputs)
+
+
+def find_token_layers(module: nn.Module) -> list[Any]:
+    """Find PEFT's TrainableTokensLayers, which hold rows of new tokens.
+
+    By their attribute: PEFT 0.10, which upstream pins, has no such class.
+    """
+    return [m for m in module.modules() if isinstance(getattr(m, "trainable_tokens_delta", None), nn.ParameterDict)]
 
 
 def find_lora_layers(module: nn.Module) -> list[LoraLayer]:

@@ -18,7 +18,6 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from internvl.dist_utils import is_collective_error
 from internvl.model.internlm2.modeling_internlm2 import InternLM2ForCausalLM
 from internvl.model.internvl_chat.adapter_checkpoint import load_adapter_checkpoint
 from internvl.model.internvl_chat.chat import ChatMixin, build_conversation
@@ -38,6 +37,7 @@ from internvl.model.internvl_chat.zero3 import is_partitioned
 from internvl.model.lora import LORA_RANK_FIELDS, freeze_all_but_adapters, is_peft_model, unwrap_peft
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
 from internvl.model.token_loss import compute_logits, compute_router_aux_loss, compute_token_loss, scale_logits
+from internvl.torch_internals import is_collective_error
 
 # LLMs implemented here; every other causal language model is the class of that name in transformers.
 LLM_CLASSES = {
