@@ -39,7 +39,18 @@ IGNORE_INDEX = -100  # label of a token that is not a loss token
 
 
 class UnusableSample(ValueError):
-    """A record that cannot be used as a sample; the message is the reason."""
+    """A record that cannot be used as a sample; the message is the reason.
+
+    Records may be untrusted: control characters, which a terminal would obey, and line breaks are escaped.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__(escape_control_characters(message))
+
+
+def escape_control_characters(text: str) -> str:
+    """Replace characters that cannot be printed, such as line breaks, by escapes."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def shorten(value: object, max_length: int = 100) -> str:

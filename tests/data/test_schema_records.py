@@ -253,3 +253,8 @@ def test_lost_loss_tokens_are_measured(make_dataset, open_fault, tmp_path):
         open_fault("F12_long_answer", max_length=200), show_progress=False, cache_dir=str(tmp_path)
     )
     assert measurements.lengths["tokens"].tolist() == [200] and measurements.lost_loss_tokens[0] > 1000
+
+
+def test_reasons_do_not_carry_control_characters():
+    """A terminal would obey them, and a line break would forge a line of the log."""
+    assert str(UnusableSample("image \x1b[2Jx\n2026 INFO done ☃")) == r"image \x1b[2Jx\n2026 INFO done ☃"

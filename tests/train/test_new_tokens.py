@@ -104,6 +104,26 @@ def test_answers_with_untrained_tokens_are_refused(inputs, tmp_path):
         prepare_trainer([*build_run_flags(inputs, tmp_path), *LLM_LORA])
 
 
+def test_tokens_that_an_earlier_run_left_untrained_stay_so(inputs, tiny_inputs, tmp_path):
+    """The earlier run has added their rows, and its data does not use them."""
+    train_in_process(
+        tiny_inputs, tmp_path / "run", *LLM_LORA, "--model_name_or_path", f"{inputs}/model", "--max_steps", "1"
+    )
+    flags = [*build_run_flags(inputs, tmp_path / "second"), "--model_name_or_path", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="<left>.*--train_new_tokens True"):
+        prepare_trainer([*flags, *LLM_LORA])
+    trainer = prepare_trainer([*flags, *TRAIN_TOKENS, "--merge_before_training", "True"])
+    assert [n for n, p in trainer.model.named_parameters() if "trainable_tokens_delta" in n and p.requires_grad]
+    assert trainer.model.config.untrained_token_ids == []
+
+
+def test_adapters_that_train_rows_are_continued_with_the_flag_only(inputs, tmp_path):
+    train_in_process(inputs, tmp_path / "run", *TRAIN_TOKENS, "--max_steps", "1")
+    flags = [*build_run_flags(inputs, tmp_path / "second"), "--model_name_or_path", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="--train_new_tokens False is not supported with these adapters"):
+        prepare_trainer([*flags, *LLM_LORA])
+
+
 @pytest.mark.parametrize("flags", [["--unfreeze_lm_head", "True"], ["--llm_lora_targets", "lm_head"]])
 def test_answers_are_accepted_if_other_flags_train_their_rows(inputs, tmp_path, flags):
     prepare_trainer([*build_run_flags(inputs, tmp_path), *LLM_LORA, *flags])

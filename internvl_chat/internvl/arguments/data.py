@@ -13,7 +13,9 @@ class DataTrainingArguments:
     max_seq_length: int = option(8192, "tokens of a sample; longer samples are truncated")
     force_image_size: int = option(448, "side of a tile in pixels")
     down_sample_ratio: float = option(0.5, "pixel shuffle factor; must equal the checkpoint's")
-    pad2square: bool = option(False, "pad images to a square instead of stretching them (evaluation transform only)")
+    pad2square: bool = option(
+        False, "pad images to a square instead of stretching them, in data sets without data_augment"
+    )
     conv_style: str = option("internlm2-chat", "name of the conversation template")
     meta_path: str | None = option(None, "JSON file that lists the datasets")
     use_data_resampling: bool = option(False, "sample datasets in proportion to the square root of their size")

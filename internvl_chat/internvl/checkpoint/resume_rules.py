@@ -19,6 +19,7 @@ from typing import Any
 from internvl.arguments.deepspeed_config import get_zero_stage
 from internvl.arguments.unsupported_flags import UNSUPPORTED
 from internvl.checkpoint.saved_states import one_line_state_errors
+from internvl.constants import escape_control_characters
 from internvl.dist_utils import get_world_size, run_on_rank_0
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.adapter_checkpoint import is_adapter_checkpoint
@@ -64,7 +65,7 @@ _FLAGS_OF_RULES = {
         use_backbone_lora use_mlp_lora use_llm_lora freeze_backbone freeze_mlp freeze_llm unfreeze_vit_layers
         unfreeze_lm_head train_new_tokens quantize_backbone quantize_llm merge_before_training
         conv_style force_image_size down_sample_ratio vision_select_layer ps_version normalize_type
-        upstream_image_decoding image_background
+        upstream_image_decoding image_background pad2square
         bf16 fp16 lora_fp32 optim optim_args loss_type beta reference_free""",
     NO_EFFECT: """
         output_dir overwrite_output_dir resume_from_checkpoint do_train accept_changed_data allow_pickle
@@ -74,7 +75,7 @@ _FLAGS_OF_RULES = {
         gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs compile use_liger
         torch_empty_cache_steps skip_memory_metrics debug store_retry_seconds
         dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
-        dataloader_multiprocessing_context remove_unused_columns label_names strict_mode pad2square
+        dataloader_multiprocessing_context remove_unused_columns label_names strict_mode
         logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level
         log_level_replica log_freq disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
         trackio_static_space_id
@@ -187,7 +188,7 @@ def format_changes(flags: dict[str, list], environment: dict[str, list]) -> list
     lines = [f"{format_change(n, values)} ({RULES[n]})" for n, values in flags.items() if RULES[n] != NO_EFFECT]
     for name, (before, now) in environment.items():
         effect = "the rest of the epoch is planned again" if name == "ranks" else "results may differ by rounding"
-        lines.append(f"{name} {before!s:.80} -> {now} ({effect})")
+        lines.append(f"{name} {escape_control_characters(f'{before!s:.80}')} -> {now} ({effect})")
     # These differ by design, or in most runs that resume from a certain checkpoint.
     silent = {"resume_from_checkpoint", "overwrite_output_dir", "accept_changed_data", "run_name", "local_rank"}
     others = [f"--{name}" for name in flags if RULES[name] == NO_EFFECT and name not in silent]
@@ -198,7 +199,7 @@ def format_change(flag: str, values: list) -> str:
     if flag == "deepspeed":
         has_block = [isinstance(value, dict) and isinstance(value.get("zero_optimization"), dict) for value in values]
         values = [f"ZeRO-{get_zero_stage(v)}" if has else v for v, has in zip(values, has_block, strict=True)]
-    before, now = (f"{value!s:.80}" for value in values)
+    before, now = (escape_control_characters(f"{value!s:.80}") for value in values)
     return f"--{flag} {before} -> {now}"
 
 

@@ -337,6 +337,8 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
         nominal = (1, 255) if image.mode == "F" else (255,)
         white = next((level for level in nominal if high <= level), high)
         levels = (values - low) * (255 / (white - low))
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(262) == 0:  # PhotometricInterpretation: 0 is white
+        levels = 255 - levels
     gray = Image.fromarray(levels.astype(np.uint8))
     if isinstance(level := image.info.get("transparency"), int):
         return Image.merge("LA", (gray, Image.fromarray(np.where(np.asarray(image) == level, 0, 255).astype(np.uint8))))

@@ -131,9 +131,8 @@ def _open_container(path: str, header_only: bool = False) -> Iterator:
                 _require_complete(container, size, path)
                 yield container
     except av.error.ArgumentError as error:  # FFmpeg's error for what the options above forbid
-        raise UnusableSample(
-            f"video {path} cannot be read: its container is not supported, or its frames are too large"
-        ) from error
+        reason = describe_content(head) or "its container is not supported, or its frames are too large"
+        raise UnusableSample(f"video {path} cannot be read: {reason}") from error
     except FileNotFoundError as error:
         raise UnusableSample(f"video {path} does not exist") from error
     except (av.error.FFmpegError, OSError, StopIteration) as error:

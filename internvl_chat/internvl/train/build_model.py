@@ -38,7 +38,12 @@ from internvl.model.tokenizers.loading import load_tokenizer
 from internvl.model.varlen_attention import use_varlen_attention
 from internvl.train.param_groups import find_trainable_parts, resolve_part_rates
 from internvl.train.quantization import allow_training_quantized, build_quantization_kwargs, is_quantized
-from internvl.train.trainable_parameters import can_continue_adapters, format_trainable_table, set_trainable
+from internvl.train.trainable_parameters import (
+    can_continue_adapters,
+    find_untrained_tokens,
+    format_trainable_table,
+    set_trainable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +70,7 @@ def build_model(
     model = load_model(model_args, data_args, training_args, tokenizer, model_class)
     set_seed(training_args.seed)  # initial adapters do not depend on how many random numbers loading has drawn
     model = set_trainable(model, model_args)
+    model.config.untrained_token_ids = [*find_untrained_tokens(model_args, tokenizer)]
     model = prepare_for_training(model, model_args, training_args)
     model = record_training_settings(model, model_args, training_args)
     logger.info("Trainable parameters:\n%s", format_trainable_table(model, training_args))
@@ -216,7 +222,8 @@ def resize_to_tokenizer_and_image_size(
         )
     if missing := sorted(set(SPECIAL_TOKENS) - tokenizer.get_vocab().keys()):
         logger.info("Image tokens added to the tokenizer: %s", ", ".join(missing))
-    new_tokens = find_new_tokens(tokenizer, model.config.llm_config.vocab_size)
+    untrained_ids = getattr(model.config, "untrained_token_ids", None)
+    new_tokens = find_new_tokens(tokenizer, model.config.llm_config.vocab_size, untrained_ids)
     model.new_token_ids = tuple(new_tokens)
     if new_tokens:
         logger.info("New tokens of the tokenizer, with the mean row: %s", abbreviate_names(list(new_tokens.values())))

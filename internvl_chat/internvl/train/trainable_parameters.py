@@ -75,6 +75,11 @@ def attach_adapters(model: InternVLChatModel, part: str, args: ModelArguments) -
     if part == "language_model" and args.train_new_tokens:
         check_new_tokens(model)
     if is_peft_model(module) and can_continue_adapters(model.config, part, args):
+        if get_lora_settings(model.config, part).trainable_token_ids and not args.train_new_tokens:
+            raise ValueError(
+                "--train_new_tokens False is not supported with these adapters, which train the rows of new tokens: "
+                "set it to True, or merge them first by --merge_before_training True."
+            )
         module.set_adapter(module.active_adapter)  # makes the adapters trainable again: they were frozen with the part
     else:
         settings = {"r": rank, "alpha": 2 * rank} | parse_lora_settings(args, part)
@@ -111,7 +116,8 @@ def find_untrained_tokens(args: ModelArguments, tokenizer: PreTrainedTokenizerBa
     path = args.model_name_or_path or args.llm_path
     assert path  # validated
     fields = PretrainedConfig.get_config_dict(path)[0]
-    return find_new_tokens(tokenizer, fields.get("llm_config", fields)["vocab_size"])
+    vocab_size = fields.get("llm_config", fields)["vocab_size"]
+    return find_new_tokens(tokenizer, vocab_size, fields.get("untrained_token_ids"))
 
 
 def parse_lora_settings(args: ModelArguments, part: str) -> dict:
