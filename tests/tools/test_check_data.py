@@ -174,7 +174,7 @@ def test_names_that_are_no_text_are_printed_and_written(folder, model):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert r"\udce9\xe9.png does not exist" in done.stdout
-    assert "\udce9é.png does not exist" in read_reasons(folder / "report")[1]
+    assert r"\udce9é.png does not exist" in read_reasons(folder / "report")[1]
 
 
 # -- agreement with training -------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import pytest
 
-from internvl.constants import UnusableSample
 from internvl.train.skipped_samples import NUM_LISTED, SkippedSampleReport, make_too_many_skipped_error
 
 
@@ -23,7 +22,7 @@ def test_more_samples_than_allowed_end_the_run(caplog):
     report = SkippedSampleReport([describe(1)], max_skipped=2)
     report.add([describe(2)])
     message = f"3 samples are unusable, --max_bad_samples allows 2; fix or remove them:\n  {describe(1)}\n"
-    with pytest.raises(UnusableSample) as caught:
+    with pytest.raises(ValueError) as caught:
         report.add([describe(3)])
     assert str(caught.value).startswith(message)
     assert caplog.messages[-1] == f"Skipped sample: {describe(3)}", "it is logged before the run ends"

@@ -75,8 +75,8 @@ def build_data(
     A collective: all ranks call it.
 
     Raises:
-        ValueError: the meta file or a dataset is invalid.
-        UnusableSample: more samples than --max_bad_samples are unusable; the message lists them.
+        ValueError: the meta file or a dataset is invalid, or more samples than --max_bad_samples are unusable; then the
+            message lists them.
     """
     data = measure_data(data_args, training_args, tokenizer, num_image_token, dataset_class, untrained_tokens)
     for sample in data.skipped_samples[:NUM_LISTED]:

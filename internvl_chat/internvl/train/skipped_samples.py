@@ -3,8 +3,6 @@
 import logging
 from collections.abc import Iterable
 
-from internvl.constants import UnusableSample
-
 logger = logging.getLogger(__name__)
 NUM_LISTED = 20
 
@@ -25,7 +23,7 @@ class SkippedSampleReport:
         """Add samples and log those that are new.
 
         Raises:
-            UnusableSample: more than `max_skipped` samples are unusable.
+            ValueError: more than `max_skipped` samples are unusable.
         """
         known = set(self.skipped)
         new = [sentence for sentence in dict.fromkeys(samples) if sentence not in known]
@@ -36,11 +34,11 @@ class SkippedSampleReport:
             raise make_too_many_skipped_error(self.skipped, self.max_skipped)
 
 
-def make_too_many_skipped_error(skipped: list[str], max_skipped: int) -> UnusableSample:
+def make_too_many_skipped_error(skipped: list[str], max_skipped: int) -> ValueError:
     """Create the error that lists the unusable samples of a run."""
     listed = "\n".join(f"  {sentence}" for sentence in skipped[:NUM_LISTED])
     more = f"\n  ... and {len(skipped) - NUM_LISTED} more" if len(skipped) > NUM_LISTED else ""
-    return UnusableSample(
+    return ValueError(
         f"{len(skipped)} samples are unusable, --max_bad_samples allows {max_skipped}; fix or remove them:\n"
         f"{listed}{more}"
     )
