@@ -242,7 +242,7 @@ def wait_for_rank_0(address: str, port: str | int, seconds: float, waiting: str)
 
 @contextlib.contextmanager
 def announce_waiting(describe_fn: Callable[[], str]) -> Iterator[None]:
-    """Print to stderr who waits for whom, while the body runs or until the description is empty."""
+    """Print who waits for whom while the body runs."""
     is_done = threading.Event()
 
     def announce() -> None:

@@ -1,4 +1,4 @@
-"""Outages are told from broken files and retried with growing pauses."""
+"""Outages are distinguished from broken files and retried with growing pauses."""
 
 import errno
 
@@ -30,7 +30,7 @@ def clock(monkeypatch):
         (ValueError("cut"), False),
     ],
 )
-def test_outages_are_told_from_other_errors(error, expected):
+def test_outages_are_distinguished_from_other_errors(error, expected):
     assert is_outage(error) == expected
 
 

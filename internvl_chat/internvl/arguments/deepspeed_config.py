@@ -142,7 +142,7 @@ def is_disabled_block(key: str, value) -> bool:
 
 
 def check_keys(label: str, config: dict) -> None:
-    """Raise a ValueError for a key that is unknown or not supported, or a value of another type."""
+    """Check that keys are supported and their values have the right type."""
     expected = {key: (words, types) for words, (types, keys) in SUPPORTED_KEYS.items() for key in keys.split()}
     for key, value in config.items():
         if key in UNSUPPORTED_KEYS:
@@ -187,7 +187,7 @@ def check_nvme(label: str, offload: dict) -> None:
 
 
 def check_optimizer_block(label: str, optimizer: dict, args: transformers.TrainingArguments) -> None:
-    """Raise a ValueError if the optimizer of the file is not AdamW, or contradicts the flags.
+    """Check that the optimizer of the file is AdamW with the flags' values.
 
     With another --optim the block has no effect: every shipped file has one.
     """

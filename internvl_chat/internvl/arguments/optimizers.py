@@ -67,7 +67,7 @@ def refuse_unsupported_optimizer(args: transformers.TrainingArguments) -> None:
 
 
 def validate_optim_args(optim_args: str, name: str) -> None:
-    """Raise a ValueError if an argument of an optimizer is unknown or not a number."""
+    """Check that arguments of an optimizer are known numbers."""
     if name in ADAMW:
         raise ValueError(
             f"--optim_args {optim_args} is not supported with AdamW: use --adam_beta1, --adam_beta2 and --adam_epsilon."

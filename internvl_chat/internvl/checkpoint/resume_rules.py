@@ -184,7 +184,7 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
 
 
 def format_changes(flags: dict[str, list], environment: dict[str, list]) -> list[str]:
-    """Format changes to lines: a flag with an effect per line, the others in one."""
+    """Format changes: a line per flag with an effect, one for the others."""
     lines = [f"{format_change(n, values)} ({RULES[n]})" for n, values in flags.items() if RULES[n] != NO_EFFECT]
     for name, (before, now) in environment.items():
         effect = "the rest of the epoch is planned again" if name == "ranks" else "results may differ by rounding"

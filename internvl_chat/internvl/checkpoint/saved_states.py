@@ -21,7 +21,7 @@ ADAM_STATES = {"step", "exp_avg", "exp_avg_sq"}
 
 @contextmanager
 def one_line_state_errors(source: Path) -> Iterator[None]:
-    """Raise one sentence that names a file for whatever torch or DeepSpeed raises on it.
+    """Turn errors of torch or DeepSpeed into one sentence naming the file.
 
     Errors of collectives pass, as they have other causes.
     """
@@ -74,7 +74,7 @@ def check_optimizer_states(
 
 
 def find_number_error(saved: Any, own: Mapping[str, float], name: str) -> str | None:
-    """Describe why saved values are not finite numbers and switches of the same names as a run's own."""
+    """Describe why saved values do not fit those of the run."""
     for key, value in own.items():
         number: Any = saved.get(key) if isinstance(saved, Mapping) else None
         types = (bool,) if isinstance(value, bool) else (int, float)

@@ -211,7 +211,9 @@ def scan_lines(path: str) -> np.ndarray:
             is_at_end = not chunk
             chunk = memoryview(chunk or b"\n")  # the last line may have no line break
             ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))  # (L,) of the lines that end here
-            starts = np.append(line_start - offset, ends + 1)  # (L + 1,) the last of these lines goes on
+            starts = np.append(
+                line_start - offset, ends + 1
+            )  # (L + 1,) the last of these lines continues in the next chunk
             kept = np.flatnonzero(ends > starts[:-1])
             lines = np.empty(len(kept), LINE)
             lines["start"], lines["end"], lines["number"] = (

@@ -50,7 +50,7 @@ def get_file_version(path: str) -> list:
 
 
 def make_cache_file(stem: str, suffix: str, write_fn: Callable[[BinaryIO], object]) -> str:
-    """Return the path of a cache file, writing it first if it is missing or damaged.
+    """Return a cache file, writing it if it is missing or damaged.
 
     Of several processes of a machine one writes it, and the others wait.
 
@@ -68,7 +68,7 @@ def make_cache_file(stem: str, suffix: str, write_fn: Callable[[BinaryIO], objec
 
 
 def find_cache_file(stem: str, suffix: str) -> str | None:
-    """Return the path of a cache file, or None if it is missing or damaged.
+    """Return a cache file, or None if it is missing or damaged.
 
     A damaged one is deleted, with a warning.
     """

@@ -138,7 +138,7 @@ def _read_mode(path: str) -> int | None:
 
 
 def list_files(path: str, suffixes: Collection[str]) -> list[str]:
-    """List the files with one of these suffixes in a local or remote folder, without hidden ones.
+    """List the files of a folder with these suffixes, without hidden ones.
 
     Raises:
         UnusableFileError: such an entry of a local folder is a FIFO, device, socket or dangling link.

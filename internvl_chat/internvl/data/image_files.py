@@ -54,7 +54,7 @@ ORIENTATIONS = {  # EXIF value -> how to make the image upright
     8: Image.Transpose.ROTATE_90,
 }
 SWAPPING_ORIENTATIONS = (5, 6, 7, 8)  # they exchange width and height
-PNG_TAIL_BYTES = 1 << 16  # searched for EXIF behind the pixels
+PNG_TAIL_BYTES = 1 << 16  # searched for EXIF after the pixels
 
 # Pattern of the first bytes -> what the file is, and what to do.
 UNSUPPORTED_CONTENT = {

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import PretrainedConfig
 
 from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE
+from internvl.model.internvl_chat.config_values import MAX_LORA_RANK
 from internvl.model.internvl_chat.lora_mixin import get_lora_settings
 from internvl.model.internvl_chat.safe_loading import (
     ADAPTER_CONFIG_FILE,
@@ -25,7 +26,6 @@ from internvl.model.safetensors_io import CheckpointTensors, abbreviate_names
 from internvl.model.slow_patterns import is_slow_pattern
 from internvl.regular_files import read_json_object
 
-MAX_LORA_RANK = 65_536
 NAME_PATTERN_FIELDS = ("target_modules", "exclude_modules", "layers_pattern")  # regular expressions, if not lists
 MAX_NAME_QUANTIFIERS = 4  # of a regular expression that is matched with thousands of names
 PATTERN_FIELDS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # exceptions by the name of the layer

@@ -142,7 +142,7 @@ BASE_MODEL_RULES = {
 
 
 def describe_config_file(path: str | Path) -> str:
-    """Return how messages name the `config.json` of a model, and check that the file is readable.
+    """Return the name of a `config.json` for messages, if it is readable.
 
     Args:
         path: a folder, a file, or ORG/NAME on the hub, of which nothing is read here.

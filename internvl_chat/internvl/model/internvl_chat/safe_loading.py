@@ -120,7 +120,7 @@ def refuse_unsafe_values(content: Any, source: str | Path) -> None:
 
 
 def iterate_values(content: Any, source: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield the path of keys (`llm_config.rope_scaling.factor`) and the value of each part of a JSON value.
+    """Yield key path (`llm_config.rope_scaling.factor`) and value of each part.
 
     Raises:
         ValueError: it is nested deeper than `MAX_NESTING`, which libraries would follow by recursion.

@@ -76,7 +76,7 @@ def check_model_fits_weights(
 
 
 def check_adapter_ranks(config: PretrainedConfig, folder: Path) -> None:
-    """Raise a ValueError if the LoRA ranks in a configuration are not those of the adapters beside it."""
+    """Check the LoRA ranks of a configuration against the adapters beside it."""
     for part, field in LORA_RANK_FIELDS.items():
         rank, file = getattr(config, field), folder / part / ADAPTER_FILE
         if not rank or not file.is_file():

@@ -28,7 +28,7 @@ TRIAL_TEXT = "<s> Hello, world! What's  this?\n\n12 345.6 \t(a_b) é 中文 ▁ 
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raise a ValueError or OSError if the files of a tokenizer are unsafe or unreadable."""
+    """Check that the files of a tokenizer are safe and readable."""
     refuse_unsafe_configs(folder)
     for path in folder.iterdir():
         if path.suffix in (".jinja", ".model", ".txt") and path.stat().st_size > MAX_JSON_BYTES:
