@@ -7,13 +7,10 @@ the result of the unbroken run, or in one sentence that names the file. `list_ed
 """
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import sys
 import tarfile
@@ -25,12 +22,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate.state import AcceleratorState
 from helpers.paths import GOLDENS_ARCHIVE
 from helpers.training_runs import TRAIN_ADAPTERS, build_run_flags, prepare_trainer, train_in_process
 from safetensors import safe_open
 from safetensors.torch import save_file
-from stress.fuzzing import make_source
+from stress.fuzzing import make_source, quiet_case
 from stress.mutations import iterate_paths
 
 from internvl.arguments.training import parse_args
@@ -252,14 +248,6 @@ def list_edits(checkpoint: Path) -> list[Edit]:
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-class CaseTimeoutError(BaseException):
-    """A timeout of a case (no `Exception`: the program would catch it)."""
-
-
-def raise_timeout(*_):
-    raise CaseTimeoutError(f"longer than {CASE_TIMEOUT_SECONDS} s")
-
-
 class CheckpointCases:
     """Edits of checkpoint-2 of a run, each resumed to step 3 in this process.
 
@@ -294,12 +282,8 @@ class CheckpointCases:
         edit.apply(output / "checkpoint-2")
         if edit.updates_manifest:
             write_manifest(output / "checkpoint-2", is_writer=True)
-        AcceleratorState._reset_state(True)  # accelerate (1.15) keeps the device and the precision of the previous case
-        signal.signal(signal.SIGALRM, raise_timeout)
-        signal.alarm(CASE_TIMEOUT_SECONDS)
-        discarded = io.StringIO()
         try:
-            with contextlib.redirect_stdout(discarded), contextlib.redirect_stderr(discarded):
+            with quiet_case(CASE_TIMEOUT_SECONDS):
                 argv = [*build_run_flags(self.source, output), *self.flags]
                 checkpoint = choose_resume_checkpoint(parse_args(argv)[2])
                 trainer = prepare_trainer(argv)
@@ -309,8 +293,6 @@ class CheckpointCases:
             return judge_error(str(error), edit)
         except BaseException:
             return f"finding: {traceback.format_exc()}"
-        finally:
-            signal.alarm(0)
         result = self.read_result(output)
         if re.search(OTHER_RESULTS, edit.name):
             return "equal"

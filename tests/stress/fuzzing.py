@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
@@ -146,8 +147,22 @@ class CaseTimeoutError(BaseException):
     """A timeout of a case (no `Exception`: the program would catch it)."""
 
 
-def raise_timeout(*_):
-    raise CaseTimeoutError(f"longer than {CASE_TIMEOUT_SECONDS} s")
+@contextlib.contextmanager
+def quiet_case(seconds: int) -> Iterator[None]:
+    """Run a case without output; raise CaseTimeoutError after some seconds."""
+    AcceleratorState._reset_state(True)  # accelerate (1.15) keeps the device and the precision of the previous case
+
+    def raise_timeout(*_):
+        raise CaseTimeoutError(f"longer than {seconds} s")
+
+    signal.signal(signal.SIGALRM, raise_timeout)
+    signal.alarm(seconds)
+    discarded = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(discarded), contextlib.redirect_stderr(discarded):
+            yield
+    finally:
+        signal.alarm(0)
 
 
 def run_case(case: Case) -> str:
@@ -155,12 +170,8 @@ def run_case(case: Case) -> str:
 
     Returns `trained`, `error: SENTENCE` or `finding: DETAILS`.
     """
-    AcceleratorState._reset_state(True)  # accelerate (1.15) keeps the device and the precision of the previous case
-    signal.signal(signal.SIGALRM, raise_timeout)
-    signal.alarm(CASE_TIMEOUT_SECONDS)
-    discarded = io.StringIO()
     try:
-        with contextlib.redirect_stdout(discarded), contextlib.redirect_stderr(discarded):
+        with quiet_case(CASE_TIMEOUT_SECONDS):
             trainer = prepare_trainer(case.argv)
             trainer.train()
     except (ValueError, OSError) as error:
@@ -170,7 +181,6 @@ def run_case(case: Case) -> str:
     except BaseException:
         return f"finding: {traceback.format_exc()}"
     finally:
-        signal.alarm(0)
         gc.collect()
     rows = trainer.train_dataset
     num_samples = sum(map(len, rows.datasets))
