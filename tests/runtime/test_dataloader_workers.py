@@ -32,7 +32,7 @@ def run_with_shm(size: str, command: list[str], env: dict[str, str]) -> subproce
 
 @pytest.mark.multiprocess
 @requires_mounts
-@pytest.mark.parametrize(("size", "num_workers"), [("64k", 0), ("800k", 1), ("64m", None)])
+@pytest.mark.parametrize(("size", "num_workers"), [("64k", 0), ("1250k", 1), ("64m", None)])
 def test_workers_are_reduced_to_the_shared_memory(tiny_inputs, tmp_path, size, num_workers):
     flags = "--max_steps 3 --save_strategy no --no_smoke_save --dataloader_num_workers 2".split()
     command, env = build_launch_command(tiny_inputs, tmp_path / "out", *TRAIN_ADAPTERS, *flags, ranks=1)
