@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,10 @@ LFS_POINTER_START, MAX_LFS_POINTER_BYTES = b"version https://git-lfs.github.com/
 
 class UnusableFileError(OSError):
     """A path exists, but it is not a regular file or the file is too large."""
+
+
+class DuplicateKeyError(ValueError):
+    """A JSON object has a key twice."""
 
 
 def open_regular_file(path: str | os.PathLike, max_bytes: int | None = None) -> BinaryIO:
@@ -100,8 +105,11 @@ def read_json_object(file: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -
     return content
 
 
-def read_json(file: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(file: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES, unique_keys: bool = False) -> Any:
     """Read a JSON file of unknown origin.
+
+    Args:
+        unique_keys: refuse an object that has a key twice. By default its last value counts.
 
     Raises:
         OSError: it is missing, not a regular file or larger than `max_bytes`.
@@ -111,11 +119,28 @@ def read_json(file: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> Any:
         content = opened.read()
     refuse_lfs_pointer(file, content)
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        hook = require_unique_keys if unique_keys else None
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=hook)
+    except DuplicateKeyError as error:
+        raise ValueError(f"{file} is ambiguous: {error}.") from error
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{file} is invalid: its JSON is nested too deeply.") from error
+
+
+def require_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of a JSON object, as `object_pairs_hook`.
+
+    By default the last of equal keys wins, silently.
+
+    Raises:
+        DuplicateKeyError: a key is used twice.
+    """
+    if len(unique := dict(pairs)) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise DuplicateKeyError(f"the key {key[:80]!r} is used twice")
+    return unique
 
 
 def read_safetensors_header(file: str | os.PathLike) -> tuple[dict[str, dict], int]:

@@ -13,24 +13,37 @@ import logging
 import math
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from internvl.arguments.data import DataTrainingArguments
+from internvl.arguments.model import ModelArguments
 from internvl.arguments.preference import PREFERENCE_ARGUMENTS
 from internvl.arguments.training import FINETUNE_ARGUMENTS, TrainingArguments, parse_args
 from internvl.arguments.validate import validate_arguments, validate_preference_arguments
 from internvl.command_line import exit_on_user_error
+from internvl.constants import SPECIAL_TOKENS
 from internvl.data.preference_dataset import PreferenceDataset
 from internvl.data.supervised_dataset import LazySupervisedDataset
-from internvl.model.internvl_chat import InternVLChatConfig
+from internvl.model.internvl_chat import InternVisionConfig, InternVLChatConfig
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
+from internvl.model.new_tokens import find_new_tokens
+from internvl.model.safetensors_io import abbreviate_names
 from internvl.planning.epoch_plan import SAMPLE_LENGTHS, plan_epoch
 from internvl.planning.plan_report import format_epoch_plan, summarize_truncation
 from internvl.planning.sample_cost import count_forward_flops, scale_to_training
 from internvl.planning.sample_inspection import Inspection, inspect_samples
-from internvl.train.build_data import TrainingData, build_plan_layout, describe_skipped, measure_data
-from internvl.train.build_model import build_tokenizer
+from internvl.train.build_data import (
+    TrainingData,
+    build_plan_layout,
+    count_max_skipped_samples,
+    describe_skipped,
+    measure_data,
+)
+from internvl.train.build_model import build_tokenizer, chat_config_fields, load_config
 from internvl.train.trainable_parameters import find_untrained_tokens
 
 NUM_HISTOGRAM_LINES = 12
@@ -54,14 +67,16 @@ def main(argv=None):
     args, flags = parser.parse_known_args(argv)
     if not 1 <= args.ranks <= MAX_RANKS:
         raise ValueError(f"--ranks {args.ranks} is invalid: expected an integer from 1 to {MAX_RANKS:,}.")
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.ERROR)
+    logging.getLogger("internvl").setLevel(logging.WARNING)
     classes, validate_fn, dataset_class = PREFERENCE_PARTS if args.preference else FINETUNE_PARTS
     argv = ["--meta_path", args.meta, "--output_dir", args.report, *flags]
     model_args, data_args, training_args = parse_args(argv, classes)
     validate_fn(model_args, data_args, training_args)
-    config = InternVLChatConfig.from_pretrained(model_args.model_name_or_path or "")
+    config = load_chat_config(model_args, data_args)
     config.force_image_size = data_args.force_image_size
     tokenizer = build_tokenizer(model_args, data_args)
+    tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)  # as training adds them with the model
     untrained_tokens = find_untrained_tokens(model_args, tokenizer)
     num_image_token = count_image_tokens(config)
     data = measure_data(data_args, training_args, tokenizer, num_image_token, dataset_class, untrained_tokens)
@@ -74,25 +89,53 @@ def main(argv=None):
     num_epochs = count_decoded_epochs(training_args, len(plan)) if args.decode and plan else 0
     samples = np.unique(data.dataset.get_source_samples()[data.is_usable]).tolist()
     inspection = inspect_samples(data.dataset, samples, num_epochs, training_args.dataloader_num_workers)
-    num_measured_skipped = len(data.skipped_samples)
-    data.skipped_samples.extend(
-        describe_skipped(*data.dataset.locate(sample), reason) for sample, reason in inspection.unusable.items()
-    )
+    data = exclude_samples(data, inspection.unusable)
 
-    sections = [format_datasets(data), *format_extremes(data), format_decoding(len(samples), inspection, num_epochs)]
-    sections += [*format_skipped(data), *format_warnings(data, inspection)]
-    if plan:
-        table = format_epoch_plan(data.lengths, plan, layout, num_measured_skipped, data.lost_loss_tokens)
+    sections = [format_datasets(data), *format_new_tokens(config, tokenizer, untrained_tokens), *format_extremes(data)]
+    sections += [format_decoding(len(samples), inspection, num_epochs)]
+    sections += [*format_skipped(data, count_max_skipped_samples(data_args, len(data.lengths)))]
+    sections += [*format_warnings(data, inspection)]
+    if plan and data.is_usable.any():
+        # The plan is that of training, which knows only what was measured: a row is shorter without damaged samples.
+        table = format_epoch_plan(data.lengths, plan, layout, len(data.skipped_samples), data.lost_loss_tokens)
         sections.append(f"Epoch plan:\n{table}")
         sections += [format_histogram(name, data.lengths[name][data.is_usable]) for name in SAMPLE_LENGTHS.names or ()]
     write_report(Path(args.report), "\n\n".join(sections), data)
     sys.exit(1 if data.skipped_samples else 0)
 
 
+def load_chat_config(model_args: ModelArguments, data_args: DataTrainingArguments) -> InternVLChatConfig:
+    """Load the configuration of a chat checkpoint, or of a model that is composed of its parts."""
+    if model_args.model_name_or_path:
+        return load_config(model_args, data_args)
+    assert model_args.vision_path and model_args.llm_path  # validated
+    vision_config = InternVisionConfig.from_pretrained(model_args.vision_path)
+    llm_fields, _ = PretrainedConfig.get_config_dict(model_args.llm_path)
+    fields = chat_config_fields(model_args, data_args) | {"downsample_ratio": data_args.down_sample_ratio}
+    return InternVLChatConfig(vision_config.to_dict(), llm_fields, **fields)
+
+
 def count_decoded_epochs(args: TrainingArguments, steps_per_epoch: int) -> int:
     """Return the number of epochs of the training, at most MAX_DECODED_EPOCHS."""
     num_epochs = args.max_steps / steps_per_epoch if args.max_steps > 0 else args.num_train_epochs
     return min(max(1, math.ceil(num_epochs)), MAX_DECODED_EPOCHS)
+
+
+def exclude_samples(data: TrainingData, unusable: Mapping[int, str]) -> TrainingData:
+    """Return the data with further skipped samples, and lengths of 0 for them and their pieces.
+
+    Args:
+        unusable: sample -> reason.
+    """
+    is_excluded = np.isin(data.dataset.get_source_samples(), [*unusable])
+    skipped = [describe_skipped(*data.dataset.locate(sample), reason) for sample, reason in unusable.items()]
+    lengths = data.lengths.copy()
+    lengths[is_excluded] = 0
+    return data._replace(
+        lengths=lengths,
+        lost_loss_tokens=np.where(is_excluded, 0, data.lost_loss_tokens),
+        skipped_samples=[*data.skipped_samples, *skipped],
+    )
 
 
 def write_report(report_dir: Path, summary: str, data: TrainingData) -> None:
@@ -174,11 +217,27 @@ def format_warnings(data: TrainingData, inspection: Inspection) -> list[str]:
     return ["\n".join(["Suspicious samples (used as they are):", *lines])] if lines else []
 
 
-def format_skipped(data: TrainingData) -> list[str]:
+def format_new_tokens(
+    config: InternVLChatConfig, tokenizer: PreTrainedTokenizerBase, untrained_tokens: Mapping[int, str]
+) -> list[str]:
+    """Name the tokens without a trained row; nothing if there is none."""
+    untrained_ids = getattr(config, "untrained_token_ids", None)
+    tokens = [*find_new_tokens(tokenizer, config.llm_config.vocab_size, untrained_ids).values()]
+    if not tokens:
+        return []
+    effect = "and train them; with a frozen LLM or LoRA only --train_new_tokens True does"
+    if untrained_tokens:
+        effect = "and do not train them: answers that use them are unusable, see --train_new_tokens"
+    return [f"New tokens of the tokenizer: {abbreviate_names(tokens)}. These flags add rows for them, {effect}."]
+
+
+def format_skipped(data: TrainingData, max_skipped: int) -> list[str]:
     """List the first skipped samples; nothing if there is none."""
     if not data.skipped_samples:
         return []
     lines = [f"Skipped samples: {len(data.skipped_samples)}"]
+    if len(data.skipped_samples) > max_skipped:
+        lines = [f"{lines[0]}; --max_bad_samples allows {max_skipped}, so training would end"]
     lines += [f"  {sample}" for sample in data.skipped_samples[:NUM_LISTED_SKIPPED]]
     if (num_more := len(data.skipped_samples) - NUM_LISTED_SKIPPED) > 0:
         lines.append(f"  ... and {num_more} more")
@@ -211,6 +270,7 @@ def draw_histograms(data: TrainingData, path: Path) -> None:
         axis.hist(data.lengths[name][data.is_usable], bins=60)
         axis.set(title=f"{name.replace('_', ' ')} per sample", ylabel="samples")
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

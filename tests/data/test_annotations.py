@@ -1,9 +1,11 @@
 """Annotation files: records equal a plain reading; what is damaged or changed is named."""
 
+import gzip
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import socket
 import zlib
 
@@ -59,6 +61,11 @@ def test_empty_file_has_no_records(tmp_path):
         ('{"a": ' + "9" * 5000 + "}", "line 2 is not JSON: Exceeds the limit"),
         ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 is nested too deeply: more than 64 levels"),
         ('{"a": ' + "[" * 64 + "]" * 64 + "}", "line 2 is nested too deeply"),
+        ('{"image": "a", "id": 1, "image": "b"}', "line 2 is ambiguous: the key 'image' is used twice"),
+        ('{"a" : 1,\t"a"\t:1}', "line 2 is ambiguous: the key 'a' is used twice"),
+        ('{"a": [{"from": "x", "from": "y"}]}', "line 2 is ambiguous: the key 'from' is used twice"),
+        ('{"\\u0061": 1, "a": 1}', "line 2 is ambiguous: the key 'a' is used twice"),
+        ('{"\\ud800": 1, "\\ud800": 1}', r"line 2 is ambiguous: the key '\\ud800' is used twice"),
     ],
 )
 def test_malformed_line_is_an_unusable_sample_and_others_are_read(tmp_path, line, reason):
@@ -71,17 +78,54 @@ def test_malformed_line_is_an_unusable_sample_and_others_are_read(tmp_path, line
 
 
 @pytest.mark.parametrize(
-    "name, reason", [("absent.jsonl", "does not exist"), ("a.json", "must be a .jsonl file.*json2jsonl.py")]
+    "name, reason",
+    [
+        ("absent.jsonl", "does not exist"),
+        ("absent", "does not exist"),
+        ("folder/*.jsonl", "does not exist .*; patterns, ~ and variables are not"),
+        ("$DATA/a.jsonl", "does not exist .*; patterns, ~ and variables are not supported"),
+        ("a.json", "must be a .jsonl file.*json2jsonl.py"),
+        ("a.csv", "must be a .jsonl file.*pandas converts it: to_json"),
+        ("a.txt", "must be a .jsonl file.*json2jsonl.py"),
+        ("s3://bucket/folder", "must be a .jsonl file.*a local folder"),
+    ],
 )
 def test_wrong_path_is_reported(tmp_path, name, reason):
-    with pytest.raises(ValueError, match=f"{name}.*{reason}"):
-        open_annotations(str(tmp_path / name))
+    with pytest.raises(ValueError, match=f"{re.escape(name)}.*{reason}"):
+        open_annotations(name if "://" in name else str(tmp_path / name))
 
 
-@pytest.mark.parametrize("extension, command", [(".gz", "gunzip"), (".zst", "zstd -d")])
+@pytest.mark.parametrize("extension", [".jsonl", ".JSONL", ".ndjson", ".NDJSON", ".jsonlines", ".Jsonl"])
+def test_extensions_of_json_lines(tmp_path, extension):
+    assert open_annotations(write(tmp_path / f"a.b{extension}", '{"id": 0}\n'))[0] == {"id": 0}
+
+
+@pytest.mark.parametrize(
+    "extension, command", [(".gz", "gunzip"), (".zst", "zstd -d"), (".GZ", "gunzip"), (".zip", "unzip")]
+)
 def test_compressed_files_are_refused_with_the_command_to_unpack(tmp_path, extension, command):
     with pytest.raises(ValueError, match=rf"a.jsonl{extension} is compressed.*unpack it first \({command} "):
         open_annotations(write(tmp_path / f"a.jsonl{extension}", ""))
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (gzip.compress(b'{"id": 0}'), "is compressed by gzip: unpack it first"),
+        (b"PK\x03\x04 and so on", "is a ZIP archive"),
+        (b"PAR1 and so on PAR1", "is a Parquet file: rename it to .parquet"),
+        (b"ARROW1\0\0", "is an Arrow file: rename it to .arrow"),
+        ('{"id": 0}'.encode("utf-16"), "is in UTF-16, expected UTF-8: convert it"),
+        ('{"id": 0}'.encode("utf-16-be"), "is in UTF-16, expected UTF-8: convert it"),
+        (b'{\n  "id": 0\n}\n', r"has objects over several lines, expected one per line: convert it \(jq -c .\)"),
+        (b"\n<!DOCTYPE html><html>404", "is an HTML or XML page: download the file again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS"),
+    ],
+)
+def test_other_formats_under_the_name_of_json_lines_are_reported(tmp_path, content, reason):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.jsonl {reason}"):
+        open_annotations(str(tmp_path / "a.jsonl"))
 
 
 def test_special_values_are_read(tmp_path):

@@ -336,9 +336,10 @@ def test_tiles_of_rotated_images_are_counted_right(make_dataset, tmp_path):
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 
 
-def save_tiff(path, values: np.ndarray, bits: int, sample_format: int = 1) -> None:
-    """Write a gray TIFF of any depth and type."""
-    tags = [(256, 4, 8), (257, 4, 8), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 4, 8)]
+def save_tiff(path, values: np.ndarray, bits: int, sample_format: int = 1, photometric: int = 1) -> None:
+    """Write a gray TIFF of any depth and type; `photometric` 0: zero is white."""
+    tags = [(256, 4, 8), (257, 4, 8), (258, 3, bits), (259, 3, 1), (262, 3, photometric)]
+    tags += [(273, 4, 8), (277, 3, 1), (278, 4, 8)]
     tags += [(279, 4, values.nbytes), (339, 3, sample_format)]
     directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, t, 1, v) for tag, t, v in tags)
     header = b"II*\0" + struct.pack("<I", 8 + values.nbytes)
@@ -384,6 +385,26 @@ def test_deep_gray_is_scaled_by_its_depth(tmp_path, name):
     DEEP_IMAGES[name](tmp_path / "a")
     pixels = read_pixels(tmp_path / "a")
     assert np.abs(pixels - (RAMP * 255)[..., None]).max() <= 1.1
+
+
+WHITE_IS_ZERO = {
+    "1-bit": (np.packbits(RAMP > 0.5), 1, 1),
+    "4-bit": (np.packbits((RAMP * 15).astype(np.uint8)[..., None] >> (3 - np.arange(4, dtype=np.uint8)) & 1), 4, 1),
+    "8-bit": ((RAMP * 255).astype(np.uint8), 8, 1),
+    "16-bit": ((RAMP * 65535).astype("<u2"), 16, 1),
+    "float 0..1": (RAMP.astype("<f4"), 32, 3),
+    "float 0..255": ((RAMP * 255).astype("<f4"), 32, 3),
+}
+
+
+@pytest.mark.parametrize("name", WHITE_IS_ZERO)
+def test_tiff_whose_zero_is_white_is_inverted(tmp_path, name):
+    values, bits, sample_format = WHITE_IS_ZERO[name]
+    for photometric in (0, 1):
+        save_tiff(tmp_path / f"{photometric}.tif", values, bits, sample_format, photometric)
+    black_is_zero, white_is_zero = (read_pixels(tmp_path / f"{kind}.tif").astype(int) for kind in (1, 0))
+    assert black_is_zero[0, 0].max() == 0 and black_is_zero[-1, -1].min() == 255
+    assert np.abs(white_is_zero - (255 - black_is_zero)).max() <= 1
 
 
 def test_dark_deep_gray_stays_dark(tmp_path):

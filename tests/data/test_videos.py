@@ -35,13 +35,29 @@ FAULTS = Path(__file__).parent / "faults/vid"
 def test_recorded_frame_indices(goldens):
     for line in (goldens / "video_sampling.jsonl").read_text().splitlines():
         row = json.loads(line)
-        # Upstream draws from the global generator, ours in the same way from the one it is given.
-        args = row["args"] | {"generator": random.Random(row["seed"])}
+        args = row["args"]
+        random.seed(row["seed"])
+        np.random.seed(row["seed"])
         if "error" in row:
             with pytest.raises((ValueError, ZeroDivisionError)):
                 get_frame_indices(**args)
         else:
             assert get_frame_indices(**args) == row["frame_indices"], row
+
+
+@pytest.mark.parametrize(("num_frames", "total"), [(8, 10), (5, 9), (12, 13), (31, 32)])
+def test_short_videos_are_drawn_like_upstreams(num_frames, total):
+    """Where an interval has one frame, upstream takes the first of numpy's permutation, after draws from `random`."""
+    random.seed(3)
+    np.random.seed(3)
+    indices = get_frame_indices(num_frames, total)
+    assert indices == sorted(np.random.RandomState(3).permutation(total)[:num_frames])
+    assert all(type(index) is int for index in indices)
+    # A generator makes all draws, and leaves the global ones alone.
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    drawn = get_frame_indices(num_frames, total, generator=random.Random(3))
+    assert drawn == sorted(random.Random(3).sample(range(total), num_frames))
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())
 
 
 def test_random_frames_are_spread_and_determined_by_the_generator():

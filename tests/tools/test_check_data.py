@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,16 @@ import pytest
 from helpers.odd_samples import make_odd_samples, write_media
 from helpers.paths import REPO_ROOT
 from helpers.samples import make_turns
-from helpers.training_runs import TRAIN_ADAPTERS, copy_tiny_model, prepare_trainer, write_meta_file
+from helpers.training_runs import (
+    TRAIN_ADAPTERS,
+    copy_tiny_model,
+    prepare_trainer,
+    remove_image_tokens,
+    write_meta_file,
+)
 from tools import check_data
+
+from internvl.model.tokenizers.loading import load_tokenizer
 
 FLAGS = """--conv_style internvl2_5 --force_image_size 56 --dynamic_image_size True --use_thumbnail True
     --max_dynamic_patch 4""".split()
@@ -49,6 +58,13 @@ def check(model, folder):
 def write_records(folder: Path, *records: dict, images: Path | None = None) -> None:
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
     write_meta_file(folder, images or folder)
+
+
+def read_plan(printed) -> dict[str, str]:
+    """Return the lines of the printed epoch plan: name -> text."""
+    text = printed if isinstance(printed, str) else printed.readouterr().out
+    lines = text.partition("Epoch plan:\n")[2].partition("\n\n")[0].splitlines()
+    return {line[:22].strip(): line[22:] for line in lines}
 
 
 def read_reasons(report: Path) -> dict[int, str]:
@@ -111,6 +127,34 @@ def test_damaged_pixels_are_found_by_decoding_only(folder, check, capsys):
     )
 
 
+@pytest.mark.parametrize("packing", [[], [*PACKING, "--max_packed_tokens", "100", "--allow_overflow", "True"]])
+def test_damaged_samples_are_in_no_table(folder, check, capsys, packing):
+    """The plan is that of training, which finds them when it loads them: rows and steps stay, samples are fewer.
+
+    With packing the damaged ones are pieces of split samples.
+    """
+    good = {"image": "plain.png", "conversations": make_turns("What?", "A.")}
+    damaged = {"image": "cut_half.jpg", "conversations": make_turns("What?", "A long answer. " * 30)}
+    write_records(folder, good, damaged, damaged, good, images=FAULTS / "img")
+    check("headers", *packing)
+    headers = read_plan(capsys)
+    check("decoded", "--decode", *packing)
+    text = capsys.readouterr().out
+    decoded = read_plan(text)
+    assert "Skipped samples: 2; --max_bad_samples allows 0, so training would end" in text
+    assert headers["samples"] == "4 (0 skipped)"
+    assert decoded["samples"] == "2 (2 skipped)" and decoded["rows"].split()[0] == headers["rows"].split()[0]
+    assert decoded["steps per epoch"] == headers["steps per epoch"]
+    assert decoded["truncated answers"].startswith("0 of 2 samples, ")
+    (dataset_line,) = [line for line in text.splitlines() if line.startswith("tiny")]
+    _, samples, skipped, tokens, *_ = dataset_line.split()
+    assert (samples, skipped) == ("4", "2") and decoded["tokens"].startswith(f"{tokens}, of them ")
+    write_records(folder, good, good, images=FAULTS / "img")
+    check("good", *packing)
+    kept = read_plan(capsys)
+    assert [decoded[name] for name in ("tokens", "tiles")] == [kept[name] for name in ("tokens", "tiles")]
+
+
 def test_truncated_answers_are_counted(folder, check, capsys):
     long_answer = json.loads((FAULTS / "F12_long_answer.jsonl").read_text())
     short = {"conversations": make_turns("Hi", "A.")}
@@ -138,14 +182,15 @@ def test_suspicious_texts_are_counted(folder, check, capsys):
     fine = "<ref>cat</ref><box>[[0, 0, 1000, 1000], [1, 2, 3, 4]]</box> as <box>[[x1, y1, x2, y2]]</box> <img>"
     records += [{"conversations": make_turns("Hm?", fine)}]
     records += [{"conversations": [*make_turns("Hm?", "A."), {"from": "gpt", "value": "B."}]}]
+    records += [{"conversations": make_turns("Hm?", "It is a cat."), "question": "Hm?", "answer": "cat", "label": 3}]
+    records += [{"conversations": make_turns("Hm?", "A."), "Answer": "B. Because.", "caption": ["A", "cat"]}]
     write_records(folder, *records, in_pixels, images=FAULTS / "img")
     assert check("report") == 0, "they are used"
     section = capsys.readouterr().out.partition("Suspicious samples (used as they are):\n")[2].partition("\n\n")[0]
     counts = dict(line.strip().partition(", first ")[0].split(maxsplit=1)[::-1] for line in section.splitlines())
-    expected = dict.fromkeys([*answers, "human and gpt turns that do not alternate"], "1") | {
-        "boxes outside 0-1000": "2"
-    }
-    assert counts == expected
+    unused = [f"content in the key {key}, which is not used" for key in ("Answer", "caption")]
+    expected = dict.fromkeys([*answers, "human and gpt turns that do not alternate", *unused], "1")
+    assert counts == expected | {"boxes outside 0-1000": "2"}
     assert f"first tiny line 1 ({folder}/train.jsonl)" in section
 
 
@@ -175,6 +220,62 @@ def test_names_that_are_no_text_are_printed_and_written(folder, model):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert r"\udce9\xe9.png does not exist" in done.stdout
     assert r"\udce9é.png does not exist" in read_reasons(folder / "report")[1]
+
+
+@pytest.mark.multiprocess
+def test_warnings_are_printed(folder, model, check):
+    write_records(folder, {"conversations": make_turns("What?", "A.")})
+    check("report")
+    (lengths,) = (folder / "cache").glob("lengths-*.npy")
+    lengths.write_bytes(lengths.read_bytes()[:-1] + b"?")
+    argv = ["tools/check_data.py", folder / "meta.json", "--model_name_or_path", model, "--report", folder / "report"]
+    done = subprocess.run(
+        [sys.executable, *map(str, argv), *FLAGS],
+        cwd=REPO_ROOT / "internvl_chat",
+        env=os.environ | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and f"WARNING Damaged cache file: {lengths} (checksum mismatch)" in done.stderr
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def test_new_tokens_of_the_tokenizer_are_named(folder, model, check, capsys):
+    """Without the flags of training, too, which decide whether their rows are trained."""
+    shutil.copytree(model, folder / "model")
+    tokenizer = load_tokenizer(folder / "model")
+    tokenizer.add_tokens(["<left>", "<right>"])
+    tokenizer.save_pretrained(folder / "model")
+    write_records(folder, {"conversations": make_turns("Where?", "<left>")}, {"conversations": make_turns("?", "A.")})
+    flags = ["--model_name_or_path", str(folder / "model")]
+    assert check("full", *flags) == 0
+    text = capsys.readouterr().out
+    assert "New tokens of the tokenizer: <left>, <right>. These flags add rows for them, and train them" in text
+    assert check("lora", *flags, *TRAIN_ADAPTERS) == 1
+    assert "These flags add rows for them, and do not train them: answers" in capsys.readouterr().out
+    assert "an answer uses '<left>'" in read_reasons(folder / "lora")[1]
+    assert check("none") == 0 and "New tokens" not in capsys.readouterr().out
+
+
+def test_models_without_image_tokens_and_composed_models_are_checked(folder, model, check, capsys):
+    """Training adds the tokens; of a composed model check_data reads the configurations of both parts."""
+    record = {"image": "plain.png", "conversations": make_turns("What?", "A.")}
+    write_records(folder, record, images=FAULTS / "img")
+    assert check("complete") == 0
+    expected = read_plan(capsys)
+    shutil.copytree(model, folder / "llm")
+    remove_image_tokens(folder / "llm")
+    assert check("tokens", "--model_name_or_path", str(folder / "llm")) == 0
+    assert read_plan(capsys) == expected
+    config = json.loads((folder / "llm/config.json").read_text())["llm_config"]
+    (folder / "llm/config.json").write_text(json.dumps(config))
+    parts = ["--vision_path", str(model), "--llm_path", str(folder / "llm")]
+    argv = [str(folder / "meta.json"), "--report", str(folder / "composed"), *parts, *FLAGS]
+    with pytest.raises(SystemExit) as end:
+        check_data.main(argv)
+    assert end.value.code == 0 and read_plan(capsys) == expected
 
 
 # -- agreement with training -------------------------------------------------------------------------------------------
@@ -225,6 +326,10 @@ def test_check_and_training_agree_on_the_odd_set(check, model, folder, monkeypat
                 record[key] = f"{'img' if key == 'image' else 'vid'}/{record[key]}"
         record["images"] = [f"img/{name}" for name in record.get("images", [])]
     lines = [json.dumps(record) for record in records]
+    turns = make_turns("What?", "A.")
+    foreign = [{"system_prompt": "S."}, {"Image": "img/plain.png"}, {"history": [["a", "b"]]}, {"label": False}]
+    lines += [json.dumps({"conversations": turns} | keys) for keys in foreign]
+    lines += [json.dumps({"conversations": json.dumps(turns)}), '{"conversations": [], "conversations": []}']
     lines += ["[" * 100_000, '{"conversations": ' * 9000, "version https://git-lfs.github.com/spec/v1"]
     (folder / "train.jsonl").write_text("\n".join(lines))
     headers, decoded = assert_agrees(check, model, folder, *FRAMES)

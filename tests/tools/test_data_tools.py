@@ -69,6 +69,7 @@ def test_jsonl2jsonl_numbers_records(tmp_path):
         (json2jsonl, "a.json", "{}", "expected a list of JSON objects"),
         (json2jsonl, "a.json", "[1]", "expected a list of JSON objects"),
         (json2jsonl, "a.json", "[", "is not JSON"),
+        (json2jsonl, "a.json", '[{"id": 1, "id": 2}]', "is ambiguous: the key 'id' is used twice"),
         (jsonl2jsonl, "a.json", "{}", r"expected a \*\.jsonl file, got"),
         (jsonl2jsonl, "a.jsonl", "{}\n{x", "line 2 is not JSON"),
     ],

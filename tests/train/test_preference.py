@@ -47,7 +47,8 @@ def build_turns(record: dict, side: str) -> list[dict]:
 def test_pair_equals_two_samples_with_the_same_tiles(make_dataset, make_pairs, record):
     pair = make_pairs(record).get(0, epoch=1)
     for side in ("chosen", "rejected"):
-        sample = make_dataset(record | {"conversations": build_turns(record, side)}).get(0, epoch=1)
+        media = {key: record[key] for key in ("image", "video") if key in record}
+        sample = make_dataset(media | {"conversations": build_turns(record, side)}).get(0, epoch=1)
         for key in ("input_ids", "labels", "position_ids"):
             assert torch.equal(pair[f"{side}_{key}"], sample[key])
         for key in ("pixel_values", "image_flags"):

@@ -16,17 +16,43 @@ import numpy as np
 
 from internvl.constants import UnusableSample
 from internvl.data.disk_cache import get_cache_dir, get_file_version, make_cache_file
-from internvl.data.file_io import fetch_local_copy, is_remote
-from internvl.data.tables import TABLE_EXTENSIONS, convert_table
-from internvl.regular_files import LFS_POINTER_START, UnusableFileError, open_regular_file, refuse_lfs_pointer
+from internvl.data.file_io import fetch_local_copy, get_extension, is_remote
+from internvl.data.tables import JSON_LINES_EXTENSIONS, TABLE_EXTENSIONS, convert_table, is_annotation_file
+from internvl.regular_files import (
+    DuplicateKeyError,
+    UnusableFileError,
+    open_regular_file,
+    refuse_lfs_pointer,
+    require_unique_keys,
+)
 
 SCAN_CHUNK_BYTES = 1 << 22  # read at a time while looking for line breaks
 LARGE_FILE_BYTES = 1 << 26  # files of at least this size keep their line table on disk
 MAX_RECORDS, MAX_RECORD_BYTES = 1 << 27, 1 << 25
 MAX_NESTING = 64  # of lists and objects in a record; Python's own limit depends on the depth of the call
-DECOMPRESSION_COMMANDS = {".gz": "gunzip", ".zst": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz"}
+DECOMPRESSION_COMMANDS = {".gz": "gunzip", ".zst": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "unzip"}
+DECOMPRESSION_COMMANDS |= {".lz4": "lz4 -d", ".tar": "tar -xf", ".tgz": "tar -xf"}
+# Extension of a file in another format -> how to make JSON lines of it.
+TABLE_OF_TEXT = "pandas converts it: to_json(..., orient='records', lines=True)"
+CONVERSIONS = dict.fromkeys((".csv", ".tsv", ".xlsx"), TABLE_OF_TEXT) | {
+    ".json": "internvl_chat/tools/json2jsonl.py converts a .json file with a list; rename one that has an object per "
+    "line"
+}
+HEAD_BYTES = 64  # that tell what a file is
+# Pattern of the first bytes of a file that is named like JSON lines -> what it is, and what to do.
+FOREIGN_CONTENT = {
+    rb"\x1f\x8b": "is compressed by gzip: unpack it first (gunzip)",
+    rb"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it first (zstd -d)",
+    rb"PK\x03\x04": "is a ZIP archive: unpack it first (unzip)",
+    rb"PAR1": "is a Parquet file: rename it to .parquet",
+    rb"ARROW1": "is an Arrow file: rename it to .arrow",
+    rb"\xff\xfe|\xfe\xff|\0?{\0": "is in UTF-16, expected UTF-8: convert it (iconv -f UTF-16 -t UTF-8)",
+    rb"\s*{\s*\n\s*\"": "has objects over several lines, expected one per line: convert it (jq -c .)",
+    rb"(?i)\s*<(!doctype|html|\?xml)": "is an HTML or XML page: download the file again",
+}
 JSON_ARRAY_START = re.compile(rb"\s*\[\s*({|$)")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=require_unique_keys)  # `json.loads` would make one for each record
 # A line that holds a record: first byte, byte after the last, number from 1, CRC-32 of its bytes.
 LINE = np.dtype([("start", np.int64), ("end", np.int64), ("number", np.int64), ("checksum", np.uint32)])
 
@@ -37,31 +63,45 @@ def open_annotations(path: str) -> "AnnotationFile":
     Raises:
         ValueError: the file does not exist, fetching it failed, or its format is not supported.
     """
-    extension = os.path.splitext(path)[1]
+    extension = get_extension(path)
     is_folder = not is_remote(path) and os.path.isdir(path)
     if extension in DECOMPRESSION_COMMANDS and not is_folder:
         raise ValueError(
             f"annotation file {path} is compressed, but its records are read in random order: unpack it first "
             f"({DECOMPRESSION_COMMANDS[extension]} {path})."
         )
-    if not is_folder and not path.endswith(("jsonl", *TABLE_EXTENSIONS)):
+    has_no_file = not extension and not is_remote(path) and not os.path.lexists(path)
+    if not is_folder and not is_annotation_file(path) and not has_no_file:
         raise ValueError(
             f"annotation file {path} is not supported: it must be a .jsonl file (one JSON object per line), a "
-            ".parquet or .arrow file, or a folder saved by the datasets library. "
-            "internvl_chat/tools/json2jsonl.py converts a .json file with a list."
+            ".parquet or .arrow file, or a local folder saved by the datasets library. "
+            f"{CONVERSIONS.get(extension, CONVERSIONS['.json'])}."
         )
     try:
         local_path = fetch_local_copy(path)
         if not is_folder:
             with open_regular_file(local_path) as file:
-                refuse_lfs_pointer(path, file.read(len(LFS_POINTER_START)))
-        if is_folder or path.endswith(TABLE_EXTENSIONS):
+                head = file.read(HEAD_BYTES)
+            refuse_lfs_pointer(path, head)
+            if extension in JSON_LINES_EXTENSIONS:
+                _refuse_foreign_content(path, head)
+        if is_folder or extension in TABLE_EXTENSIONS:
             local_path = convert_table(local_path, path)
         return AnnotationFile(path, local_path)
     except FileNotFoundError as error:
-        raise ValueError(f"annotation file {path} does not exist (relative paths start at {os.getcwd()}).") from error
+        hint = "; patterns, ~ and variables are not supported" if re.search(r"[*?{$]|^~", path) else ""
+        raise ValueError(
+            f"annotation file {path} does not exist (relative paths start at {os.getcwd()}{hint})."
+        ) from error
     except OSError as error:
         raise ValueError(f"annotation file {path} cannot be opened: {error.strerror or error}.") from error
+
+
+def _refuse_foreign_content(path: str, head: bytes) -> None:
+    """Raise ValueError if a file of JSON lines begins like one of another format."""
+    for start, description in FOREIGN_CONTENT.items():
+        if re.match(start, head):
+            raise ValueError(f"annotation file {path} {description}.")
 
 
 class AnnotationFile:
@@ -138,10 +178,12 @@ class AnnotationFile:
         number, content = self.line_number(index), self.read_bytes(index)
         too_deep = f"line {number} is nested too deeply: more than {MAX_NESTING} levels"
         try:
-            # Not `loads(bytes)`: that would accept UTF-16, and lone surrogates in UTF-8.
-            record = json.loads(content.decode())
+            # Not bytes: `json` would accept UTF-16, and lone surrogates in UTF-8.
+            record = JSON_DECODER.decode(content.decode())
         except UnicodeDecodeError as error:
             raise UnusableSample(f"line {number} is not JSON: it is not UTF-8 ({error.reason})") from error
+        except DuplicateKeyError as error:
+            raise UnusableSample(f"line {number} is ambiguous: {error}") from error
         except ValueError as error:
             raise UnusableSample(f"line {number} is not JSON: {error}") from error
         except RecursionError as error:
@@ -238,14 +280,14 @@ def scan_lines(path: str) -> np.ndarray:
 
 def _is_nested_too_deeply(value: object) -> bool:
     """Return whether lists and objects are nested in more than MAX_NESTING levels."""
-    level = [value]
+    level = [value] if isinstance(value, list | dict) else []
     for _ in range(MAX_NESTING):
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, list | dict)
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        ]
-        if not level:
+        below = []
+        for parent in level:
+            for child in parent.values() if isinstance(parent, dict) else parent:
+                if isinstance(child, list | dict):
+                    below.append(child)
+        if not below:
             return False
-    return any(isinstance(value, list | dict) for value in level)
+        level = below
+    return True

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, UnusableSample
+from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, UnusableSample, get_pad_id
 from internvl.data.chat_segments import (
     GPT_OSS_THINK_RULES,
     IMAGE_TOKENS,
@@ -154,9 +154,9 @@ def preprocess(
     input_ids, labels = (column[:max_length] for column in columns)
     if rules.pad_to_max_length and not (group_by_length or use_packed_ds):
         num_padding = max_length - len(input_ids)
-        input_ids = torch.nn.functional.pad(input_ids, (0, num_padding), value=tokenizer.pad_token_id)
+        input_ids = torch.nn.functional.pad(input_ids, (0, num_padding), value=get_pad_id(tokenizer))
         labels = torch.nn.functional.pad(labels, (0, num_padding), value=IGNORE_INDEX)
-    attention_mask = input_ids.ne(tokenizer.pad_token_id)
+    attention_mask = input_ids.ne(get_pad_id(tokenizer))
     return {"input_ids": input_ids[None], "labels": labels[None], "attention_mask": attention_mask[None]}
 
 

@@ -72,6 +72,11 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def get_extension(path: str) -> str:
+    """Return the extension of a path in lower case, of a URL without its query."""
+    return os.path.splitext(path.partition("?")[0] if is_remote(path) else path)[1].lower()
+
+
 def open_file(path: str | os.PathLike, header_only: bool = False, max_bytes: int | None = None) -> BinaryIO:
     """Open a local regular file or a remote file for reading.
 
@@ -113,7 +118,10 @@ def get_size_and_mtime(path: str) -> tuple[int, int]:
 def exists(path: str) -> bool:
     """Return whether a local or remote path exists."""
     if is_remote(path):
-        return _call_filesystem(path, lambda system, key: system.exists(key))
+        # Not `exists`: for HTTP it takes an outage for a missing file.
+        with suppress(FileNotFoundError):
+            return bool(_call_filesystem(path, lambda system, key: system.info(key)))
+        return False
     return _read_mode(path) is not None
 
 
@@ -181,7 +189,7 @@ def fetch_local_copy(path: str) -> str:
         name = hashlib.sha256(f"{path} {version}".encode()).hexdigest()[:24]
         return make_cache_file(
             str(get_cache_dir() / f"copy-{name}"),
-            os.path.splitext(path)[1],
+            get_extension(path),
             lambda file: _call_filesystem(path, lambda system, key: system.get_file(key, file.name)),
         )
     except FileNotFoundError as error:
@@ -214,12 +222,23 @@ def _call_store(url: str | os.PathLike, call_fn: Callable):
     """Return `call_fn()`; tell an outage from an answer about the object."""
     try:
         return call_fn()
-    except OBJECT_ERRORS:
-        raise
+    except OBJECT_ERRORS as error:
+        if _is_answer(error.__cause__):
+            raise
+        raise StoreUnavailableError(f"{url} ({type(error.__cause__).__name__}: {error.__cause__})") from error
     except Exception as error:  # packages for object stores raise many types
         if isinstance(error, OSError) and error.errno in OBJECT_ERRNOS:
             raise
         raise StoreUnavailableError(f"{url} ({type(error).__name__}: {error})") from error
+
+
+def _is_answer(cause: BaseException | None) -> bool:
+    """Return whether an error about an object, with this cause, is a store's answer.
+
+    fsspec 2026.9 makes a FileNotFoundError of whatever happens while it asks an HTTP server about a file.
+    """
+    is_disconnected = isinstance(cause, OSError) and not isinstance(cause, OBJECT_ERRORS)
+    return not is_disconnected and getattr(cause, "status", 404) == 404
 
 
 class _RemoteFile:

@@ -22,6 +22,7 @@ from internvl.arguments.data import DataTrainingArguments
 from internvl.constants import UnusableSample
 from internvl.data.file_io import MissingPackageError, UnusableFileError, open_file
 from internvl.data.outages import is_outage
+from internvl.regular_files import LFS_POINTER_START
 
 # Formats that are decoded, detected by content and not by file name. All decode within the process and open no other
 # file. PIL supports more, among them EPS, for which it runs Ghostscript: unsafe for untrusted images.
@@ -64,7 +65,7 @@ UNSUPPORTED_CONTENT = {
     "supported: convert it to PNG",
     rb"\xff\x0a|\0\0\0\x0cJXL ": "it is a JPEG XL image, which is not supported: convert it to JPEG or PNG",
     rb"(?i)\s*(<!doctype html|<html|<head|<body)": "it is an HTML page: download the file again",
-    rb"version https://git-lfs": "it is a pointer of Git LFS, not the file itself: run `git lfs pull`",
+    re.escape(LFS_POINTER_START): "it is a pointer of Git LFS, not the file itself: run `git lfs pull`",
 }
 VIDEO_START = rb"....ftyp(?!hei|hev|mif|msf|avi)|\x1a\x45\xdf\xa3|RIFF....AVI |\x00\x00\x01\xba"
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}

@@ -12,6 +12,7 @@ import torch
 
 from internvl.constants import UnusableSample, shorten
 from internvl.data.collators import LIST_KEYS, TILE_KEYS, collate_rows, concat_pad_data_collator
+from internvl.data.foreign_keys import ABSENT_VALUES, MEDIA_KEYS
 from internvl.data.supervised_dataset import LazySupervisedDataset
 
 SIDES = ("chosen", "rejected")
@@ -27,6 +28,7 @@ class PreferenceDataset(LazySupervisedDataset):
     """
 
     content_keys = ("question", *SIDES)
+    known_keys = (*content_keys, "system_prompt", *MEDIA_KEYS)
 
     def list_conversations(self, record: dict) -> list[list[dict[str, str]]]:
         return [build_turns(record, side) for side in SIDES]
@@ -46,13 +48,14 @@ class PreferenceDataset(LazySupervisedDataset):
 
 def build_turns(record: dict, side: str) -> list[dict[str, str]]:
     """Build the conversation that ends in the `chosen` or the `rejected` answer."""
-    system_prompt = record.get("system_prompt")
-    for key in ("question", side, *(["system_prompt"] if system_prompt else [])):
-        if not isinstance(record.get(key), str):
-            raise UnusableSample(f"{key} must be a string, got {shorten(record.get(key))}")
-    turns = [("human", record["question"]), ("gpt", record[side])]
-    turns = [("system", system_prompt), *turns] if system_prompt else turns
-    return [{"from": role, "value": text} for role, text in turns]
+    has_system_prompt = record.get("system_prompt") not in ABSENT_VALUES
+    roles = {"system_prompt": "system"} if has_system_prompt else {}
+    roles |= {"question": "human", side: "gpt"}
+    for key in roles:
+        if not isinstance(text := record.get(key), str):
+            advice = ": write the text alone, without roles" if isinstance(text, list | dict) else ""
+            raise UnusableSample(f"{key} must be a string, got {shorten(text)}{advice}")
+    return [{"from": role, "value": record[key]} for key, role in roles.items()]
 
 
 def collate_pairs(pairs: Sequence[dict], pad_id: int = 0) -> dict:

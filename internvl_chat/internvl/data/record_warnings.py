@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from internvl.data.foreign_keys import list_unused_keys
 from internvl.data.schema import PLACEHOLDERS
 
 MAX_COORDINATE = 1000  # InternVL's boxes are in thousandths of width and height
@@ -76,6 +77,9 @@ RECORD_WARNINGS: dict[str, Callable[[Turns], bool]] = {
 }
 
 
-def find_warnings(conversations: Sequence[Turns]) -> list[str]:
-    """Return the keys of RECORD_WARNINGS that one of a record's conversations has."""
-    return [name for name, has_warning in RECORD_WARNINGS.items() if any(map(has_warning, conversations))]
+def find_warnings(conversations: Sequence[Turns], record: dict, known_keys: tuple[str, ...]) -> list[str]:
+    """Return what is suspicious in a record: keys of RECORD_WARNINGS, and keys with content that is not used."""
+    warnings = [name for name, has_warning in RECORD_WARNINGS.items() if any(map(has_warning, conversations))]
+    texts = [turn["value"] for turns in conversations for turn in turns]
+    unused = list_unused_keys(record, known_keys, texts)
+    return warnings + [f"content in the key {key:.50}, which is not used" for key in unused]

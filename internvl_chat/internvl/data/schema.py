@@ -6,17 +6,26 @@ Reads, validates and normalizes them. No image is opened here.
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 
 from internvl.constants import MAX_TILES_PER_IMAGE, UnusableSample, shorten
 from internvl.data.chat_segments import IMAGE_PLACEHOLDER, ROLES_WITH_IMAGES
 from internvl.data.file_io import fetch_local_copy
-from internvl.regular_files import MAX_JSON_BYTES, open_regular_file, refuse_lfs_pointer
+from internvl.data.foreign_keys import (
+    ABSENT_VALUES,
+    MEDIA_KINDS,
+    TURN_KEYS,
+    list_text_keys,
+    normalize_key,
+    refuse_foreign_keys,
+    refuse_foreign_turn_keys,
+)
+from internvl.regular_files import MAX_JSON_BYTES, open_regular_file, refuse_lfs_pointer, require_unique_keys
 
 MAX_NAME_LENGTH = 255
 MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
+CONTENT_IN_PATH = re.compile(r"""data:\w+/|\[\s*["']|\{\s*["']""")  # a data URL, or a list or object as text
 
 # Key of a meta entry -> its valid values, in words and as a check. `length` is informational and not used.
 META_KEYS = {
@@ -32,35 +41,16 @@ META_KEYS = {
 }
 REQUIRED_META_KEYS = ("root", "annotation")
 
-# Key of a record -> kind of its media. The plurals are the names in other frameworks.
-MEDIA_KINDS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 PLACEHOLDERS = {"image": IMAGE_PLACEHOLDER, "video": "<video>"}
-ABSENT_VALUES = (None, "", [], {})
 
 ROLES = ("system", "human", "gpt", "pretrain", "function")
 # Role in other frameworks, in lower case -> ours.
 ROLE_ALIASES = {"user": "human", "assistant": "gpt", "human": "human", "gpt": "gpt", "system": "system"}
 ROLE_ALIASES |= {"bot": "gpt", "model": "gpt", "chatgpt": "gpt", "bing": "gpt", "bard": "gpt"}
 ROLE_ALIASES |= {"tool": "function", "observation": "function", "developer": "system"}
-
-# Keys with which other frameworks weigh or mask an answer -> the value without effect.
-WEIGHT_KEYS = {"loss": 1, "loss_weight": 1, "loss_scale": 1, "weight": 1, "train": 1, "mask": 0}
-WEIGHT_ADVICE = "every answer has loss: remove the key, and the turns or records that shall not be trained"
-# Keys that change the meaning of a record or a turn in other frameworks -> what to do.
-UNSUPPORTED_KEYS = dict.fromkeys(WEIGHT_KEYS, WEIGHT_ADVICE) | {
-    "messages": "write them as conversations, with from and value instead of role and content",
-    "system": "make it the first turn, from 'system' (in a preference pair: system_prompt)",
-    "tools": "describe the tools in a first turn from 'system'",
-    "tool_calls": "write the calls into the value of the turn",
-    "objects": "write boxes into the text: <ref>name</ref><box>[[x1, y1, x2, y2]]</box>, from 0 to 1000",
-    "audio": "audio is not supported",
-    "audios": "audio is not supported",
-}
-# Keys in which other formats have the text. They are reported only in a record that lacks ours.
-FOREIGN_TEXT_KEYS = """
-    instruction input output query response history prompt completion question answer chosen rejected conversation
-    conversations dialogue text texts caption
-""".split()
+# Keys of turns in other formats -> ours.
+TURN_KEY_ALIASES = {"role": "from", "speaker": "from", "author": "from", "content": "value", "text": "value"}
+TURN_KEY_ALIASES |= {"message": "value", "utterance": "value", "from": "from", "value": "value"}
 
 
 # -- meta file ---------------------------------------------------------------------------------------------------------
@@ -78,7 +68,7 @@ def load_meta(path: str) -> dict[str, dict]:
         with open_regular_file(fetch_local_copy(path), MAX_JSON_BYTES) as file:
             content = file.read()
         refuse_lfs_pointer(path, content)
-        meta = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_require_unique_keys)
+        meta = json.loads(content.decode("utf-8-sig"), object_pairs_hook=require_unique_keys)
     except OSError as error:
         raise ValueError(f"meta file {path} cannot be opened: {error.strerror or error}.") from error
     except RecursionError as error:
@@ -97,14 +87,6 @@ def load_meta(path: str) -> dict[str, dict]:
                 "characters."
             )
     return meta
-
-
-def _require_unique_keys(pairs: list[tuple]) -> dict:
-    """Make a dict of a JSON object; json would keep the last of equal keys."""
-    if len(unique := dict(pairs)) < len(pairs):
-        [(name, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the name {shorten(name)} is used twice")
-    return unique
 
 
 def validate_meta_entry(ds_name: str, meta: dict) -> None:
@@ -127,31 +109,21 @@ def validate_meta_entry(ds_name: str, meta: dict) -> None:
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
-def validate_record_keys(record: dict, content_keys: Sequence[str]) -> None:
-    """Raise UnusableSample if keys are missing, or would change the meaning.
+def validate_record_keys(record: dict, content_keys: Sequence[str], known_keys: tuple[str, ...]) -> None:
+    """Raise UnusableSample if keys are missing, or unknown ones carry content.
 
     Other keys, such as `id` or `width`, are ignored.
 
     Args:
         content_keys: required keys; the first one is the record's text.
+        known_keys: all keys that are used.
     """
-    _refuse_unsupported_keys(record, "it")
-    foreign = [key for key in FOREIGN_TEXT_KEYS if key in record and key not in content_keys]
-    if record.get(content_keys[0]) in ABSENT_VALUES and foreign:
+    if record.get(content_keys[0]) in ABSENT_VALUES and (foreign := list_text_keys(record, known_keys)):
         raise UnusableSample(
-            f"the key {content_keys[0]} is missing; {', '.join(foreign)} instead of {', '.join(content_keys)} "
+            f"the key {content_keys[0]} is missing; {', '.join(foreign):.200} instead of {', '.join(content_keys)} "
             "are not supported: convert the record"
         )
-
-
-def _refuse_unsupported_keys(values: dict, owner: str) -> None:
-    for key, value in values.items():
-        has_effect = value not in ABSENT_VALUES and not (key in WEIGHT_KEYS and value == WEIGHT_KEYS[key])
-        if key not in UNSUPPORTED_KEYS or not has_effect:
-            continue
-        raise UnusableSample(
-            f"{owner} has the key {key}, {shorten(value)}, which is not supported: {UNSUPPORTED_KEYS[key]}"
-        )
+    refuse_foreign_keys(record, known_keys)
 
 
 def get_media(record: dict) -> tuple[str, list[str]]:
@@ -169,8 +141,10 @@ def get_media(record: dict) -> tuple[str, list[str]]:
     [key] = given
     value, kind = record[key], MEDIA_KINDS[key]
     paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(map(is_path, paths)):
-        raise UnusableSample(f"{key} must be a path or a list of paths, not bytes or base64, got {shorten(value)}")
+    if not isinstance(paths, list) or not all(is_path(path) and not CONTENT_IN_PATH.match(path) for path in paths):
+        raise UnusableSample(
+            f"{key} must be a path or a list of paths, not bytes or base64, nor JSON in a string, got {shorten(value)}"
+        )
     if kind == "video" and len(paths) > 1:
         raise UnusableSample(f"{len(paths)} videos in one record are not supported, only one is: split the record")
     return kind, paths
@@ -190,11 +164,15 @@ def get_turns(record: dict) -> list[dict[str, str]]:
     """Return the validated turns of a record, each with `from` and `value`."""
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise UnusableSample(f"conversations must be a list with at least one turn, got {shorten(turns)}")
+        raise UnusableSample(
+            f"conversations must be a list with at least one turn, got {shorten(turns)}{_advise_on_list(turns)}"
+        )
     for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
-            raise UnusableSample(f'turn {number} must be {{"from": TEXT, "value": TEXT}}, got {shorten(turn)}')
-        _refuse_unsupported_keys(turn, f"turn {number}")
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in TURN_KEYS):
+            raise UnusableSample(
+                f'turn {number} must be {{"from": TEXT, "value": TEXT}}, got {shorten(turn)}{_advise_on_turn(turn)}'
+            )
+        refuse_foreign_turn_keys(turn, number)
         role, value = turn["from"], turn["value"]
         if role not in ROLES:
             alias = ROLE_ALIASES.get(role.strip().lower())
@@ -209,6 +187,36 @@ def get_turns(record: dict) -> list[dict[str, str]]:
                 "character that was cut: remove it"
             ) from error
     return turns
+
+
+def _advise_on_list(turns: object) -> str:
+    """Say what to write instead of an invalid `conversations`; "" if that is clear."""
+    if isinstance(turns, str) and turns.lstrip().startswith(("[", "{")):
+        return ": it is JSON in a string, write the list itself"
+    if isinstance(turns, dict):
+        return ": write a list of objects, one for each turn"
+    return ""
+
+
+def _advise_on_turn(turn: object) -> str:
+    """Say what to write instead of an invalid turn; "" if that is clear."""
+    if isinstance(turn, list):
+        return ": write an object for each turn, all turns of the record in one list"
+    if not isinstance(turn, dict):
+        return ""
+    ours = {key: alias for key in turn if (alias := TURN_KEY_ALIASES.get(normalize_key(key)))}
+    advice = [f"rename {key:.50} to {alias}" for key, alias in ours.items() if key != alias and alias not in turn]
+    if any(normalize_key(key) in ROLE_ALIASES for key in turn):
+        advice.append("write one turn for each role")
+    values = {alias: turn[key] for key, alias in ours.items()}
+    role = str(values.get("from")).strip().lower()
+    if values.get("from") not in ROLES and role in ROLE_ALIASES:
+        advice.append(f"write {ROLE_ALIASES[role]} for {role}")
+    if isinstance(values.get("value"), list | dict):
+        advice.append("write one text with <image> or <video>, and the paths into image or video of the record")
+    elif isinstance(values.get("value"), int | float):
+        advice.append("write the number as text, in quotes")
+    return ": " + ", ".join(advice[:4]) if advice else ""
 
 
 def require_placeholders(turns: Sequence[dict[str, str]], kind: str, num_images: int) -> None:

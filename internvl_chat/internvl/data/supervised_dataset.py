@@ -22,6 +22,7 @@ from internvl.constants import IGNORE_INDEX, IMG_CONTEXT_TOKEN, UnusableSample, 
 from internvl.data.annotations import open_annotations
 from internvl.data.chat_tokenization import tokenize_turns
 from internvl.data.file_io import join_root, require_inside_root
+from internvl.data.foreign_keys import MEDIA_KEYS
 from internvl.data.image_files import ImageDecoding, load_image, read_image_size
 from internvl.data.images import (
     NORMALIZATION_STATS,
@@ -65,6 +66,7 @@ class LazySupervisedDataset(Dataset):
     """
 
     content_keys = ("conversations",)  # required in a record
+    known_keys = (*content_keys, *MEDIA_KEYS)  # all keys that are used
 
     def __init__(
         self,
@@ -180,7 +182,7 @@ class LazySupervisedDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is out of range: dataset {self.ds_name} has {len(self)} samples")
         record = self.annotations[self.record_indices[index]]
-        validate_record_keys(record, self.content_keys)
+        validate_record_keys(record, self.content_keys, self.known_keys)
         return record
 
     def list_media_paths(self, index: int) -> list[str]:

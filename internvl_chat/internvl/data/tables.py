@@ -7,19 +7,26 @@ is opened. `datasets` would decode a column of its types Image, Audio, Video or 
 import hashlib
 import json
 import os
+import re
 import resource
 import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from typing import Any, BinaryIO
 
 from internvl.constants import shorten
 from internvl.data.disk_cache import get_cache_dir, get_file_version, make_cache_file
+from internvl.data.file_io import get_extension
 from internvl.regular_files import open_regular_file, read_json_object
 
 TABLE_EXTENSIONS = (".parquet", ".arrow")
+MAX_SEARCHED_FOLDERS = 1000  # below a folder without a table
+JSON_LINES_EXTENSIONS = (".jsonl", ".ndjson", ".jsonlines")
+# Split of a file's name: train-00000-of-00002.parquet, test.parquet
+SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 CACHE_VERSION = 1  # of the converted files; raise it whenever rows are written in another way
 ROWS_PER_BATCH = 16  # decoded at a time
 MAX_COLUMNS = 10_000
@@ -58,23 +65,43 @@ def list_table_files(folder: str, name: str) -> list[str]:
     The folder may be untrusted: only regular files inside of it are accepted.
 
     Raises:
-        ValueError: the folder is neither, or a file of it lies elsewhere.
+        ValueError: the folder is neither, has several splits, or a file of it lies elsewhere.
     """
-    names: list = sorted(file for file in os.listdir(folder) if file.endswith(".parquet"))
+    names: list = sorted(file for file in os.listdir(folder) if get_extension(file) == ".parquet")
     if not names and os.path.lexists(os.path.join(folder, "state.json")):
         names = _read_saved_dataset(folder, name)
-    elif not names and os.path.lexists(os.path.join(folder, "dataset_dict.json")):
-        raise ValueError(f"annotation file {name} has several splits: pass the folder of one split.")
     if not names:
-        raise ValueError(
-            f"annotation file {name} is a folder, but it has no .parquet files and was not saved by "
-            "`datasets.Dataset.save_to_disk`."
-        )
+        raise ValueError(f"annotation file {name} {_describe_folder_without_table(folder)}.")
     for file in names:
         _require_file_of_folder(folder, file, name)
     if len(set(names)) < len(names):
         raise ValueError(f"annotation file {name} is invalid: its state.json lists a file twice.")
+    splits = {match[1].lower() for file in names if (match := SPLIT_NAME.match(file))}
+    if len(splits) > 1:
+        raise ValueError(
+            f"annotation file {name} has several splits ({', '.join(sorted(splits))}): pass single files, or a folder "
+            "with the files of one split."
+        )
     return [os.path.join(folder, file) for file in names]
+
+
+def _describe_folder_without_table(folder: str) -> str:
+    """Say what a folder has instead of a table, and what to do."""
+    names = sorted(os.listdir(folder))
+    if "dataset_dict.json" in names:
+        return "has several splits: pass the folder of one split"
+    if json_lines := [name for name in names if get_extension(name) in JSON_LINES_EXTENSIONS]:
+        return f"is a folder of JSON lines ({json_lines[0]:.80}, ...): pass one file per dataset, or concatenate them"
+    for subfolder, _, files in islice(os.walk(folder), MAX_SEARCHED_FOLDERS):
+        if any(map(is_annotation_file, files)) and subfolder != folder:
+            return f"is a folder whose records are in a folder below: pass {subfolder}, or a file in it"
+    if "state.json" not in names and any(get_extension(name) == ".arrow" for name in names):
+        return "is a folder without state.json of `datasets.Dataset.save_to_disk`: pass one of its .arrow files"
+    return "is a folder, but it has no .parquet files and was not saved by `datasets.Dataset.save_to_disk`"
+
+
+def is_annotation_file(name: str) -> bool:
+    return get_extension(name) in (*JSON_LINES_EXTENSIONS, *TABLE_EXTENSIONS)
 
 
 def _read_saved_dataset(folder: str, name: str) -> list:
@@ -133,7 +160,7 @@ def _read_rows(files: list[str], name: str) -> Iterator[dict[str, Any]]:
     try:
         for path in files:
             with open_regular_file(path) as file:
-                for batch in _read_batches(file, is_parquet=path.endswith(".parquet")):
+                for batch in _read_batches(file, is_parquet=get_extension(path) == ".parquet"):
                     columns = [_read_column(column) for column in batch.columns]
                     for values in zip(*columns, strict=True):
                         yield dict(zip(batch.schema.names, values, strict=True))

@@ -9,7 +9,6 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -51,7 +50,8 @@ def get_frame_indices(
         fix_start: with `middle`, take the frame at this offset in each interval instead.
         input_fps: frames per second of the video.
         max_num_frames: with `fpsX`, keep at most this many frames, if positive.
-        generator: draws for `rand`; by default Python's global generator.
+        generator: makes all draws for `rand`. By default the global generators of Python and numpy do, as in upstream:
+            with their seeds, the frames are upstream's.
     """
     if sample.startswith("fps"):
         step = 1 / float(sample[3:])
@@ -62,18 +62,27 @@ def get_frame_indices(
         raise ValueError(f"frame sampling {sample!r} is not supported: expected rand, middle or fps and a number.")
     if vlen < 1:
         raise UnusableSample("the video has no frame")
-    draw: Any = generator or random
     num_distinct = min(num_frames, vlen)
     bounds = np.linspace(0, vlen, num_distinct + 1).astype(int).tolist()
     intervals = [(start, end - 1) for start, end in zip(bounds, bounds[1:], strict=False)]
     if sample == "middle":
         indices = [(a + b) // 2 if fix_start is None else a + fix_start for a, b in intervals]
+    elif generator is None:
+        indices = _draw_like_upstream(intervals, vlen)
     elif all(a < b for a, b in intervals):
         # As in upstream, the last frame of an interval is never drawn.
-        indices = [draw.choice(range(a, b)) for a, b in intervals]
+        indices = [generator.choice(range(a, b)) for a, b in intervals]
     else:
-        indices = sorted(draw.sample(range(vlen), num_distinct))
+        indices = sorted(generator.sample(range(vlen), num_distinct))
     return indices + indices[-1:] * (num_frames - num_distinct)
+
+
+def _draw_like_upstream(intervals: list[tuple[int, int]], vlen: int) -> list[int]:
+    """Draw from the global generators: Python's, and numpy's from the first interval of one frame on."""
+    try:
+        return [random.choice(range(a, b)) for a, b in intervals]
+    except IndexError:
+        return sorted(map(int, np.random.permutation(vlen)[: len(intervals)]))
 
 
 def count_frames(

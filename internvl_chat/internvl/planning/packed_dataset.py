@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from internvl.constants import IGNORE_INDEX, UnusableSample
+from internvl.constants import IGNORE_INDEX, UnusableSample, get_pad_id
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.planning.oversized_samples import SamplePiece
 
@@ -117,7 +117,7 @@ class PackedDataset(Dataset):
         """
         dataset = self.datasets[0]
         return {
-            "input_ids": torch.full((2,), dataset.tokenizer.pad_token_id),
+            "input_ids": torch.full((2,), get_pad_id(dataset.tokenizer)),
             "labels": torch.full((2,), IGNORE_INDEX),
             "position_ids": torch.arange(2),
             "pixel_values": dataset.make_empty_tiles(),

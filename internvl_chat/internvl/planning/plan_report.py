@@ -89,10 +89,15 @@ def compute_flops_shares(lengths: np.ndarray, layout: PlanLayout) -> dict[str, f
 def format_epoch_plan(
     lengths: np.ndarray, plan: EpochPlan, layout: PlanLayout, num_skipped: int, lost_loss_tokens: np.ndarray
 ) -> str:
-    """Format a table of an epoch's samples, rows and steps."""
+    """Format a table of an epoch's samples, rows and steps.
+
+    Args:
+        lengths: as planned; 0 for samples that are skipped when they are loaded.
+    """
     tokens, tiles = plan.sum_per_row(lengths["tokens"]), plan.sum_per_row(lengths["tiles"])
     longest = int(tokens.argmax())
-    num_samples, num_loss_tokens = len(plan.samples), lengths["loss_tokens"][plan.samples].sum()
+    num_samples = np.count_nonzero(lengths["tokens"][plan.samples])
+    num_loss_tokens = lengths["loss_tokens"][plan.samples].sum()
     factors = (
         f"{_format_count(layout.world_size, 'rank')} x {layout.micro_batch_size} micro-batch "
         f"x {layout.gradient_accumulation} gradient accumulation"

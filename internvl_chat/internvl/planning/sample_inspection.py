@@ -21,7 +21,7 @@ class Inspection(NamedTuple):
 
     Attributes:
         unusable: sample id -> reason, for samples that cannot be decoded.
-        warnings: key of RECORD_WARNINGS -> ids of the samples that have it.
+        warnings: what is suspicious, see `find_warnings` -> ids of the samples that have it.
     """
 
     unusable: dict[int, str]
@@ -64,6 +64,6 @@ class _InspectedSamples(Dataset):
         # Which frames of a video are read changes with the epoch; images are the same in each.
         num_epochs = self.num_epochs if get_media(record)[0] == "video" else min(1, self.num_epochs)
         skipped = (self.rows[epoch, sample]["bad_samples"] for epoch in range(num_epochs))
-        warnings = find_warnings(dataset.list_conversations(record))
+        warnings = find_warnings(dataset.list_conversations(record), record, dataset.known_keys)
         sentences = next(filter(None, skipped), [""])
         return sample, sentences[0].removeprefix(f"{dataset.describe(index)}: "), warnings

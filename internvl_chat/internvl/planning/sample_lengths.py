@@ -27,7 +27,7 @@ from internvl.planning.epoch_plan import SAMPLE_LENGTHS
 from internvl.progress import Progress
 from internvl.runtime.dataloader_workers import SpawnableDataset, start_worker
 
-CACHE_VERSION = 5  # of the cached files; raise it whenever samples of the same data change
+CACHE_VERSION = 6  # of the cached files; raise it whenever samples of the same data change
 SAMPLES_PER_TASK = 256  # samples that a worker process measures at a time
 SAMPLES_PER_ROUND = 16384  # samples per rank after which results are exchanged
 SECONDS_PER_SAVE = 30  # of measuring, after which results are cached

@@ -21,7 +21,7 @@ def json2jsonl(argv=None):
     path = Path(parser.parse_args(argv).path)
     if path.suffix != ".json":
         raise ValueError(f"expected a *.json file, got {path}")
-    records = read_json(path, MAX_ANNOTATION_BYTES)
+    records = read_json(path, MAX_ANNOTATION_BYTES, unique_keys=True)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path}: expected a list of JSON objects")
     write_numbered_records(records, path.with_suffix(".jsonl"))
