@@ -204,7 +204,7 @@ fi
 source "$ROOT/shell/setup.sh"
 [[ $LAUNCHER-$SLURM_PLACE == slurm-task && $SLURM_PROCID != 0 ]] && exec "${COMMAND[@]}" # task 0 alone writes the log
 [[ ${NODE_RANK:-0} != 0 ]] || python3 -m internvl.runtime.output_lock "${ARGS[@]}"
-mkdir -p "$OUTPUT" 2>/dev/null || stop "cannot create OUTPUT_DIR=$OUTPUT"
+ERROR=$(mkdir -p "$OUTPUT" 2>&1) || stop "cannot create OUTPUT_DIR=$OUTPUT: ${ERROR##*: }"
 [[ ! -e $OUTPUT/training_log.txt || -f $OUTPUT/training_log.txt ]] || stop "$OUTPUT/training_log.txt is not a regular file"
 
 # Whatever signals come, tee and this shell stay until the training has exited and the log is complete. The log is

@@ -50,7 +50,7 @@ _internvl_python() { # print the first Python >= 3.10; with INTERNVL_VENV=none o
 }
 
 _internvl_install() { # arguments: repository root, environment, content of its stamp
-    local root=$1 env=$2 wanted=$3 python version free
+    local root=$1 env=$2 wanted=$3 python version free error
     # Lock: one installation at a time, also by jobs that share the disk. The kernel releases it when its owner exits.
     # With a read-only checkout, or a file system without locks, install without it.
     { exec 9<>"$root/requirements.txt"; } 2>/dev/null
@@ -69,7 +69,7 @@ _internvl_install() { # arguments: repository root, environment, content of its 
     if [[ ${INTERNVL_VENV:-} != none ]]; then
         "$python" -c 'import venv, ensurepip' 2>/dev/null ||
             _internvl_fail "Python $version cannot create environments: apt-get install python$version-venv"
-        mkdir -p "$env" 2>/dev/null || _internvl_fail "cannot write to $env"
+        error=$(mkdir -p "$env" 2>&1) || _internvl_fail "cannot create $env: ${error##*: }"
         if [[ ! -f $env/.internvl ]]; then
             free=$(df -Pk "$env" | awk 'NR == 2 {print int($4 / 1048576)}')
             ((${free:-0} >= 10)) ||

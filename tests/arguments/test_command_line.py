@@ -139,7 +139,19 @@ def test_number_of_zero_configs():
 INVALID = {
     "unknown ZeRO config": (["--deepspeed", "zero_stage9.json"], "zero_stage9.json: no such file"),
     "unknown flag": (["--no_such_flag", "3"], "unknown flag: --no_such_flag 3"),
+    "a second value": (
+        ["--max_steps", "3", "--report_to", "tensorboard", "3"],
+        "^--report_to tensorboard 3: 3 belongs to no flag; a flag takes one value, and a list has commas: A,B.$",
+    ),
+    "a value after an equals sign": (
+        ["--report_to=none", "wandb"],
+        "^--report_to=none wandb: wandb belongs to no flag",
+    ),
+    "a negative second value": (["--learning_rate", "1", "-3"], "^--learning_rate 1 -3: -3 belongs to no flag"),
     "not a number": (["--learning_rate", "fast"], "--learning_rate.*: invalid float value: 'fast'"),
+    "no output folder": (["--output_dir="], "^--output_dir is required"),
+    "no template": (["--meta_path", "m", "--conv_style", ""], "^--conv_style '' is invalid: expected one of"),
+    "unknown log level": (["--log_level", "loud"], "^--log_level loud is invalid: expected one of detail, debug, info"),
     "no pixels": (["--max_image_pixels", "0"], "--max_image_pixels 0 is invalid: expected an integer from 1"),
     "no color": (
         ["--meta_path", "m", "--image_background", "beigeish"],

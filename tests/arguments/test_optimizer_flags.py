@@ -168,3 +168,5 @@ def test_values_of_report_to(tmp_path):
     assert "tensorboard" in parse(tmp_path, "--report_to", "all").report_to
     assert refuse(tmp_path, "--report_to", "tensorbord").startswith("--report_to tensorbord is invalid: expected all,")
     assert refuse(tmp_path, "--report_to", "none,tensorboard").startswith("--report_to none is invalid")
+    assert refuse(tmp_path, "--report_to", "tensorboard,").startswith("--report_to '' is invalid")
+    assert refuse(tmp_path, "--report_to", "tensorboard, x").startswith("--report_to x is invalid")

@@ -1,6 +1,7 @@
 """What a changed flag does on resume: the table, the refusals, and the rates that act."""
 
 import json
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -24,7 +25,15 @@ from internvl.arguments.preference import PREFERENCE_ARGUMENTS
 from internvl.arguments.training import parse_args
 from internvl.arguments.unsupported_flags import UNSUPPORTED
 from internvl.checkpoint import resume_rules
-from internvl.checkpoint.resume_rules import FLAGS_FILE, RULES, RunRecord, collect_flags, find_changes
+from internvl.checkpoint.resume_rules import (
+    DATASET_RULES,
+    FLAGS_FILE,
+    RULES,
+    RunRecord,
+    collect_flags,
+    find_changes,
+)
+from internvl.data.schema import META_KEYS
 
 FLAGS = [*TRAIN_ADAPTERS, "--weight_decay", "0", "--save_steps", "3"]
 ADAPTERS = ("vision_model/adapter_model.safetensors", "language_model/adapter_model.safetensors")
@@ -45,6 +54,77 @@ def test_flags_are_recorded_by_name_without_secrets(parse_flags):
     assert flags["learning_rate"] == 1e-3
     assert "secret" not in json.dumps(flags)
     assert find_changes(flags, collect_flags(*parse_flags("--lr_scheduler_type", "cosine"))) == {}
+
+
+# -- settings of datasets ----------------------------------------------------------------------------------------------
+
+
+def test_every_setting_of_a_dataset_has_one_rule():
+    """A new setting must say what it does on resume: enter it in `DATASET_RULES`."""
+    assert DATASET_RULES.keys() == META_KEYS.keys()
+
+
+@pytest.fixture
+def resume_with_settings(parse_flags, tiny_inputs, tmp_path):
+    """Return a function that resumes a run whose meta entry has other settings."""
+    RunRecord(*parse_flags()).save(tmp_path, None)
+
+    def resume_with_settings(settings: dict, *flags: str, name: str = "tiny") -> RunRecord:
+        [entry] = json.loads((tiny_inputs / "meta.json").read_text()).values()
+        (tmp_path / "meta.json").write_text(json.dumps({name: entry | settings}))
+        record = RunRecord(*parse_flags("--meta_path", str(tmp_path / "meta.json"), *flags))
+        record.resume_from(tmp_path)
+        return record
+
+    return resume_with_settings
+
+
+CHANGED_SETTINGS = {
+    "data_augment False -> True": {"data_augment": True},
+    "max_dynamic_patch 4 -> 2": {"max_dynamic_patch": 2},
+    "repeat_time 1 -> 0.5": {"repeat_time": 0.5},
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_SETTINGS)
+def test_settings_that_change_samples_must_be_accepted(resume_with_settings, tmp_path, caplog, change):
+    caplog.set_level("INFO", "internvl")
+    with pytest.raises(ValueError, match=f"dataset tiny: {change}. --accept_changed_data True resumes with the new"):
+        resume_with_settings(CHANGED_SETTINGS[change])
+    with pytest.raises(ValueError, match=f"dataset renamed: {change}"):
+        resume_with_settings(CHANGED_SETTINGS[change], name="renamed")
+    record = resume_with_settings(CHANGED_SETTINGS[change], "--accept_changed_data", "True")
+    assert f"  dataset tiny: {change} (changed samples require --accept_changed_data True)" in caplog.text
+    (name,) = CHANGED_SETTINGS[change]
+    assert list(record.changes[0]["datasets"]) == [f"tiny: {name}"]
+    record.save(tmp_path, None)
+    resume_with_settings(CHANGED_SETTINGS[change])  # it is the checkpoint's now
+
+
+def test_moved_files_and_explicit_defaults_are_accepted(resume_with_settings, caplog):
+    caplog.set_level("INFO", "internvl")
+    resume_with_settings({"max_dynamic_patch": 4, "data_augment": False, "length": 9})
+    assert "dataset tiny" not in caplog.text
+    resume_with_settings({"root": "s3://bucket/images"})
+    assert "  dataset tiny: root /" in caplog.text
+    assert "-> s3://bucket/images (files may have moved: samples are recognized by their records)" in caplog.text
+
+
+@pytest.mark.multiprocess
+def test_changed_augmentation_stops_the_program(tiny_inputs, finished_run, tmp_path):
+    """Lengths and records are the same: only the setting tells."""
+    output = start_at_checkpoint(finished_run, tmp_path / "out")
+    meta = json.loads((tiny_inputs / "meta.json").read_text())
+    meta["tiny"]["data_augment"] = True
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    changed = [*FLAGS, "--meta_path", str(tmp_path / "meta.json")]
+    refused = run_training(tiny_inputs, output, *changed, status=1)
+    assert "dataset tiny: data_augment False -> True" in refused.stderr
+    run_training(tiny_inputs, output, *changed, "--accept_changed_data", "True")
+    assert read_losses(output) != read_losses(finished_run)
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
 
 
 def copy_base(tiny_inputs: Path, folder: Path, scale: float = 1.0) -> Path:
@@ -81,6 +161,7 @@ REFUSED = {
     "--conv_style internlm2-chat": "--conv_style internvl2_5 -> internlm2-chat",
     "--force_image_size 112": "--force_image_size 56 -> 112",
     "--normalize_type siglip": "--normalize_type imagenet -> siglip",
+    "--pad2square True": "--pad2square False -> True",
     "--bf16 True": "--bf16 False -> True",
     "--optim sgd": "--optim DEFAULT -> sgd",
 }
@@ -205,13 +286,23 @@ def test_checkpoint_without_flags_is_resumed(tiny_inputs, finished_run, tmp_path
 
 
 INVALID_FLAGS_FILES = ["[]", "{", '{"flags": 3}', '{"flags": {}, "world_size": 1.5}']
-INVALID_FLAGS_FILES += ['{"flags": {}, "world_size": 1, "versions": {}, "changes": [], "base_model": {"path": 3}}']
+INVALID_FLAGS_FILES += [
+    f'{{"flags": {{}}, "world_size": 1, "versions": {{}}, {rest}}}'
+    for rest in (
+        '"changes": [], "base_model": {"path": 3}',
+        '"changes": [1, null]',
+        '"changes": [{"from": 3, "flags": {}}]',
+        '"changes": [{"from": "checkpoint-1"}]',
+        '"changes": [], "datasets": []',
+        '"changes": [], "datasets": {"tiny": 3}',
+    )
+]
 
 
 @pytest.mark.parametrize("content", INVALID_FLAGS_FILES)
 def test_damaged_flags_file_is_an_error(tmp_path, parse_flags, content):
     (tmp_path / FLAGS_FILE).write_text(content)
-    with pytest.raises(ValueError, match=FLAGS_FILE):
+    with pytest.raises(ValueError, match=f"{FLAGS_FILE} is (invalid|not JSON)"):
         RunRecord(*parse_flags()).resume_from(tmp_path)
 
 
@@ -226,6 +317,25 @@ def test_another_base_model_is_refused_and_a_moved_one_accepted(tiny_inputs, fin
     run_training(tiny_inputs, output, *FLAGS, "--model_name_or_path", str(moved))
     assert all((output / name).read_bytes() == (finished_run / name).read_bytes() for name in ADAPTERS)
     assert json.loads((output / "config.json").read_text())["base_model"]["path"] == str(moved)
+
+
+def test_a_changed_configuration_of_the_base_model_is_reported(tiny_inputs, tmp_path, monkeypatch, caplog):
+    """The fingerprint of the base model covers its weights only."""
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny_inputs / "cache"))
+    base = copy_base(tiny_inputs, tmp_path / "base")
+    argv = [*build_run_flags(tiny_inputs, tmp_path / "out"), *FLAGS, "--model_name_or_path", str(base)]
+    prepare_trainer([*argv, "--max_steps", "3"]).train()
+    checkpoint = tmp_path / "out/checkpoint-3"
+    prepare_trainer(argv).resume_position(checkpoint)
+    assert "has changed" not in caplog.text
+    config = json.loads((base / "config.json").read_text())
+    config["llm_config"]["rms_norm_eps"] *= 2
+    (base / "config.json").write_text(json.dumps(config))
+    prepare_trainer(argv).resume_position(checkpoint)
+    (warning,) = [text for text in caplog.messages if "has changed" in text]
+    assert re.search(
+        r"config.json of the base model has changed since .*: llm_config.rms_norm_eps \S+ -> \S+$", warning
+    )
 
 
 @pytest.mark.multiprocess

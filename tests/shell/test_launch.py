@@ -34,7 +34,7 @@ TASK = JOB | {"SLURM_STEP_ID": 0, "SLURM_PROCID": 3, "SLURM_STEP_NUM_TASKS": 8, 
         ({"META_PATH": "nowhere.json"}, ["META_PATH=nowhere.json", "example.json"]),
         ({"LAUNCHER": "magic"}, ["LAUNCHER=magic", "pytorch", "slurm"]),
         ({"LAUNCHER": "slurm", "GPUS": 8}, ["srun"]),
-        ({"OUTPUT_DIR": "/dev/null/out"}, ["OUTPUT_DIR=/dev/null/out"]),
+        ({"OUTPUT_DIR": "/dev/null/out"}, ["cannot create OUTPUT_DIR=/dev/null/out: Not a directory"]),
         (TASK | {"GPUS": 4}, ["GPUS=4", "8 tasks"]),
         ({"NODE_RANK": 7}, ["NODE_RANK=7 is invalid: expected an integer from 0 to 0, because NODES=1"]),
         ({"NODES": 2, "GPUS": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, ["NODE_RANK=2", "from 0 to 1"]),
@@ -340,6 +340,17 @@ def test_the_log_is_complete_without_a_console(bash, tmp_path, shell):
     done = bash(tmp_path / "script", **replace_training(tmp_path, code))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/training_log.txt").read_text().count("line ") == 200
+
+
+@pytest.mark.parametrize("make_fn", [os.mkfifo, os.mkdir])
+def test_a_log_that_is_no_file_is_refused(bash, tmp_path, make_fn):
+    """Opening a FIFO would wait for a reader."""
+    variables = replace_training(tmp_path, "print('started')")
+    (tmp_path / "out").mkdir(exist_ok=True)
+    make_fn(tmp_path / "out/training_log.txt")
+    done = bash(VISION_LORA_RECIPE, **variables)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == f"launch.sh: {tmp_path}/out/training_log.txt is not a regular file."
 
 
 @pytest.mark.multiprocess

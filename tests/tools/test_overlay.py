@@ -21,6 +21,7 @@ PATCHES = "internlm2_packed_training internvit_liger_monkey llama2_flash_attn_mo
 PATCHES += " llama_packed_training llama_rmsnorm_monkey phi3_packed_training qwen2_packed_training"
 REPLACED = [
     *(f"internvl/{name}.py" for name in ("conversation", "dist_utils", "model/__init__", "patch/__init__")),
+    *(f"internvl/patch/{name}_patch.py" for name in PATCHES.split()),
     *(
         f"internvl/model/internvl_chat/{name}.py"
         for name in (
@@ -54,7 +55,6 @@ THEIR_OWN = {
     "internvl_chat/eval/caption/a name with blanks é.json": "{}",
     "internvl_chat/tools/reasoning_data_pipeline/utils/utils.py": "",
     "internvl_chat/shell/theirs/2nd_finetune.sh": THEIR_RECIPE,
-    **{f"internvl_chat/internvl/patch/{name}_patch.py": STALE for name in PATCHES.split()},
 }
 
 # Names that upstream's other files import from `internvl`. Not included: names that only its training programs import

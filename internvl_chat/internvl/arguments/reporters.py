@@ -32,7 +32,9 @@ def validate_reporters(names: list[str] | None) -> None:
         if name in ("all", "none") and len(names) == 1:
             continue
         if name not in REQUIREMENTS:
-            raise ValueError(f"--report_to {name!s:.80} is invalid: expected all, none, or {', '.join(REQUIREMENTS)}.")
+            raise ValueError(
+                f"--report_to {name[:80] or repr(name)} is invalid: expected all, none, or {', '.join(REQUIREMENTS)}."
+            )
         if not is_reporter_available(name):
             raise ValueError(f"--report_to {name} is not available: it requires {REQUIREMENTS[name]}.")
 

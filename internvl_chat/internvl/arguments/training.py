@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from transformers.training_args import trainer_log_levels
 
 from internvl.arguments.data import DataTrainingArguments
 from internvl.arguments.deepspeed_config import get_zero_stage, load_deepspeed_config
 from internvl.arguments.fault_tolerance import FaultToleranceArguments
-from internvl.arguments.flags import OneLineErrorParser, option, require
+from internvl.arguments.flags import OneLineErrorParser, describe_unknown_words, option, require
 from internvl.arguments.model import ModelArguments
 from internvl.arguments.number_ranges import validate_numbers
 from internvl.arguments.optimizers import refuse_unsupported_optimizer, try_optimizer
@@ -61,12 +62,14 @@ class TrainingArguments(transformers.TrainingArguments, PartRateArguments, Fault
         refuse_unsupported_flags(self)
         refuse_unsupported_optimizer(self)
         if isinstance(self.report_to, str):
-            self.report_to = self.report_to.split(",")
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
         validate_reporters(self.report_to)
         self.validate_fault_tolerance()
         if self.warmup_ratio and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # transformers 5 takes a value below 1 as a share
-        if self.output_dir is None:
+        for flag in ("log_level", "log_level_replica"):
+            require(self, flag, getattr(self, flag) in trainer_log_levels, f"one of {', '.join(trainer_log_levels)}")
+        if not self.output_dir:
             raise ValueError("--output_dir is required: the folder for checkpoints and logs.")
         for flag in JSON_FLAGS:
             setattr(self, flag, parse_json_flag(self, flag))
@@ -137,7 +140,5 @@ def parse_args(argv: list[str] | None = None, classes: tuple[type, ...] = FINETU
     for args in parsed:
         validate_numbers(args)
     if unknown:
-        flags = [word.lstrip("-").split("=")[0] for word in unknown]
-        hints = "".join(f"; {REMOVED_FLAGS[flag]}" for flag in flags if flag in REMOVED_FLAGS)
-        raise ValueError(f"unknown flag: {' '.join(unknown)}{hints or '; --help lists all flags'}.")
+        raise ValueError(describe_unknown_words(unknown, argv, REMOVED_FLAGS))
     return tuple(parsed)

@@ -8,9 +8,12 @@ from internvl.checkpoint.manifest import (
     TRAINER_STATE_FILE,
     find_checkpoint_errors,
     find_latest_valid_checkpoint,
+    list_checkpoints,
     summarize_errors,
 )
+from internvl.checkpoint.resume_rules import RunRecord
 from internvl.dist_utils import run_on_rank_0
+from internvl.model.internvl_chat.adapter_checkpoint import list_weight_files
 
 logger = logging.getLogger(__name__)
 RESUME_AUTO = "auto"  # --resume_from_checkpoint auto is the same as its default
@@ -29,7 +32,10 @@ def choose_resume_checkpoint(training_args: TrainingArguments) -> str | None:
     requested = training_args.resume_from_checkpoint
     if requested not in (None, RESUME_AUTO):
         if not run_on_rank_0((Path(requested) / TRAINER_STATE_FILE).is_file):
-            raise ValueError(f"--resume_from_checkpoint {requested}: no checkpoint there (no {TRAINER_STATE_FILE}).")
+            raise ValueError(
+                f"--resume_from_checkpoint {requested or repr(requested)}: no checkpoint there (no "
+                f"{TRAINER_STATE_FILE}). {RESUME_AUTO}, the default, takes the latest valid one in --output_dir."
+            )
         if errors := find_checkpoint_errors(Path(requested)):
             raise ValueError(f"--resume_from_checkpoint {requested} is damaged: {summarize_errors(errors)}.")
         return requested
@@ -46,6 +52,25 @@ def choose_resume_checkpoint(training_args: TrainingArguments) -> str | None:
             "or overwrite it with --overwrite_output_dir True."
         )
     return None
+
+
+def is_finished_without_checkpoints(training_args: TrainingArguments, run_record: RunRecord) -> bool:
+    """Check whether the output folder holds the model of this very run, which saved no checkpoint. A collective."""
+    folder = Path(str(training_args.output_dir))
+    is_new_run = training_args.overwrite_output_dir or not training_args.do_train
+    if is_new_run or training_args.resume_from_checkpoint not in (None, RESUME_AUTO):
+        return False
+    is_finished = run_on_rank_0(
+        lambda: (
+            not list_checkpoints(folder)
+            and bool(list_weight_files(folder))
+            and (folder / TRAINER_STATE_FILE).is_file()  # it is written after the model
+            and run_record.equals(folder)
+        )
+    )
+    if is_finished:
+        logger.info("Training has finished: nothing to do, the model is in %s", folder)
+    return is_finished
 
 
 def _log_invalid_checkpoint(checkpoint: Path, errors: list[str]) -> None:

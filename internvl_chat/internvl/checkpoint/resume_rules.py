@@ -1,10 +1,11 @@
 """What a changed flag does when a run resumes.
 
-`RULES` has one rule for each flag. Each checkpoint holds the flags of its run in `flags.json`. A run that resumes logs
-the differences, and refuses those that the checkpoint does not allow:
+`RULES` has one rule for each flag, `DATASET_RULES` one for each setting of a dataset in the meta file. Each checkpoint
+holds those of its run in `flags.json`. A run that resumes logs the differences, and refuses those that the checkpoint
+does not allow:
 
-    {"flags": {"learning_rate": 2e-05, ...}, "world_size": 8, "versions": {"torch": "2.14.1", ...},
-     "base_model": {"path": ..., "fingerprint": ...} or null,
+    {"flags": {"learning_rate": 2e-05, ...}, "datasets": {"digits": {"data_augment": true, ...}, ...},
+     "world_size": 8, "versions": {"torch": "2.14.1", ...}, "base_model": {"path": ..., "fingerprint": ...} or null,
      "changes": [{"from": "checkpoint-400", "flags": {"learning_rate": [2e-05, 1e-05]}}, ...]}
 """
 
@@ -14,12 +15,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from internvl.arguments.deepspeed_config import get_zero_stage
 from internvl.arguments.unsupported_flags import UNSUPPORTED
 from internvl.checkpoint.saved_states import one_line_state_errors
 from internvl.constants import escape_control_characters
+from internvl.data.schema import load_meta, validate_meta_entry
 from internvl.dist_utils import get_world_size, run_on_rank_0
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.adapter_checkpoint import is_adapter_checkpoint
@@ -89,6 +91,22 @@ _FLAGS_OF_RULES = {
 }
 RULES = {flag: rule for rule, names in _FLAGS_OF_RULES.items() for flag in names.split()}
 
+# Fields of `vision_config` and `llm_config` that flags, the tokenizer or the environment set.
+FIELDS_OF_RUN = set(
+    "attn_implementation drop_path_rate dtype image_size torch_dtype transformers_version use_cache use_flash_attn "
+    "vocab_size".split()
+)
+MOVED = "files may have moved: samples are recognized by their records"
+# Setting of a dataset in the meta file -> its rule.
+DATASET_RULES = {
+    "root": MOVED,
+    "annotation": MOVED,
+    "repeat_time": DATA,
+    "data_augment": DATA,
+    "max_dynamic_patch": DATA,
+    "length": NO_EFFECT,
+}
+
 
 # -- flags of a run ----------------------------------------------------------------------------------------------------
 
@@ -112,6 +130,10 @@ class RunRecord:
 
     def __init__(self, *arguments: Any):
         self.flags = collect_flags(*arguments)
+        meta_path = self.flags["meta_path"]
+        self.datasets = load_meta(meta_path) if meta_path else {}
+        for name, entry in self.datasets.items():
+            validate_meta_entry(name, entry)
         self.changes: list[dict] = []
 
     def save(self, folder: Path, base_checkpoint: dict | None) -> None:
@@ -120,15 +142,16 @@ class RunRecord:
         Args:
             base_checkpoint: of the model.
         """
-        record = {"flags": self.flags, **describe_environment()}
+        record = {"flags": self.flags, "datasets": self.datasets, **describe_environment()}
         record |= {"base_model": base_checkpoint, "changes": self.changes}
         (folder / FLAGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
     def resume_from(self, checkpoint: Path) -> None:
-        """Log the flags that differ from those of a checkpoint's run. A collective.
+        """Log the flags and dataset settings that differ from those of a checkpoint's run. A collective.
 
         Raises:
-            ValueError: a flag differs that must equal the checkpoint's.
+            ValueError: a flag differs that must equal the checkpoint's; or a setting that changes samples, without
+                --accept_changed_data.
         """
         record = run_on_rank_0(lambda: read_flags_file(checkpoint))
         if not record:
@@ -138,13 +161,29 @@ class RunRecord:
         refused = {name: values for name, values in changed.items() if RULES[name] == MUST_MATCH}
         if refused:
             raise make_refusal(checkpoint, refused)
+        changed_data = find_dataset_changes(record, {"flags": self.flags, "datasets": self.datasets})
+        if not self.flags["accept_changed_data"]:
+            refuse_changed_samples(checkpoint, changed_data)
         environment = {**describe_environment()["versions"], "ranks": get_world_size()}
         before = {**record["versions"], "ranks": record["world_size"]}
-        if lines := format_changes(changed, find_changes(before, environment)):
+        lines = [f"{change} ({change.rule})" for change in changed_data]
+        if lines := [*lines, *format_changes(changed, find_changes(before, environment))]:
             logger.info("Resuming with other settings:\n%s", "\n".join(f"  {line}" for line in lines))
         self.changes = record["changes"]
-        if acting := {name: values for name, values in changed.items() if RULES[name] != NO_EFFECT}:
-            self.changes = [*self.changes, {"from": checkpoint.name, "flags": acting}]
+        acting = {name: values for name, values in changed.items() if RULES[name] != NO_EFFECT}
+        settings = {f"{change.dataset}: {change.setting}": change.values for change in changed_data}
+        if acting or settings:
+            datasets = {"datasets": settings} if settings else {}
+            self.changes = [*self.changes, {"from": checkpoint.name, "flags": acting, **datasets}]
+
+    def equals(self, folder: Path) -> bool:
+        """Check whether a folder was written by a run of the same flags and data settings."""
+        record = read_flags_file(folder)
+        if record is None:
+            return False
+        changed = find_changes(record["flags"], self.flags)
+        has_same_flags = all(RULES[name] == NO_EFFECT for name in changed)
+        return has_same_flags and record["datasets"] == self.datasets
 
 
 def describe_environment() -> dict:
@@ -168,14 +207,29 @@ def read_flags_file(checkpoint: Path) -> dict | None:
     if not file.exists():
         return None
     record = read_json_object(file)
-    for key, kind in {"flags": dict, "world_size": int, "versions": dict, "changes": list}.items():
+    record.setdefault("datasets", {})  # an earlier version did not write them
+    if error := _find_flags_file_error(record):
+        raise ValueError(f"{file} is invalid: {error}.")
+    return record
+
+
+def _find_flags_file_error(record: dict) -> str | None:
+    kinds = {"flags": dict, "datasets": dict, "world_size": int, "versions": dict, "changes": list}
+    for key, kind in kinds.items():
         if type(record.get(key)) is not kind:
-            raise ValueError(f"{file} is invalid: {key} is {record.get(key)!r:.80}, expected a JSON {kind.__name__}.")
+            return f"{key} is {record.get(key)!r:.80}, expected a JSON {kind.__name__}"
+    for name, entry in record["datasets"].items():
+        if not isinstance(entry, dict):
+            return f"datasets.{name!r:.80} is {entry!r:.80}, expected a JSON dict"
+    for number, change in enumerate(record["changes"]):
+        is_valid = isinstance(change, dict) and isinstance(change.get("from"), str)
+        if not (is_valid and isinstance(change.get("flags"), dict)):
+            return f"changes[{number}] is {change!r:.80}, expected an object with from and flags"
     base = record.get("base_model")
     is_base = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("path", "fingerprint"))
     if base is not None and not is_base:
-        raise ValueError(f"{file} is invalid: base_model is {base!r:.80}, expected its path and fingerprint.")
-    return record
+        return f"base_model is {base!r:.80}, expected its path and fingerprint"
+    return None
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list]:
@@ -199,8 +253,11 @@ def format_change(flag: str, values: list) -> str:
     if flag == "deepspeed":
         has_block = [isinstance(value, dict) and isinstance(value.get("zero_optimization"), dict) for value in values]
         values = [f"ZeRO-{get_zero_stage(v)}" if has else v for v, has in zip(values, has_block, strict=True)]
-    before, now = (escape_control_characters(f"{value!s:.80}") for value in values)
-    return f"--{flag} {before} -> {now}"
+    return f"--{flag} {_format_values(values)}"
+
+
+def _format_values(values: list) -> str:
+    return " -> ".join(escape_control_characters(f"{value!s:.80}") for value in values)
 
 
 def make_refusal(checkpoint: Path, changes: dict[str, list]) -> ValueError:
@@ -210,6 +267,58 @@ def make_refusal(checkpoint: Path, changes: dict[str, list]) -> ValueError:
         f"{listed}: not supported when resuming from {checkpoint}. Keep the value, or start a new run from the "
         f"trained model: --model_name_or_path {checkpoint} and another --output_dir."
     )
+
+
+# -- settings of datasets ----------------------------------------------------------------------------------------------
+
+
+class DatasetChange(NamedTuple):
+    """A setting of a dataset that differs from the checkpoint's: [before, now]."""
+
+    dataset: str
+    setting: str
+    values: list
+
+    def __str__(self) -> str:
+        return f"dataset {self.dataset}: {self.setting} {_format_values(self.values)}"
+
+    @property
+    def rule(self) -> str:
+        return DATASET_RULES[self.setting]
+
+
+def find_dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[DatasetChange]:
+    """Find the settings of datasets that differ and have an effect.
+
+    Datasets are compared by name, renamed ones by their annotation file. Whether one is new or removed is told from the
+    samples.
+
+    Args:
+        before, now: `flags` and `datasets` of `flags.json`.
+    """
+    changes = []
+    by_file = {str(entry.get("annotation")): entry for entry in before["datasets"].values()}
+    for name, entry in now["datasets"].items():
+        entry_before = before["datasets"].get(name) or by_file.get(entry["annotation"]) or entry
+        if entry_before == entry:  # --max_dynamic_patch has its own rule
+            continue
+        settings = [
+            {"repeat_time": 1, "data_augment": False, "max_dynamic_patch": record["flags"].get("max_dynamic_patch")}
+            | settings
+            for record, settings in ((before, entry_before), (now, entry))
+        ]
+        found = [DatasetChange(name, key, values) for key, values in find_changes(*settings).items()]
+        changes += [change for change in found if change.rule != NO_EFFECT]
+    return changes
+
+
+def refuse_changed_samples(checkpoint: Path, changes: list[DatasetChange]) -> None:
+    """Raise a ValueError if settings of datasets change samples."""
+    if listed := [str(change) for change in changes if change.rule == DATA]:
+        raise ValueError(
+            f"The data has changed since {checkpoint} was written: {'; '.join(listed)}. --accept_changed_data True "
+            "resumes with the new settings; --overwrite_output_dir True starts from the beginning."
+        )
 
 
 # -- the model that a run resumes --------------------------------------------------------------------------------------
@@ -230,6 +339,8 @@ def check_model(checkpoint: Path, model: InternVLChatModel, needs_base: bool) ->
     record = run_on_rank_0(lambda: read_flags_file(checkpoint)) or {}
     config = InternVLChatConfig.from_pretrained(checkpoint)
     check_adapter_settings(checkpoint, config, model.config)
+    for change in find_part_changes(config, model.config):
+        logger.warning("The config.json of the base model has changed since %s was written: %s", checkpoint, change)
     has_adapters_only = is_adapter_checkpoint(checkpoint)
     expected = config.base_model if has_adapters_only else record.get("base_model")
     own = model.base_checkpoint
@@ -259,6 +370,20 @@ def check_adapter_settings(checkpoint: Path, before: InternVLChatConfig, now: In
             changes |= {f"{PART_FLAGS[part]}_lora_{name}": found[name] for name in found if name != "dropout"}
     if changes:
         raise make_refusal(checkpoint, changes)
+
+
+def find_part_changes(before: InternVLChatConfig, now: InternVLChatConfig) -> list[str]:
+    """List the fields of vision encoder and LLM that differ and no flag sets.
+
+    The fingerprint of a base checkpoint covers its weights only. Another version of transformers may have other
+    defaults.
+    """
+    changes = []
+    fields_before, fields_now = (json.loads(json.dumps(config.to_dict(), default=str)) for config in (before, now))
+    for part in ("vision_config", "llm_config"):
+        found = find_changes(fields_before[part], fields_now[part])
+        changes += [f"{part}.{key} {_format_values(found[key])}" for key in sorted(found.keys() - FIELDS_OF_RUN)]
+    return changes
 
 
 def _drop_path(base_checkpoint: dict) -> dict:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from internvl.patch.replaced_functions import replace_train_sampler  # noqa: F401
+
 
 def split_to_even_chunks(indices: Sequence[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
     """Split indices into chunks of equal size and similar total length.

@@ -10,6 +10,7 @@ from internvl.train.internvl_chat_finetune import (  # noqa: F401
     DataTrainingArguments,
     LazySupervisedDataset,
     ModelArguments,
+    len2weight,
     main,
 )
 

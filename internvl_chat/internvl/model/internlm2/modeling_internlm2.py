@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import TransformersKwargs
 
 from internvl.model.internlm2.configuration_internlm2 import InternLM2Config
+from internvl.model.internvl_chat.modeling_intern_vit import has_flash_attn
 
 __all__ = [
     "INTERNLM2_ATTENTION_CLASSES",
@@ -39,6 +40,7 @@ __all__ = [
     "InternLM2RMSNorm",
     "InternLM2RotaryEmbedding",
     "apply_rotary_pos_emb",
+    "has_flash_attn",
     "repeat_kv",
     "rotate_half",
 ]

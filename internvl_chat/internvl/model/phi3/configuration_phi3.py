@@ -2,6 +2,8 @@
 
 import transformers
 
+PHI3_PRETRAINED_CONFIG_ARCHIVE_MAP: dict[str, str] = {}  # upstream's name
+
 
 class Phi3Config(transformers.Phi3Config):
     """transformers' Phi3Config that accepts older names of `longrope`.

@@ -16,6 +16,8 @@ from transformers.models.phi3.modeling_phi3 import (
     rotate_half,
 )
 
+from internvl.model.internvl_chat.modeling_intern_vit import has_flash_attn
+
 # Upstream's names. In transformers one class supports all attention kernels.
 Phi3FlashAttention2 = Phi3SdpaAttention = Phi3Attention
 PHI3_ATTENTION_CLASSES = dict.fromkeys(("eager", "flash_attention_2", "sdpa"), Phi3Attention)
@@ -35,6 +37,7 @@ __all__ = [
     "Phi3RotaryEmbedding",
     "Phi3SdpaAttention",
     "apply_rotary_pos_emb",
+    "has_flash_attn",
     "repeat_kv",
     "rotate_half",
 ]

@@ -1,0 +1,3 @@
+"""Facade: upstream's import path of a function that does nothing here."""
+
+from internvl.patch.replaced_functions import replace_llama_rmsnorm_with_fused_rmsnorm  # noqa: F401

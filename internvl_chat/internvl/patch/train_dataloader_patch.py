@@ -1,0 +1,3 @@
+"""Facade: upstream's import path of a function that does nothing here."""
+
+from internvl.patch.replaced_functions import replace_train_dataloader  # noqa: F401
