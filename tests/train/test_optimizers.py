@@ -26,6 +26,8 @@ UNDER_DEEPSPEED = [
 ]
 CASES = [("none", name) for name in SUPPORTED_OPTIMIZERS]
 CASES += [(way, name) for way in WAYS if way != "none" for name in UNDER_DEEPSPEED]
+# Their states are saved and loaded by the same code as those of ZeRO-1 (2) and ZeRO-3 (offload).
+RESUMED_WITH_ONE_OPTIMIZER = ("zero2", "offload")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,8 @@ def test_optimizer_trains_and_resumes(train, tiny_inputs, tmp_path, way, name):
     flags = [*LARGE_PARAMETERS, "--optim", name]
     output = train(*flags, *WAYS[way])
     assert read_losses(output) == pytest.approx(read_losses(train(*flags)), rel=1e-4), "DeepSpeed changes the steps"
+    if way in RESUMED_WITH_ONE_OPTIMIZER and name != UNDER_DEEPSPEED[0]:
+        return
     shutil.copytree(output / "checkpoint-1", tmp_path / "out/checkpoint-1")
     run_training(tiny_inputs, tmp_path / "out", *flags, *WAYS[way])
     assert read_losses(tmp_path / "out") == read_losses(output)
