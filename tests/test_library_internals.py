@@ -16,8 +16,9 @@ PACKAGE_DIR = Path(__file__).parents[1] / "internvl_chat"
 LIBRARY_NAMES = {
     "_attn_implementation": (
         "transformers.PretrainedConfig",
-        ["decoder", "modeling_internlm2", "varlen_attention", "contenders"],
+        ["decoder", "modeling_internlm2", "modeling_internvl_chat", "varlen_attention", "contenders"],
     ),
+    "_from_model_config": ("transformers.GenerationConfig", ["generation"]),
     "_supports_attention_backend": ("transformers.PreTrainedModel", ["varlen_attention"]),
     "_is_stateful": ("transformers.PreTrainedModel", ["varlen_attention"]),
     "_gradient_checkpointing_func": (

@@ -133,7 +133,13 @@ class PromptStyle(NamedTuple):
     before: Callable[[Conversation, int, str], str]
     after: Callable[[Conversation, int], str]
     open_slot: Callable[[Conversation, int, str], str]
-    clean: Callable[[str], str] = str
+    replacements: tuple[tuple[str, str], ...] = ()  # (old, new) in the text of a message
+
+    def clean(self, text: str) -> str:
+        """Return the text of a message as it is rendered."""
+        for old, new in self.replacements:
+            text = text.replace(old, new)
+        return text
 
 
 # -- parts of the styles: `c` is the conversation, `index` that of the message -----------------------------------------
@@ -201,7 +207,7 @@ PROMPT_STYLES: dict[SeparatorStyle, PromptStyle] = {
         _role(": "),
         lambda c, index: "\n\n",
         _role(":"),
-        clean=lambda text: text.replace("\r\n", "\n").replace("\n\n", "\n"),
+        replacements=(("\r\n", "\n"), ("\n\n", "\n")),
     ),
     S.PHOENIX: PromptStyle(_system, _role(": <s>"), lambda c, index: "</s>", _role(": <s>")),
     S.ROBIN: PromptStyle(_system_sep, _role(":\n"), _sep, _role(":\n")),

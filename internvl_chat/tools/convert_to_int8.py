@@ -14,6 +14,9 @@ from transformers import BitsAndBytesConfig
 
 from internvl.command_line import create_output_dir, exit_on_user_error
 from internvl.model.adapter_io import require_no_adapters
+from internvl.model.auxiliary_files import read_auxiliary_files, write_auxiliary_files
+from internvl.model.chat_template import save_tokenizer
+from internvl.model.code_files import add_remote_code_flag
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
 
@@ -36,6 +39,7 @@ def main(argv=None):
         default=DEFAULT_OUTPUT,
         help="new folder for the result (default: %(default)s)",
     )
+    add_remote_code_flag(parser)
     args = parser.parse_args(argv)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("bitsandbytes is required to quantize to 8 bits: pip install bitsandbytes")
@@ -49,7 +53,9 @@ def main(argv=None):
             device_map="cuda:0" if torch.cuda.is_available() else "cpu",
         )
         model.save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
+        save_tokenizer(tokenizer, model.config, output_dir)
+        files = read_auxiliary_files(args.model_path)
+        write_auxiliary_files(files, output_dir, "quantizing to 8 bits", args.with_remote_code)
     print(f"8-bit checkpoint: {output_dir}")
 
 

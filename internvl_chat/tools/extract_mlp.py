@@ -2,8 +2,8 @@
 
     python tools/extract_mlp.py MODEL OUT
 
-Writes OUT/mlp_projector.pth, a state dict in bfloat16 for `--mlp_path` of the training programs. Adapters are merged
-first.
+Writes OUT/mlp_projector.pth, a state dict in bfloat16 for `--mlp_path` of the training programs, and copies licence
+files. Adapters are merged first.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import torch
 
 from internvl.command_line import CHAT_MODEL_TYPE, exit_on_user_error, require_checkpoint_dir
 from internvl.model.adapter_io import has_adapters
+from internvl.model.auxiliary_files import write_license_files
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.safetensors_io import CheckpointTensors
@@ -36,6 +37,7 @@ def main(argv=None):
         raise ValueError(f"{source} has no tensor named {PROJECTOR_PREFIX}*: it is not a chat checkpoint")
     output_file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, output_file)
+    write_license_files(source, output_file.parent)
     print(f"Projector: {output_file}")
 
 

@@ -11,6 +11,7 @@ import argparse
 import torch
 
 from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_user_error, require_checkpoint_dir
+from internvl.model.auxiliary_files import read_auxiliary_files, write_auxiliary_files
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
 
@@ -26,6 +27,7 @@ def main(argv=None):
     with create_output_dir(args.output_path) as output_dir:
         model = merge_adapters(InternVLChatModel.from_pretrained(source, dtype=torch.bfloat16))
         model.vision_model.save_pretrained(output_dir)
+        write_auxiliary_files(read_auxiliary_files(source), output_dir, "extracting the vision encoder")
     print(f"Vision encoder: {args.output_path}")
 
 

@@ -16,6 +16,7 @@ from internvl.checkpoint.optimizer_state import OPTIMIZER_STATE_FILE
 from internvl.checkpoint.trainer_state import TRAINER_STATE_FILE, read_trainer_state
 from internvl.command_line import CHAT_MODEL_TYPE, exit_on_user_error
 from internvl.model.adapter_io import find_adapter_dirs, read_adapter_config
+from internvl.model.auxiliary_files import PREPROCESSOR_FILE, find_missing_code
 from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE, TRAINED_TENSORS_FILE
 from internvl.model.internvl_chat.safe_loading import ADAPTER_CONFIG_FILE
 from internvl.model.lora import LORA_RANK_FIELDS
@@ -30,6 +31,7 @@ PART_PATTERNS = {
 }
 # Kind of a tensor -> its description.
 TENSOR_KINDS = {"weights": "weights", "trained": "trained weights that replace the base's", "adapters": "adapters"}
+SERVED_FILES = ("tokenizer_config.json", "generation_config.json", PREPROCESSOR_FILE)
 LOAD_CHAT_MODEL = "InternVLChatModel.from_pretrained({0})"
 # Kind of a checkpoint -> what loads or converts it.
 LOADERS = {
@@ -97,6 +99,8 @@ def describe_checkpoint(folder: Path) -> list[tuple[str, str]]:
     if (folder / TRAINER_STATE_FILE).exists():
         state = read_trainer_state(folder)
         rows.append(("Step", f"{state['global_step']} of {state.get('max_steps')} (epoch {state.get('epoch', 0):.3g})"))
+    if kind != "PEFT adapter" and (missing := list_missing_files(folder)):
+        rows.append(("Missing files", ", ".join(missing)))
     return rows + [("Load with", loader.format(folder)) for loader in LOADERS[kind]]
 
 
@@ -120,6 +124,12 @@ def classify_checkpoint(folder: Path, config: dict, sizes: dict, adapters: dict)
     # A run that starts from a merged checkpoint copies `merged_from`, but also saves a trainer state.
     is_merged = config.get("merged_from") and not (folder / "trainer_state.json").is_file()
     return "merged checkpoint" if is_merged else "full checkpoint"
+
+
+def list_missing_files(folder: Path) -> list[str]:
+    """List files that servers read and a checkpoint lacks."""
+    names = {file.name for file in folder.iterdir() if file.is_file()}
+    return [name for name in SERVED_FILES if name not in names] + find_missing_code(folder, names)
 
 
 def measure_tensors(folder: Path) -> dict[tuple[str, str], Size]:

@@ -19,8 +19,9 @@ from transformers import AutoModelForImageTextToText
 from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_user_error, require_checkpoint_dir
 from internvl.constants import IMG_CONTEXT_TOKEN
 from internvl.model.adapter_io import has_adapters
+from internvl.model.auxiliary_files import AuxiliaryFiles, read_auxiliary_files, write_auxiliary_files
 from internvl.model.combine_adapters import save_merged_checkpoint
-from internvl.model.hf.config import convert_config_to_hf
+from internvl.model.hf.config import convert_config_to_hf, save_hf_config
 from internvl.model.hf.processor import save_processor
 from internvl.model.hf.weights import convert_weights_to_hf, is_head_tied, normalize_hf_key
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
@@ -48,8 +49,9 @@ def main(argv=None):
 
     reference = CheckpointTensors(args.hf_path, normalize_hf_key) if args.hf_path else None
     source = require_checkpoint_dir(args.custom_path, CHAT_MODEL_TYPE)
+    files = read_auxiliary_files(source)
     with merge_if_adapted(source, Path(args.save_path)) as merged_dir:
-        convert_checkpoint(merged_dir, args.save_path)
+        convert_checkpoint(merged_dir, args.save_path, files)
     print(f"HF checkpoint: {args.save_path}")
     if reference:
         compute_l2_distance(CheckpointTensors(args.save_path), reference)
@@ -69,8 +71,12 @@ def merge_if_adapted(source: Path, save_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def convert_checkpoint(source: Path, save_path: str) -> None:
-    """Convert a chat checkpoint without adapters."""
+def convert_checkpoint(source: Path, save_path: str, files: AuxiliaryFiles) -> None:
+    """Convert a chat checkpoint without adapters.
+
+    Args:
+        files: besides the weights, for the result.
+    """
     config, custom = InternVLChatConfig.from_pretrained(source), CheckpointTensors(source)
     # InternVLChatConfig sets tie_word_embeddings to False unless both configurations have it: read what is stored.
     stored_config = config.get_config_dict(source)[0]
@@ -81,11 +87,14 @@ def convert_checkpoint(source: Path, save_path: str) -> None:
         print("Note: use_thumbnail False is ignored by transformers' processor: it adds a thumbnail to several tiles")
     if config.pad2square:
         print("Note: pad2square True is ignored by transformers' processor: it does not pad")
+    if config.select_layer != -1:
+        print(f"Note: select_layer {config.select_layer} is ignored by vLLM 0.32, whose answers are others than these")
 
     with create_output_dir(save_path) as output_dir:
         save_tensors(convert_weights_to_hf(custom, config.llm_config, is_tied), output_dir)
-        hf_config.save_pretrained(output_dir)
+        save_hf_config(hf_config, output_dir)
         save_processor(config, source, output_dir)
+        write_auxiliary_files(files, output_dir, "converting it to transformers' own class")
         check_loadable(output_dir)
 
 

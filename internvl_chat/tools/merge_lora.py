@@ -19,9 +19,11 @@ from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_us
 from internvl.constants import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN
 from internvl.data.images import build_transform
 from internvl.model.adapter_io import require_finite
+from internvl.model.code_files import add_remote_code_flag
 from internvl.model.combine_adapters import COMBINATION_METHODS, combine_adapters, save_merged_checkpoint
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.configuration_internvl_chat import get_tile_size
+from internvl.model.internvl_chat.generation import default_generation_config
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.lora import LORA_RANK_FIELDS, is_peft_model
 from internvl.model.tokenizers.loading import load_tokenizer
@@ -53,7 +55,7 @@ def main(argv=None):
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         require_finite(dict(model.named_parameters()), f"merged weights in {args.dtype}")
-        save_merged_checkpoint(model, source, output_dir)
+        save_merged_checkpoint(model, source, output_dir, args.with_remote_code)
         del model, parameter  # `parameter` would keep the last one in memory
         merged_model = InternVLChatModel.from_pretrained(output_dir, dtype=compute_dtype).eval()
         merged_answer = answer_probe(merged_model, tokenizer)
@@ -89,6 +91,7 @@ def parse_args(argv) -> argparse.Namespace:
         default=0.5,
         help="fraction of values kept by ties and dare_linear (default: %(default)s)",
     )
+    add_remote_code_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -116,7 +119,8 @@ def answer_probe(model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase) -
     model.img_context_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT_TOKEN)
     logits = model(pixel_values, inputs.input_ids, inputs.attention_mask).logits[0].float()
     settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-    return logits, model.generate(pixel_values, **inputs, **settings)[0].tolist()
+    with default_generation_config(model):
+        return logits, model.generate(pixel_values, **inputs, **settings)[0].tolist()
 
 
 def require_equal_logits(adapted_answer, merged_answer) -> None:

@@ -3,10 +3,11 @@
     python tools/pickle2safetensors.py IN OUT
 
 IN is a folder with `pytorch_model*.bin` or `adapter_model.bin`. Nothing but tensors is unpickled: a file that would run
-code is an error. The JSON and text files beside the weights are copied.
+code is an error. The JSON, text and code files beside the weights are copied, licence and model card, too.
 """
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,12 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from internvl.command_line import create_output_dir, exit_on_user_error
+from internvl.model.auxiliary_files import FILE_KINDS, list_inner_files, read_files, remove_dangling_auto_maps
 from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE
 from internvl.model.internvl_chat.safe_loading import one_line_checkpoint_errors
 from internvl.model.safetensors_io import save_tensors
 from internvl.regular_files import copy_regular_file, open_regular_file, refuse_lfs_pointer
 
-COPIED_FILE_PATTERNS = ("*.json", "*.txt", "*.jinja", "*.model")
+COPIED_FILES = re.compile(r".+\.(?<!\.bin\.index\.)(json|txt|jinja|model)")
 
 
 @exit_on_user_error
@@ -39,9 +41,11 @@ def main(argv=None):
         if adapter_files:
             tensors = dict(load_pickled_tensors(adapter_files))
             save_file(tensors, output_dir / ADAPTER_FILE, metadata={"format": "pt"})
-        for file in (file for pattern in COPIED_FILE_PATTERNS for file in source.glob(pattern)):
-            if not file.name.endswith(".bin.index.json"):
-                copy_regular_file(file, output_dir / file.name)
+        for file in list_inner_files(source, [COPIED_FILES]):
+            copy_regular_file(file, output_dir / file.name)
+        for name, content in read_files(source, FILE_KINDS.values()):
+            (output_dir / name).write_bytes(content)
+        remove_dangling_auto_maps(output_dir)
     print(f"Converted: {', '.join(file.name for file in model_files + adapter_files)}")
     print(f"Safetensors: {args.output_path}")
 

@@ -11,6 +11,9 @@ import argparse
 import torch
 
 from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_user_error, require_checkpoint_dir
+from internvl.model.auxiliary_files import read_auxiliary_files, set_tile_size, write_auxiliary_files
+from internvl.model.chat_template import save_tokenizer
+from internvl.model.code_files import add_remote_code_flag
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.internvl_chat.resize import set_image_size
@@ -23,15 +26,19 @@ def main(argv=None):
     parser.add_argument("model_path", help="chat checkpoint")
     parser.add_argument("output_path", help="new folder for the resized checkpoint and its tokenizer")
     parser.add_argument("force_image_size", type=int, help="tile size in pixels")
+    add_remote_code_flag(parser)
     args = parser.parse_args(argv)
 
     source = require_checkpoint_dir(args.model_path, CHAT_MODEL_TYPE)
-    tokenizer = load_tokenizer(source)
+    tokenizer, files = load_tokenizer(source), read_auxiliary_files(source)
+    set_tile_size(files, args.force_image_size)
     with create_output_dir(args.output_path) as output_dir:
         model = merge_adapters(InternVLChatModel.from_pretrained(source, dtype=torch.bfloat16))
         set_image_size(model, args.force_image_size)
         model.save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
+        save_tokenizer(tokenizer, model.config, output_dir)
+        made_by = f"resizing tiles to {args.force_image_size} pixels"
+        write_auxiliary_files(files, output_dir, made_by, args.with_remote_code)
     print(f"Resized checkpoint: {output_dir} ({model.num_image_token} image tokens per tile)")
 
 

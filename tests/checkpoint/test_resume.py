@@ -3,17 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.paths import FINETUNE_PROGRAM, REPO_ROOT
 from helpers.training_runs import (
     TRAIN_ADAPTERS,
     ZERO_FLAGS,
-    build_launch_command,
     load_weights,
     read_losses,
     run_training,
@@ -228,44 +224,21 @@ def test_finished_run_can_be_extended(tiny_inputs, finished_run, tmp_path):
     assert read_losses(tmp_path / "out") == read_losses(tmp_path / "long")
 
 
+def test_finished_run_without_checkpoints(tiny_inputs, tmp_path):
+    """The same command has nothing to do. Another command would need a checkpoint."""
+    flags = [*TRAIN_ADAPTERS, "--save_strategy", "no", "--max_steps", "2"]
+    run_training(tiny_inputs, tmp_path / "out", *flags)
+    before = read_results(tmp_path / "out")
+    printed = run_training(tiny_inputs, tmp_path / "out", *flags, "--logging_steps", "2").stdout
+    assert f"Training has finished: nothing to do, the model is in {tmp_path / 'out'}" in printed
+    refused = run_training(tiny_inputs, tmp_path / "out", *flags, "--max_steps", "3", status=1)
+    assert "holds a finished model and no checkpoint to resume from" in refused.stderr
+    assert read_results(tmp_path / "out") == before
+
+
 def test_full_deepspeed_checkpoint_is_not_resumed_without_its_states(tiny_inputs, tmp_path):
     """transformers would start with empty optimizer states, without a word."""
     flags = ["--freeze_backbone", "True", "--max_steps", "3"]
     run_training(tiny_inputs, tmp_path / "out", *flags, "--deepspeed", "zero_stage2_config.json")
     refused = run_training(tiny_inputs, tmp_path / "out", *flags, "--max_steps", "6", status=1)
     assert "resume with --deepspeed" in refused.stderr
-
-
-# -- random kills ------------------------------------------------------------------------------------------------------
-
-KILLED_RUN_FLAGS = [*TRAIN_ADAPTERS, "--max_steps", "42", "--save_steps", "1", "--save_total_limit", "2"]
-
-
-def kill_and_resume(tiny_inputs: Path, folder: Path, num_kills: int) -> list[str]:
-    """Run `kill_and_resume.py` in a new folder; return a line per attempt."""
-    folder.mkdir()
-    command, env = build_launch_command(tiny_inputs, folder, *KILLED_RUN_FLAGS, ranks=2)
-    flags = command[command.index(str(FINETUNE_PROGRAM)) + 1 :]
-    command = [sys.executable, REPO_ROOT / "tests/programs/kill_and_resume.py", str(num_kills), "20", folder, *flags]
-    completed = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
-    logs = "".join(log.read_text()[-2000:] for log in folder.glob("*.log"))
-    assert completed.returncode == 0, completed.stdout + completed.stderr[-3000:] + logs
-    return completed.stdout.splitlines()
-
-
-@pytest.mark.stress
-def test_runs_killed_thirty_times_equal_the_unbroken_run(tiny_inputs, tmp_path):
-    """Losses and adapters are bit-identical after SIGKILL of one rank or both."""
-    unbroken = tmp_path / "unbroken/1"
-    kill_and_resume(tiny_inputs, unbroken.parent, num_kills=0)
-    attempts = kill_and_resume(tiny_inputs, tmp_path / "killed", num_kills=30)
-    assert attempts[-1].startswith("30 kills"), attempts
-    outputs = [path for path in (tmp_path / "killed").iterdir() if path.is_dir()]
-    assert outputs
-    for output in outputs:
-        assert read_losses(output) == read_losses(unbroken), attempts
-        for part in ("vision_model", "language_model"):
-            adapter, expected = (folder / part / "adapter_model.safetensors" for folder in (output, unbroken))
-            assert adapter.read_bytes() == expected.read_bytes(), attempts
-        assert not (output / "unfinished").exists()
-    print("\n".join(attempts))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.paths import REPO_ROOT
 
 
@@ -43,6 +44,14 @@ def make_environment_layer(name: str, requirements: list[str]) -> Path:
             raise OSError("\n".join(done.stderr.splitlines()[-3:]))
         stamp.write_text(wanted)
     return python
+
+
+def make_layer_or_skip(name: str, requirements: list[str]) -> Path:
+    """Return the Python of an environment layer, or skip the test if it cannot be made."""
+    try:
+        return make_environment_layer(name, requirements)
+    except OSError as error:
+        pytest.skip(f"creating the environment {name} failed: {error}")
 
 
 def layer_environment(python: Path, **variables: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from internvl.model.internvl_chat import InternVLChatModel
 from internvl.train.build_data import build_data
 from internvl.train.build_model import build_model, build_tokenizer
 from internvl.train.build_trainer import build_trainer
-from internvl.train.trainable_parameters import find_untrained_tokens
+from internvl.train.trainable_parameters import get_untrained_tokens
 
 TRAIN_LLM_AND_PROJECTOR = (
     "--freeze_backbone True".split()
@@ -164,10 +164,10 @@ def prepare_trainer(argv: list[str]):
     choose_resume_checkpoint(training_args)
     tokenizer = build_tokenizer(model_args, data_args)
     model = build_model(model_args, data_args, training_args, tokenizer)
-    untrained_tokens = find_untrained_tokens(model_args, tokenizer)
+    untrained_tokens = get_untrained_tokens(model, tokenizer)
     data = build_data(data_args, training_args, tokenizer, model.num_image_token, untrained_tokens=untrained_tokens)
     record = RunRecord(model_args, data_args, training_args)
-    return build_trainer(model, tokenizer, data, data_args, training_args, run_record=record)
+    return build_trainer(model, tokenizer, data, data_args, training_args, record)
 
 
 def prepare_batch(trainer, batch: dict) -> dict:

@@ -72,6 +72,17 @@ def test_batched_answers_equal_single_answers(chat_case):
     assert model.batch_chat(tokenizer, None, questions[:1], GREEDY) == single[:1]
 
 
+def test_a_tokenizer_without_padding_and_end_token(chat_case):
+    """Single answers and padded rows of a batch are the same; a template's separator still ends them."""
+    model, tokenizer, pixels, _ = chat_case
+    questions = ["Hello", "What is the colour of this?"]
+    expected = [model.chat(tokenizer, None, question, GREEDY) for question in questions]
+    tokenizer.pad_token = tokenizer.eos_token = None
+    assert tokenizer.pad_token_id is None
+    assert model.batch_chat(tokenizer, None, questions, GREEDY) == expected
+    assert [model.chat(tokenizer, None, question, GREEDY) for question in questions] == expected
+
+
 def test_generation_config_is_not_modified_and_streams(chat_case):
     model, tokenizer, pixels, _ = chat_case
 

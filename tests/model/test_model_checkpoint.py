@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from internvl.model import load_model_and_tokenizer, split_model
 from internvl.model.compose import add_special_tokens
-from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.resize import set_image_size
 from internvl.model.tokenizers.loading import load_tokenizer
 
@@ -46,6 +46,16 @@ def test_wrong_keys_are_listed(make_checkpoint):
         "unexpected: language_model.model.norm.wait",
         "mismatched: mlp1.3.bias (3,) for (32,)",
     ]
+
+
+def test_integer_weights_are_named(make_checkpoint):
+    """transformers would convert them: 0.03 has become 0."""
+
+    def change(weights):
+        weights["mlp1.3.bias"] = weights["mlp1.3.bias"].int()
+
+    with pytest.raises(ValueError, match=r"not floating: mlp1.3.bias \(expected floating point, got I32\)$"):
+        InternVLChatModel.from_pretrained(make_checkpoint(change))
 
 
 def test_rotary_buffers_of_old_checkpoints_are_ignored(make_checkpoint):
@@ -104,6 +114,36 @@ def test_known_tokens_without_a_row_get_one(model_and_tokenizer):
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         assert len(layer.weight) == len(tokenizer)
         torch.testing.assert_close(layer.weight[rows:], layer.weight[:rows].mean(0).expand(3, -1))
+
+
+@pytest.mark.parametrize("num_rows", [300, 90])
+@pytest.mark.parametrize("name", ["qwen2", "internlm2", "tied", "adapted"])
+@torch.no_grad()
+def test_resized_models_reload(goldens, tmp_path, name, num_rows):
+    folder = goldens / "models" / ("internlm2" if name == "internlm2" else "qwen2")
+    config = InternVLChatConfig.from_pretrained(folder)
+    config.tie_word_embeddings = config.llm_config.tie_word_embeddings = name == "tied"
+    model = InternVLChatModel(config).eval()
+    if name == "adapted":
+        model.wrap_llm_lora(r=2)
+    embeddings = model.resize_token_embeddings(num_rows, mean_resizing=False)
+    assert embeddings is model.get_input_embeddings()
+    assert embeddings.num_embeddings == model.lm_head.out_features == num_rows
+    assert (model.lm_head.weight is embeddings.weight) == (name == "tied")
+    model.save_pretrained(tmp_path)
+    reloaded = InternVLChatModel.from_pretrained(tmp_path).eval()
+    ids = torch.tensor([[3, 5, num_rows - 1]])
+    assert reloaded.config.llm_config.vocab_size == num_rows
+    assert (reloaded.lm_head.weight is reloaded.get_input_embeddings().weight) == (name == "tied")
+    torch.testing.assert_close(reloaded(None, ids).logits, model(None, ids).logits)
+
+
+def test_embeddings_with_adapters_are_not_resized(goldens):
+    model = InternVLChatModel.from_pretrained(goldens / "models/qwen2")
+    model.wrap_llm_lora(r=2, targets=["lm_head"])
+    with pytest.raises(ValueError, match="not supported while an embedding has adapters: merge them first"):
+        model.resize_token_embeddings(300)
+    assert model.resize_token_embeddings().num_embeddings == model.config.llm_config.vocab_size
 
 
 def test_set_image_size(goldens):

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.environments import layer_environment, make_environment_layer
+from helpers.environments import layer_environment, make_layer_or_skip
 from helpers.paths import PACKAGE_DIR
 
 pytestmark = pytest.mark.multiprocess
@@ -53,10 +53,7 @@ STUBS = {"model/__init__.py": ""} | {
 def pinned() -> Path:
     if sys.version_info >= (3, 13):
         pytest.skip("upstream's pins have wheels up to Python 3.12")
-    try:
-        return make_environment_layer("pinned", PINS)
-    except OSError as error:
-        pytest.skip(f"creating the environment with upstream's pins failed: {error}")
+    return make_layer_or_skip("pinned", PINS)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from internvl.constants import get_pad_id
 from internvl.model.compose import add_special_tokens
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.slow_patterns import is_slow_pattern
@@ -156,5 +157,9 @@ def test_tokenizer_without_pad_token_pads_with_the_end_of_text(folder, goldens):
     assert tokenizer.pad_token == tokenizer.eos_token and len(tokenizer) == len(expected)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         edit_json(folder / name, eos_token=None)
-    assert load_tokenizer(folder).pad_token_id == 0
-    assert load_tokenizer(folder)("What?").input_ids == expected("What?").input_ids
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token_id is None and get_pad_id(tokenizer) == 0
+    tokenizer.save_pretrained(folder.parent / "saved")
+    for loaded in (tokenizer, load_tokenizer(folder.parent / "saved")):
+        assert loaded("What?").input_ids == expected("What?").input_ids
+        assert loaded.decode([0], skip_special_tokens=True) == "!"

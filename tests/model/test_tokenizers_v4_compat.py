@@ -13,6 +13,7 @@ from internvl.model.tokenizers.loading import load_tokenizer
 CLASSES = {
     "PreTrainedTokenizerFast": ("PreTrainedTokenizerFast", {"tokenizer.json"}),
     "TokenizersBackend": ("PreTrainedTokenizerFast", {"tokenizer.json"}),
+    "LlamaTokenizerFast": ("PreTrainedTokenizerFast", {"tokenizer.json"}),  # whose tokenizer.json is not Llama's
     "Qwen2Tokenizer": ("Qwen2Tokenizer", {"vocab.json", "merges.txt"}),
     "Qwen2TokenizerFast": ("Qwen2Tokenizer", {"vocab.json", "merges.txt"}),
 }

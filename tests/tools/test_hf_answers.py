@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers.lora_models import randomize_adapters
+from helpers.token_recorder import TokenRecorder
 from PIL import Image
 from tools.internvl_custom2hf import main as custom2hf
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -13,20 +14,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from internvl.data.images import build_transform, dynamic_preprocess
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
-
-
-class TokenRecorder:
-    """A streamer that records the tokens."""
-
-    def __init__(self):
-        self.tokens = []
-
-    def put(self, tokens):
-        self.tokens += tokens.flatten().tolist()
-
-    def end(self):
-        pass
-
 
 GREEDY = {"max_new_tokens": 64, "do_sample": False}
 

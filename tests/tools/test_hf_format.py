@@ -88,6 +88,23 @@ def test_internlm2_without_reference_becomes_a_llama(folders):
         assert getattr(again.config, name) == getattr(model.config, name), name
 
 
+def test_generation_settings_are_kept_and_all_end_tokens_joined(folders):
+    custom, hf, back, tokenizer_path = folders
+    make_tiny_checkpoint(custom, tokenizer_path)
+    settings = {"eos_token_id": [2, 998], "do_sample": True, "top_p": 0.5, "_from_model_config": True}
+    (custom / "generation_config.json").write_text(json.dumps(settings))
+    convert(custom2hf, custom_path=custom, save_path=hf)
+    saved = json.loads((hf / "generation_config.json").read_text())
+    tokenizer = load_tokenizer(custom)
+    assert saved.pop("transformers_version")
+    assert saved == {
+        "eos_token_id": [2, 998, tokenizer.convert_tokens_to_ids("<|im_end|>")],
+        "do_sample": True,
+        "top_p": 0.5,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 @pytest.mark.parametrize("stored", ["twice", "once"])
 def test_head_equal_to_the_embedding_is_tied_in_hf_only(stored, folders):
     custom, hf, back, tokenizer_path = folders

@@ -53,6 +53,15 @@ def test_kinds_are_recognized(folders, kind, capsys):
     assert "Load with" in values
 
 
+def test_missing_files_are_listed(folders, tmp_path):
+    missing = dict(describe_checkpoint(folders / "full checkpoint"))["Missing files"]
+    assert missing == "preprocessor_config.json"
+    assert "Missing files" not in dict(describe_checkpoint(folders / "HF checkpoint"))
+    shutil.copytree(folders / "full checkpoint", tmp_path / "code")
+    edit_json(tmp_path / "code", "config.json", auto_map={"AutoModel": "modeling_x.Model", "AutoConfig": "a/b--c.D"})
+    assert dict(describe_checkpoint(tmp_path / "code"))["Missing files"].endswith(", 'modeling_x.py'")
+
+
 def test_adapters_are_counted_once_with_rank_alpha_and_variant(folders):
     adapted = folders / "full checkpoint with adapters"
     rows = describe_checkpoint(adapted)

@@ -119,8 +119,8 @@ def prepare_trainer(*argv: str) -> MultimodalDPOTrainer:
     reference = internvl_chat_mpo.build_reference(model, model_args, data_args, args)
     data = build_data(data_args, args, tokenizer, model.num_image_token, PreferenceDataset)
     return build_trainer(
-        *(model, tokenizer, data, data_args, args, MultimodalDPOTrainer, collate_pairs),
-        run_record=RunRecord(model_args, data_args, args),
+        *(model, tokenizer, data, data_args, args, RunRecord(model_args, data_args, args)),
+        *(MultimodalDPOTrainer, collate_pairs),
         loss=PreferenceLoss(data_args, args),
         reference=reference,
     )

@@ -321,3 +321,18 @@ def test_last_step_of_an_epoch_is_averaged_over_its_own_samples(tiny_inputs, tmp
         assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(
             scale * trainer.model(**batch).loss.item(), rel=1e-6
         )
+
+
+@pytest.mark.parametrize("tokens", [("pad_token",), ("pad_token", "eos_token")])
+def test_a_tokenizer_without_a_padding_token_gives_the_same_losses(tiny_inputs, tmp_path, monkeypatch, tokens):
+    """Rows of a micro-batch are padded with the end-of-text token or with 0. Padding is masked."""
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny_inputs / "cache"))
+    flags = [*TRAIN_ADAPTERS, *"--max_steps 2 --per_device_train_batch_size 4 --gradient_accumulation_steps 1".split()]
+    train_in_process(tiny_inputs, tmp_path / "expected", *flags)
+    model = shutil.copytree(tiny_inputs / "model", tmp_path / "model")
+    for file in (model / "tokenizer_config.json", model / "special_tokens_map.json"):
+        fields = json.loads(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in fields.items() if key not in tokens}))
+    assert load_tokenizer(model).pad_token_id != load_tokenizer(tiny_inputs / "model").pad_token_id
+    train_in_process(tiny_inputs, tmp_path / "out", *flags, "--model_name_or_path", str(model))
+    assert read_losses(tmp_path / "out") == read_losses(tmp_path / "expected")

@@ -20,6 +20,7 @@ from typing import Any
 
 from internvl.checkpoint.trainer_state import TRAINER_STATE_FILE, parse_checkpoint_step, read_trainer_state
 from internvl.dist_utils import count_cores_per_rank, gather_objects, get_rank, get_world_size, run_on_rank_0
+from internvl.model.model_card import CARD_FILE
 from internvl.regular_files import read_json, read_json_object, read_safetensors_header
 
 MANIFEST_FILE = "manifest.json"
@@ -41,7 +42,8 @@ def write_manifest(folder: Path, is_writer: bool, one_dir_per_node: bool = False
         one_dir_per_node: each node has a separate output folder, in which the writing rank reads all files.
         block: bytes per checksum.
     """
-    files = [file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST_FILE]
+    unlisted = [folder / MANIFEST_FILE, folder / CARD_FILE]  # users edit the model card
+    files = [file for file in folder.rglob("*") if file.is_file() and file not in unlisted]
     is_own = [is_writer if one_dir_per_node else _get_writing_rank(file.name) == get_rank() for file in files]
     own_files = [file for file, own in zip(files, is_own, strict=True) if own]
     own_entries = _map_in_threads(lambda file: (str(file.relative_to(folder)), _make_entry(file, block)), own_files)

@@ -8,6 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from internvl.model.adapter_io import find_adapter_dirs, has_adapters, load_lora_config
+from internvl.model.auxiliary_files import read_auxiliary_files, write_auxiliary_files
+from internvl.model.chat_template import save_tokenizer
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.adapter_checkpoint import (
     TRAINED_TENSORS_FILE,
@@ -18,14 +20,11 @@ from internvl.model.internvl_chat.merge import find_lora_layers, get_adapter_par
 from internvl.model.lora import LORA_RANK_FIELDS, ignore_peft_deprecations, is_peft_model
 from internvl.model.safetensors_io import abbreviate_names
 from internvl.model.tokenizers.loading import load_tokenizer
-from internvl.regular_files import copy_regular_file
 
 # Values of PEFT's `combination_type`. With `cat`, the product B A of the combined adapter is the exact weighted sum of
 # the products; `svd` is the best approximation of that sum at the largest rank.
 COMBINATION_METHODS = ("cat", "svd", "linear", "ties", "dare_linear")
 COMBINED_ADAPTER = "combined"
-# Files that other libraries read, besides weights, config.json and tokenizer.
-COPIED_FILE_PATTERNS = ("generation_config.json", "preprocessor_config.json", "chat_template.jinja", "*.py")
 
 
 def combine_adapters(
@@ -151,14 +150,16 @@ def _combine_loaded_adapters(
     return module
 
 
-def save_merged_checkpoint(model: InternVLChatModel, source: str | Path, output_dir: str | Path) -> None:
-    """Save a merged model, with tokenizer and auxiliary files of `source`.
+def save_merged_checkpoint(
+    model: InternVLChatModel, source: str | Path, output_dir: str | Path, with_remote_code: bool = False
+) -> None:
+    """Save a merged model, with the tokenizer and the other files of `source`.
 
     Args:
         source: the checkpoint with the adapters; `merged_from` in config.json.
+        with_remote_code: see `write_auxiliary_files`.
     """
     model.config.merged_from = str(source)
     model.save_pretrained(output_dir)
-    load_tokenizer(source).save_pretrained(output_dir)
-    for path in (path for pattern in COPIED_FILE_PATTERNS for path in Path(source).glob(pattern)):
-        copy_regular_file(path, Path(output_dir) / path.name)
+    save_tokenizer(load_tokenizer(source), model.config, output_dir)
+    write_auxiliary_files(read_auxiliary_files(source), output_dir, "merging adapters", with_remote_code)

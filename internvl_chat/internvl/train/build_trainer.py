@@ -8,8 +8,18 @@ from transformers import PreTrainedTokenizerBase
 
 from internvl.arguments.data import DataTrainingArguments
 from internvl.arguments.training import TrainingArguments
+from internvl.checkpoint.resume_rules import RunRecord
+from internvl.constants import get_pad_id
 from internvl.data.collators import collate_rows
 from internvl.data.images import NORMALIZATION_STATS
+from internvl.model.auxiliary_files import (
+    AuxiliaryFiles,
+    build_preprocessor_config,
+    compose_auxiliary_files,
+    read_auxiliary_files,
+    set_tile_size,
+    update_preprocessor_config,
+)
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.planning.data_schedule import DataSchedule
 from internvl.planning.plan_report import format_epoch_plan
@@ -21,20 +31,22 @@ from internvl.train.trainer import InternVLTrainer
 logger = logging.getLogger(__name__)
 
 
-def build_preprocessor_config(data_args: DataTrainingArguments) -> dict:
-    """Build the content of `preprocessor_config.json`, as in published checkpoints."""
-    mean, std = NORMALIZATION_STATS[data_args.normalize_type]
-    return {
-        "crop_size": data_args.force_image_size,
-        "do_center_crop": True,
-        "do_normalize": True,
-        "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": list(mean),
-        "image_std": list(std),
-        "resample": 3,
-        "size": data_args.force_image_size,
-    }
+def read_base_files(flags: dict, preprocessor: dict) -> AuxiliaryFiles:
+    """Read the files besides weights that results take over from the base.
+
+    Args:
+        flags: of the run, which name the base.
+        preprocessor: this run's settings, which replace the base's.
+    """
+    if path := flags["model_name_or_path"]:
+        files = read_auxiliary_files(path)
+    else:
+        vision_files = read_auxiliary_files(flags["vision_path"])
+        vision_files.remove("code")
+        files = compose_auxiliary_files(vision_files, read_auxiliary_files(flags["llm_path"]))
+    set_tile_size(files, preprocessor["size"])
+    update_preprocessor_config(files, preprocessor)
+    return files
 
 
 def build_trainer(
@@ -43,6 +55,7 @@ def build_trainer(
     data: TrainingData,
     data_args: DataTrainingArguments,
     training_args: TrainingArguments,
+    run_record: RunRecord,
     trainer_class: type[InternVLTrainer] = InternVLTrainer,
     collator: Callable = collate_rows,
     **kwargs,
@@ -61,9 +74,11 @@ def build_trainer(
         ),
     )
     model.loss_reduction = data_args.loss_reduction
-    collator = partial(collator, pad_id=tokenizer.pad_token_id)
+    collator = partial(collator, pad_id=get_pad_id(tokenizer))
     if data_args.use_packed_ds and data_args.strict_mode:
         collator = partial(collator, max_item_length=data_args.max_packed_tokens)
+    preprocessor = build_preprocessor_config(data_args.force_image_size, *NORMALIZATION_STATS[data_args.normalize_type])
+    base_files = read_base_files(run_record.flags, preprocessor) if training_args.should_save else AuxiliaryFiles()
     max_skipped = count_max_skipped_samples(data_args, len(data.lengths))
     return trainer_class(
         model=model,
@@ -73,7 +88,9 @@ def build_trainer(
         processing_class=tokenizer,
         schedule=schedule,
         skipped_samples=SkippedSampleReport(map(str, data.skipped_samples), max_skipped),
-        preprocessor=build_preprocessor_config(data_args),
+        preprocessor=preprocessor,
+        auxiliary_files=base_files,
+        run_record=run_record,
         accept_changed_data=data_args.accept_changed_data,
         all_gather_loss=data_args.loss_reduction_all_gather,
         **kwargs,

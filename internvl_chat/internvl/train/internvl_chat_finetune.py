@@ -16,7 +16,7 @@ from internvl.arguments.data import DataTrainingArguments  # noqa: F401
 from internvl.arguments.model import ModelArguments  # noqa: F401
 from internvl.arguments.training import TrainingArguments, parse_args  # noqa: F401
 from internvl.arguments.validate import validate_arguments
-from internvl.checkpoint.resume import choose_resume_checkpoint
+from internvl.checkpoint.resume import choose_resume_checkpoint, is_finished_without_checkpoints
 from internvl.checkpoint.resume_rules import RunRecord
 from internvl.constants import IGNORE_INDEX  # noqa: F401
 from internvl.data.collators import len2weight  # noqa: F401
@@ -27,7 +27,7 @@ from internvl.train.build_data import build_data
 from internvl.train.build_model import build_model, build_tokenizer
 from internvl.train.build_trainer import build_trainer
 from internvl.train.run_training import exit_process_group, set_up_logging, train_and_save
-from internvl.train.trainable_parameters import find_untrained_tokens
+from internvl.train.trainable_parameters import get_untrained_tokens
 
 
 def main() -> None:
@@ -48,14 +48,16 @@ def train() -> int:
         validate_arguments(model_args, data_args, training_args)
         claim_output_dir(model_args, data_args, training_args)
         run_record = RunRecord(model_args, data_args, training_args)
+        if is_finished_without_checkpoints(training_args, run_record):
+            return 0
         checkpoint = choose_resume_checkpoint(training_args)
         if checkpoint:
             run_record.resume_from(Path(checkpoint))
         tokenizer = build_tokenizer(model_args, data_args)
         model = build_model(model_args, data_args, training_args, tokenizer)
-        untrained_tokens = find_untrained_tokens(model_args, tokenizer)
+        untrained_tokens = get_untrained_tokens(model, tokenizer)
         data = build_data(data_args, training_args, tokenizer, model.num_image_token, untrained_tokens=untrained_tokens)
-        trainer = build_trainer(model, tokenizer, data, data_args, training_args, run_record=run_record)
+        trainer = build_trainer(model, tokenizer, data, data_args, training_args, run_record)
         return train_and_save(trainer, data, checkpoint)
 
 

@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds: a si
     prepare_rank()
 
 import logging
-import shutil
 from pathlib import Path
 
 from internvl.arguments.model import ModelArguments
@@ -19,8 +18,9 @@ from internvl.arguments.preference import PREFERENCE_ARGUMENTS, DPOConfig, Prefe
 from internvl.arguments.preference import PreferenceDataArguments as DataTrainingArguments  # noqa: F401
 from internvl.arguments.training import parse_args
 from internvl.arguments.validate import validate_preference_arguments
-from internvl.checkpoint.resume import choose_resume_checkpoint
+from internvl.checkpoint.resume import choose_resume_checkpoint, is_finished_without_checkpoints
 from internvl.checkpoint.resume_rules import RunRecord
+from internvl.constants import IGNORE_INDEX  # noqa: F401
 from internvl.data.preference_dataset import PreferenceDataset, collate_pairs
 from internvl.data.preference_dataset import PreferenceDataset as LazySupervisedDataset  # noqa: F401
 from internvl.model.internvl_chat import InternVLChatConfig
@@ -32,17 +32,10 @@ from internvl.train.build_model import build_model, build_tokenizer, load_model
 from internvl.train.build_trainer import build_trainer
 from internvl.train.preference_loss import PreferenceLoss, PreferenceModel
 from internvl.train.run_training import exit_process_group, set_up_logging, train_and_save
-from internvl.train.trainable_parameters import find_untrained_tokens
+from internvl.train.trainable_parameters import get_untrained_tokens
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
 
 logger = logging.getLogger(__name__)
-# The Python files in upstream's published checkpoints.
-REMOTE_CODE_FILES = [
-    "conversation.py",
-    *(f"{kind}_{part}.py" for kind in ("configuration", "modeling") for part in ("intern_vit", "internlm2")),
-    "configuration_internvl_chat.py",
-    "modeling_internvl_chat.py",
-]
 
 
 def main() -> None:
@@ -59,6 +52,8 @@ def train() -> int:
         validate_preference_arguments(model_args, data_args, training_args)
         claim_output_dir(model_args, data_args, training_args)
         run_record = RunRecord(model_args, data_args, training_args)
+        if is_finished_without_checkpoints(training_args, run_record):
+            return 0
         checkpoint = choose_resume_checkpoint(training_args)
         if checkpoint:
             run_record.resume_from(Path(checkpoint))
@@ -66,20 +61,16 @@ def train() -> int:
         model = build_model(model_args, data_args, training_args, tokenizer, PreferenceModel)
         assert isinstance(model, PreferenceModel)
         reference = build_reference(model, model_args, data_args, training_args)
-        untrained_tokens = find_untrained_tokens(model_args, tokenizer)
+        untrained_tokens = get_untrained_tokens(model, tokenizer)
         data = build_data(
             data_args, training_args, tokenizer, model.num_image_token, PreferenceDataset, untrained_tokens
         )
         trainer = build_trainer(
-            *(model, tokenizer, data, data_args, training_args, MultimodalDPOTrainer, collate_pairs),
-            run_record=run_record,
+            *(model, tokenizer, data, data_args, training_args, run_record, MultimodalDPOTrainer, collate_pairs),
             loss=PreferenceLoss(data_args, training_args),
             reference=reference,
         )
-        status = train_and_save(trainer, data, checkpoint)
-        if status == 0:
-            copy_remote_code(model_args, training_args)
-    return status
+        return train_and_save(trainer, data, checkpoint)
 
 
 def build_reference(
@@ -110,18 +101,6 @@ def starts_from_adapters(model_args: ModelArguments) -> bool:
         return False
     config = InternVLChatConfig.from_pretrained(model_args.model_name_or_path)
     return any(getattr(config, rank) for rank in LORA_RANK_FIELDS.values())
-
-
-def copy_remote_code(model_args: ModelArguments, training_args: DPOConfig) -> None:
-    """Copy the Python files of the checkpoint.
-
-    Programs that load checkpoints with `trust_remote_code` need them. This package never runs them.
-    """
-    source, target = Path(model_args.model_name_or_path or ""), Path(str(training_args.output_dir))
-    if training_args.should_save and training_args.do_train:
-        for name in REMOTE_CODE_FILES:
-            if (source / name).is_file():
-                shutil.copy(source / name, target / name)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,12 @@ def find_untrained_tokens(args: ModelArguments, tokenizer: PreTrainedTokenizerBa
     return find_new_tokens(tokenizer, vocab_size, fields.get("untrained_token_ids"))
 
 
+def get_untrained_tokens(model: InternVLChatModel, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return id -> token of the tokens whose rows a built model does not train."""
+    ids: list[int] = model.config.untrained_token_ids
+    return dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
+
+
 def parse_lora_settings(args: ModelArguments, part: str) -> dict:
     """Return the fields of `LoraSettings` that the flags give for a part."""
     flags = get_part_settings(args, LoraArguments, PART_FLAGS[part])

@@ -18,7 +18,6 @@ of the plan. `LoopCallback` (train/loop_callback.py) connects transformers' hook
 `end_step`, which call the objects in a fixed order.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -50,6 +49,8 @@ from internvl.metrics.step_metrics import (
     combine_rank_reports,
     drop_metrics_after,
 )
+from internvl.model.auxiliary_files import AuxiliaryFiles, write_auxiliary_files
+from internvl.model.chat_template import save_tokenizer
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.adapter_checkpoint import (
     gather_trained_tensors,
@@ -95,6 +96,7 @@ class InternVLTrainer(Trainer):
         schedule: the epoch plans.
         skipped_samples: report of the samples that are unusable.
         preprocessor: content of `preprocessor_config.json`.
+        auxiliary_files: to write into checkpoints.
         run_record: the flags of the run.
         accept_changed_data: resume even if the data has changed.
         all_gather_loss: see `MicroBatchWeights`.
@@ -115,6 +117,7 @@ class InternVLTrainer(Trainer):
         schedule: DataSchedule,
         skipped_samples: SkippedSampleReport,
         preprocessor: dict,
+        auxiliary_files: AuxiliaryFiles,
         run_record: RunRecord,
         accept_changed_data: bool = False,
         all_gather_loss: bool = False,
@@ -124,10 +127,10 @@ class InternVLTrainer(Trainer):
         args = self.args
         args.ignore_data_skip = True  # the batch sampler starts at the position to resume from
         self.schedule, self.skipped_samples, self.preprocessor = schedule, skipped_samples, preprocessor
-        self.run_record, self.accept_changed_data = run_record, accept_changed_data
+        self.run_record, self.auxiliary_files = run_record, auxiliary_files
+        self.accept_changed_data = accept_changed_data
         self.loss_weights = MicroBatchWeights(schedule, self.model.loss_reduction, all_gather_loss)
-        self.epoch = 0
-        self.steps_before_epoch = 0  # global step at which `epoch` began
+        self.epoch, self.steps_before_epoch = 0, 0  # the latter is the global step at which `epoch` began
         self.first_step = 0  # global step at which this process began
         self.needs_base_model = False  # although checkpoints may hold all weights
         self.new_unusable_samples: list[str] = []  # on this rank since the last report
@@ -241,10 +244,7 @@ class InternVLTrainer(Trainer):
         return self.guard.keep_finite(loss)
 
     def before_zero_step(self, optimizer) -> None:
-        """Make DeepSpeed skip a step whose gradient norm is too large.
-
-        For non-finite gradients it does so anyway.
-        """
+        """Make DeepSpeed skip a step whose finite gradient norm is too large."""
         self.metrics.timer.mark("optimizer")
         if self.guard.max_grad_norm is not None and self.guard.check_zero_grad_norm(compute_grad_norm(optimizer)):
             set_grads_to_inf(optimizer)
@@ -364,14 +364,13 @@ class InternVLTrainer(Trainer):
         if self.saves_adapters_only:
             tensors = gather_trained_tensors(self.model)
             if self.args.should_save:
-                folder.mkdir(parents=True, exist_ok=True)
                 save_adapter_checkpoint(self.model, folder, tensors)
-                self.processing_class.save_pretrained(folder)
                 torch.save(self.args, folder / "training_args.bin")
         else:
             super().save_model(str(folder), _internal_call)
         if self.args.should_save:
-            (folder / "preprocessor_config.json").write_text(json.dumps(self.preprocessor, indent=2) + "\n")
+            save_tokenizer(self.processing_class, self.model.config, folder)
+            write_auxiliary_files(self.auxiliary_files, folder, "fine-tuning")
             self.run_record.save(folder, self.model.base_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from internvl.constants import SPECIAL_TOKENS
 from internvl.conversation import get_conv_template
+from internvl.model.chat_template import save_tokenizer
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 
 TEMPLATE = "internvl2_5"
@@ -114,7 +115,7 @@ def main() -> None:
     tokenizer = train_tokenizer(read_texts(args.annotation))
     model = build_model(tokenizer)
     model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+    save_tokenizer(tokenizer, model.config, args.output)
     print(f"saved {args.output}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
 
 

@@ -10,9 +10,11 @@ from transformers import AutoConfig, InternVLConfig, LlamaConfig, PretrainedConf
 
 from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.config_values import check_common_values, describe_config_file
-from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
+from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens, to_transformers4_keys
 from internvl.model.internvl_chat.safe_loading import one_line_file_errors, refuse_unsafe_files
 from internvl.model.lora import LORA_RANK_FIELDS
+from internvl.model.tokenizers.v4_compat import update_json
+from internvl.regular_files import read_json_object
 
 # Fields of the vision encoder: custom name -> HF name.
 VISION_FIELDS = {
@@ -116,6 +118,19 @@ def convert_config_to_hf(config: InternVLChatConfig, image_token_id: int, is_tie
         internvl_chat={name: getattr(config, name, None) for name in CHAT_FIELDS},
         **REQUIRED_HF_SETTINGS,
     )
+
+
+def save_hf_config(config: InternVLConfig, folder: Path) -> None:
+    """Save an HF configuration that transformers 4.52 to 5 read alike."""
+    config.save_pretrained(folder)
+    fields = read_json_object(folder / "config.json")
+    text_fields = to_transformers4_keys(fields["text_config"])
+    if rope := text_fields.get("rope_scaling"):
+        kind = rope.pop("type")
+        # Both versions read `rope_type`. Phi-3's configuration of version 4 reads only `type`; 5 does not know `su`.
+        is_phi3 = kind in ("su", "longrope")
+        text_fields["rope_scaling"] = ({"type": "longrope"} if is_phi3 else {"rope_type": kind}) | rope
+    update_json(folder / "config.json", text_config=text_fields, torch_dtype=fields.get("dtype"))
 
 
 def convert_config_to_custom(

@@ -9,89 +9,44 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, InternVLProcessor, InternVLVideoProcessor
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2 import GotOcr2ImageProcessor
 
 from internvl.constants import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN
-from internvl.conversation import Conversation
+from internvl.model.auxiliary_files import read_normalization
+from internvl.model.chat_template import VIDEO_PLACEHOLDER, set_chat_template
 from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.chat import build_conversation, get_end_marker
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens, get_tile_size
+from internvl.model.internvl_chat.generation import GENERATION_CONFIG_FILE, load_generation_config
 from internvl.model.tokenizers.loading import PreTrainedTokenizerFast, load_tokenizer
+from internvl.model.tokenizers.v4_compat import update_json
 
 # Attributes that InternVLProcessor reads from its tokenizer.
 PROCESSOR_TOKENS = {
     "start_image_token": IMG_START_TOKEN,
     "end_image_token": IMG_END_TOKEN,
     "context_image_token": IMG_CONTEXT_TOKEN,
-    "video_token": "<video>",
+    "video_token": VIDEO_PLACEHOLDER,
 }
 
 # Special tokens that a tokenizer has as attributes.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
-# Jinja in a `str.format` string: doubled braces are Jinja's.
-CHAT_TEMPLATE = """\
-{{%- set head = {{'system': {system[0]}, 'user': {user[0]}, 'assistant': {assistant[0]}}} %}}
-{{%- set tail = {{'system': {system[1]}, 'user': {user[1]}, 'assistant': {assistant[1]}}} %}}
-{{%- if messages[0]['role'] != 'system' %}}{{{{ head['system'] + {system_message} + tail['system'] }}}}{{% endif %}}
-{{%- for message in messages %}}
-{{{{- head[message['role']] }}}}
-{{%- if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}
-{{%- for part in message['content'] %}}
-{{%- if part['type'] == 'text' %}}{{{{ part['text'] }}}}
-{{%- elif part['type'] == 'image' %}}{{{{ '{image}\\n' }}}}
-{{%- elif part['type'] == 'video' %}}{{{{ '{video}\\n' }}}}{{% endif %}}
-{{%- endfor %}}{{% endif %}}
-{{{{- tail[message['role']] }}}}
-{{%- endfor %}}
-{{%- if add_generation_prompt %}}{{{{ {answer} }}}}{{% endif %}}"""
 
-
-def build_jinja_chat_template(template: Conversation) -> str:
-    """Build the Jinja chat template of a conversation template.
-
-    Images and videos become the placeholders that transformers' processor replaces.
-    """
-    user, assistant = template.roles
-    dialogue = template.copy()
-    dialogue.messages = [[user, "?"], [assistant, "!"], [user, "?"], [assistant, None]]
-    style = template.style
-    placeholder = "\N{OBJECT REPLACEMENT CHARACTER}"  # occurs in no template
-    dialogue.system_message = placeholder
-    system_text = style.prefix(dialogue)
-    # Role -> the text before and after its message.
-    surroundings = {
-        "system": system_text.split(placeholder) if placeholder in system_text else ("", ""),
-        "user": (style.before(dialogue, 0, user), style.after(dialogue, 0)),
-        "assistant": (style.before(dialogue, 1, assistant), style.after(dialogue, 1)),
-    }
-    return CHAT_TEMPLATE.format(
-        **{role: [_quote(text) for text in texts] for role, texts in surroundings.items()},
-        system_message=_quote(template.system_message),
-        answer=_quote(style.open_slot(dialogue, 3, assistant)),
-        image=IMG_CONTEXT_TOKEN,
-        video=PROCESSOR_TOKENS["video_token"],
-    )
-
-
-def _quote(text: str) -> str:
-    """Format a text as a string literal of Jinja (JSON's escapes)."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def save_processor(config: InternVLChatConfig, source: str | Path, output_dir: str | Path) -> None:
+def save_processor(config: InternVLChatConfig, source: str | Path, output_dir: Path) -> None:
     """Save tokenizer, processor, chat template and generation configuration.
 
     Args:
         config: configuration of the chat checkpoint `source`, whose tokenizer is converted.
     """
-    template = build_conversation(config)
-    tokenizer = _convert_to_fast_tokenizer(load_tokenizer(source), **PROCESSOR_TOKENS)
+    chat_tokenizer = load_tokenizer(source)
+    tokenizer = _convert_to_fast_tokenizer(chat_tokenizer, **PROCESSOR_TOKENS)
+    set_chat_template(tokenizer, config, IMG_CONTEXT_TOKEN, chat_tokenizer)
+    mean, std = read_normalization(source)
     preprocessing = {
         "size": {"height": get_tile_size(config), "width": get_tile_size(config)},
-        "image_mean": list(IMAGENET_DEFAULT_MEAN),
-        "image_std": list(IMAGENET_DEFAULT_STD),
+        "image_mean": mean,
+        "image_std": std,
     }
     min_tiles, max_tiles = (config.min_dynamic_patch, config.max_dynamic_patch) if config.dynamic_image_size else (1, 1)
     processor = InternVLProcessor(
@@ -99,21 +54,42 @@ def save_processor(config: InternVLChatConfig, source: str | Path, output_dir: s
         tokenizer,
         InternVLVideoProcessor(**preprocessing),
         image_seq_length=count_image_tokens(config),
-        chat_template=build_jinja_chat_template(template),
+        chat_template=tokenizer.chat_template,
     )
     processor.save_pretrained(output_dir)
-    end_token_id = tokenizer.convert_tokens_to_ids(get_end_marker(template))
-    eos_token_ids = sorted({end_token_id, tokenizer.eos_token_id} - {None, tokenizer.unk_token_id})
-    GenerationConfig(eos_token_id=eos_token_ids, pad_token_id=tokenizer.pad_token_id).save_pretrained(output_dir)
+    # transformers 4 reads a file for each part, and version 4.52 fails if processor_config.json holds them as well.
+    processor.image_processor.save_pretrained(output_dir)
+    processor.video_processor.save_pretrained(output_dir)
+    update_json(output_dir / "processor_config.json", image_processor=None, video_processor=None)
+    update_json(
+        output_dir / "tokenizer_config.json",
+        chat_template=tokenizer.chat_template,
+        extra_special_tokens=PROCESSOR_TOKENS,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    _save_generation_config(config, tokenizer, source, output_dir)
 
 
-def save_chat_tokenizer(source: str | Path, num_embeddings: int, output_dir: Path) -> None:
-    """Save the tokenizer of an HF checkpoint for a chat model.
+def _save_generation_config(config: InternVLChatConfig, tokenizer, source: str | Path, output_dir: Path) -> None:
+    """Save the settings of the chat checkpoint, with the ids that end an answer of `chat` as well."""
+    generation_config = load_generation_config(source) or GenerationConfig()
+    end_ids = {tokenizer.convert_tokens_to_ids(get_end_marker(build_conversation(config))), tokenizer.eos_token_id}
+    stored_ids = generation_config.eos_token_id
+    end_ids |= {*stored_ids} if isinstance(stored_ids, list) else {stored_ids}
+    generation_config.eos_token_id = sorted(end_ids - {None, tokenizer.unk_token_id})
+    generation_config.pad_token_id = tokenizer.pad_token_id
+    generation_config.to_json_file(output_dir / GENERATION_CONFIG_FILE)
+    # With this field, transformers 4 replaces the settings by those of the LLM.
+    update_json(output_dir / GENERATION_CONFIG_FILE, _from_model_config=None)
+
+
+def load_chat_tokenizer(source: str | Path, num_embeddings: int) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of an HF checkpoint for a chat model.
 
     Tokens without an embedding are left out. In most models that is `<video>`, which the processor replaces by image
     tokens.
     """
-    _convert_to_fast_tokenizer(load_tokenizer(source), num_embeddings).save_pretrained(output_dir)
+    return _convert_to_fast_tokenizer(load_tokenizer(source), num_embeddings)
 
 
 def _convert_to_fast_tokenizer(

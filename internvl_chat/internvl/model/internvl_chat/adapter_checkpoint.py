@@ -11,19 +11,24 @@ The trainer calls `save_adapter_checkpoint`, `InternVLChatModel.from_pretrained`
 
 import copy
 import hashlib
+import json
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from internvl.model.internvl_chat.checkpoint_keys import check_checkpoint_keys, find_checkpoint_dir
+from internvl.model.internvl_chat.generation import save_generation_config, set_generation_config
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.internvl_chat.resize import resize_embeddings, set_image_size
+from internvl.model.internvl_chat.safe_loading import ADAPTER_CONFIG_FILE
 from internvl.model.internvl_chat.zero3 import gathered_parameters, get_full_shape
-from internvl.model.lora import LORA_RANK_FIELDS, PEFT_PREFIX, is_adapter_parameter, is_peft_model, unwrap_peft
+from internvl.model.lora import LORA_RANK_FIELDS, PEFT_PREFIX, is_adapter_parameter, is_peft_model
 from internvl.regular_files import open_regular_file, read_json_object, read_safetensors_header
 
 if TYPE_CHECKING:
@@ -33,6 +38,11 @@ TRAINED_TENSORS_FILE = "trained.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 # A fingerprint reads this many bytes at the beginning, in the middle and at the end of each tensor.
 FINGERPRINT_SAMPLE_BYTES = 1024
+# Fields of PEFT's adapter_config.json that do not describe the trained adapters.
+UNCHECKED_ADAPTER_FIELDS = set(
+    "auto_mapping base_model_name_or_path inference_mode init_lora_weights lora_dropout peft_version revision "
+    "task_type".split()
+)
 MAX_NEW_TOKENS = 2**16  # that a run may add to its base model
 
 
@@ -63,6 +73,7 @@ def save_adapter_checkpoint(model: "InternVLChatModel", folder: str | Path, stat
     """
     folder, base_checkpoint = Path(folder), model.base_checkpoint
     assert base_checkpoint is not None
+    folder.mkdir(parents=True, exist_ok=True)
     for part in LORA_RANK_FIELDS:
         module = getattr(model, part)
         if is_peft_model(module):
@@ -83,7 +94,7 @@ def save_adapter_checkpoint(model: "InternVLChatModel", folder: str | Path, stat
     config.base_model = base_checkpoint
     config.__dict__.pop("quantization_config", None)  # of the weights in memory, not of the base checkpoint
     config.save_pretrained(folder)
-    unwrap_peft(model.language_model).generation_config.save_pretrained(folder)
+    save_generation_config(model, folder)
 
 
 # -- identity of the base checkpoint -----------------------------------------------------------------------------------
@@ -196,6 +207,7 @@ def load_adapter_checkpoint(cls, folder: str | Path, config, base_model: str | P
         setattr(model.config, name, getattr(config, name))
     model.add_configured_adapters()
     load_trained_tensors(model, folder)
+    set_generation_config(model, folder)
     model.base_checkpoint, model.config.base_model = description | {"path": path}, None
     return model
 
@@ -243,6 +255,8 @@ def read_trained_tensors(
         ValueError: as `load_adapter_checkpoint`.
     """
     folder = Path(folder)
+    for part in LORA_RANK_FIELDS:
+        _check_adapter_config(folder / part / ADAPTER_CONFIG_FILE, getattr(model, part))
     parameters = dict(model.named_parameters())
     adapters = {get_saved_adapter_name(name): name for name in parameters if is_adapter_parameter(name)}
     others = {strip_peft_prefix(name): name for name in parameters if not is_adapter_parameter(name)}
@@ -260,12 +274,35 @@ def read_trained_tensors(
         "mismatched_keys": [
             (name, tensor.shape, shapes[name])
             for name, tensor in tensors.items()
-            if name in parameters and (tensor.shape != shapes[name] or not tensor.is_floating_point())
+            if name in parameters and tensor.shape != shapes[name]
         ],
+        "not_floating_keys": [(name, t.dtype) for name, t in tensors.items() if not t.is_floating_point()],
         "not_finite_keys": [name for name, tensor in tensors.items() if not tensor.isfinite().all()],
     }
     check_checkpoint_keys(str(folder), loading_info)
     return tensors
+
+
+def _check_adapter_config(file: Path, module: nn.Module) -> None:
+    """Raise a ValueError if PEFT's file describes other adapters than a part has.
+
+    Other programs read the file. Here `config.json` has the settings of the adapters.
+    """
+    if not is_peft_model(module) or not file.exists():
+        return
+    config = cast(LoraConfig, module.peft_config[module.active_adapter])
+    own = json.loads(json.dumps(config.to_dict(), default=sorted))  # a set of target modules
+    saved = {key: getattr(LoraConfig, key, None) for key in own} | read_json_object(file)
+    for key in sorted(own.keys() - UNCHECKED_ADAPTER_FIELDS):
+        values = [sorted(value) if _is_list_of_names(value) else value or None for value in (saved[key], own[key])]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"{file} is invalid: {key} is {saved[key]!r:.80}, expected {own[key]!r:.80}, as config.json has it."
+            )
+
+
+def _is_list_of_names(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Chatting with the model.
 
 Question and tiles -> prompt -> generated ids -> answer.
-`InternVLChatModel` inherits `chat` and `batch_chat` from `ChatMixin`.
+`InternVLChatModel` inherits `chat` and `batch_chat` from `ChatMixin`. This file is also written into checkpoints (see
+`model/code_files.py`), and imports only torch and the templates.
 """
 
 from itertools import takewhile
@@ -19,7 +20,7 @@ class ChatMixin:
 
     - `pixel_values` (T, 3, H, W): the tiles of all images of all questions in order, those of a history first.
     - `generation_config`: a dict of arguments of `generate` (`max_new_tokens`, `do_sample`, `streamer`, ...). It is not
-      modified.
+      modified. As in upstream, the settings of the checkpoint's `generation_config.json` are not used.
     - `history`: a list of (question, answer).
 
     An answer ends at the end marker of the template or the end-of-text token of the tokenizer. Special tokens are
@@ -148,14 +149,12 @@ class ChatMixin:
     def _generate_answers(self, tokenizer, pixel_values, prompts: list[str], generation_config: dict) -> list[str]:
         """Generate the texts that follow the prompts.
 
-        Shorter prompts are padded on the left; the tokenizer's own padding side is restored.
+        Shorter prompts are padded on the left. The tokenizer may have no token for padding, which is masked.
         """
-        padding_side = tokenizer.padding_side
-        tokenizer.padding_side = "left"
-        try:
-            inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1)
-        finally:
-            tokenizer.padding_side = padding_side
+        rows = tokenizer(prompts)["input_ids"]
+        longest, pad_id = max(map(len, rows)), tokenizer.pad_token_id or 0
+        input_ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows])  # (B, L)
+        attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         template = get_conv_template(self.template)
         end_marker = get_end_marker(template)
         end_ids = {tokenizer.convert_tokens_to_ids(end_marker), tokenizer.eos_token_id} - {None}
@@ -163,9 +162,9 @@ class ChatMixin:
         with torch.inference_mode():
             output = self.generate(
                 pixel_values=pixel_values,
-                input_ids=inputs["input_ids"].to(device),
-                attention_mask=inputs["attention_mask"].to(device),
-                **{"pad_token_id": tokenizer.pad_token_id, **generation_config, "eos_token_id": sorted(end_ids)},
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                **{"pad_token_id": pad_id, **generation_config, "eos_token_id": sorted(end_ids) or None},
             )
         # A row that ended early is padded to the longest answer of the batch.
         answers = [list(takewhile(lambda token_id: token_id not in end_ids, row)) for row in output.tolist()]

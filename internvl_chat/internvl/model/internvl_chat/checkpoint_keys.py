@@ -50,12 +50,13 @@ def check_checkpoint_keys(name: str, loading_info: dict) -> None:
 
     Args:
         loading_info: `missing_keys`, `unexpected_keys` and `mismatched_keys` as transformers' `from_pretrained` reports
-            them; `not_finite_keys`, too, in checkpoints of adapters.
+            them; `not_floating_keys` (key, dtype) and `not_finite_keys`, where a tensor is read here.
     """
-    problems = ("missing", "unexpected", "mismatched", "not_finite")
+    problems = ("missing", "unexpected", "mismatched", "not_floating", "not_finite")
     keys = {problem: set(loading_info.get(f"{problem}_keys") or ()) for problem in problems}
     # A mismatched key comes with the shapes in the checkpoint and in the model.
     keys["mismatched"] = {f"{key} {tuple(got)} for {tuple(expected)}" for key, got, expected in keys["mismatched"]}
+    keys["not_floating"] = {f"{key} (expected floating point, got {dtype})" for key, dtype in keys["not_floating"]}
     if any(keys.values()):
         listed = [
             f"{problem.replace('_', ' ')}: {abbreviate_names(keys[problem], MAX_NAMES)}"

@@ -35,6 +35,7 @@ class InternVLChatConfig(PretrainedConfig):
         lora_settings: part (`vision_model`, `mlp1`, `language_model`) -> fields of `lora.LoraSettings`. A part without
             an entry has upstream's settings: alpha is twice the rank.
         template: name of the conversation template, see `internvl.conversation`.
+        attn_implementation: of both parts, see `decoder.get_requested_attention`; it is not saved.
         tie_word_embeddings: whether the LLM's head shares its weight with the input embedding. It must also be set in
             `llm_config`, as in the small models of InternVL 3.5; older models are not tied.
 
@@ -64,6 +65,7 @@ class InternVLChatConfig(PretrainedConfig):
         tie_word_embeddings=False,
         use_mlp_lora=0,
         lora_settings=None,
+        attn_implementation=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -75,6 +77,7 @@ class InternVLChatConfig(PretrainedConfig):
         self.use_llm_lora = use_llm_lora
         self.use_mlp_lora = use_mlp_lora
         self.lora_settings = lora_settings
+        self.attn_implementation = attn_implementation
         self.pad2square = pad2square
         self.select_layer = select_layer
         self.force_image_size = force_image_size
@@ -108,6 +111,15 @@ class InternVLChatConfig(PretrainedConfig):
         check_chat_config(fields, source)
         return fields, kwargs
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Create a configuration from the fields of `config.json`."""
+        # A choice for the machine that wrote the file.
+        fields = {key: value for key, value in config_dict.items() if key != "attn_implementation"}
+        if isinstance(llm_fields := fields.get("llm_config"), dict):
+            fields["llm_config"] = {k: value for k, value in llm_fields.items() if k != "attn_implementation"}
+        return super().from_dict(fields, **kwargs)
+
     def to_dict(self) -> dict:
         """Return all fields, defaults included, under the keys of transformers 4.
 
@@ -116,13 +128,18 @@ class InternVLChatConfig(PretrainedConfig):
         output = super().to_dict()
         for part in ("vision_config", "llm_config"):
             config = getattr(self, part)
-            output[part] = _to_transformers4_keys({**config.to_dict(), "model_type": config.model_type})
-        output.pop("_commit_hash", None)
-        return _to_transformers4_keys({**output, "model_type": self.model_type})
+            output[part] = to_transformers4_keys({**config.to_dict(), "model_type": config.model_type})
+        for key in ("_commit_hash", "attn_implementation"):
+            output.pop(key, None)
+        return to_transformers4_keys({**output, "model_type": self.model_type})
 
     def to_diff_dict(self) -> dict:
-        """Return all fields: `config.json` contains defaults, too, as upstream's does."""
-        return self.to_dict()
+        """Return the fields of `config.json`: all of them, defaults included, as in upstream's."""
+        output = self.to_dict()
+        uses_flash_attn = self.vision_config.use_flash_attn
+        # Upstream's key, which has these two values.
+        output["llm_config"]["attn_implementation"] = "flash_attention_2" if uses_flash_attn else "eager"
+        return output
 
 
 def get_tile_size(config: InternVLChatConfig) -> int:
@@ -157,11 +174,13 @@ def _build_llm_config(llm_config) -> PretrainedConfig:
     if not isinstance(llm_config, PretrainedConfig):
         config_class = LLM_CONFIGS.get(architecture) or CONFIG_MAPPING[registry[architecture]]
         llm_config = config_class(**llm_config)
+        if requested := fields.get("attn_implementation"):
+            llm_config.attn_implementation = requested  # transformers keeps it under a private name
     llm_config.architectures = [architecture]
     return llm_config
 
 
-def _to_transformers4_keys(fields: dict) -> dict:
+def to_transformers4_keys(fields: dict) -> dict:
     """Rename keys of transformers 5 to those of transformers 4.
 
     transformers 5 writes `dtype` and `rope_parameters` where 4 reads `torch_dtype`, `rope_theta` and `rope_scaling`. 4

@@ -1,5 +1,7 @@
 """Attention implementation of the LLM, and its decoder on packed rows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,24 +20,65 @@ HAS_PACKED_MASKS = version.parse(transformers.__version__) >= version.parse("4.5
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 # Model types whose decoder ignores positions when it creates masks, but accepts masks from the caller.
 MODEL_TYPES_NEEDING_MASKS = ("gpt_oss",)
+ATTN_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")  # that a caller can request
 # Attention implementations that take cumulative document lengths: flash-attn, and `model/varlen_attention.py`, which is
 # not part of the small patch for upstream.
 VARLEN_IMPLEMENTATIONS = ("flash_attention_2", "varlen_torch")
 
 
-def configure_attention(config: InternVLChatConfig, llm_class: type[PreTrainedModel], use_flash_attn: bool):
-    """Set the attention implementation of both parts in `config`.
+@contextmanager
+def configured_attention(
+    config: InternVLChatConfig, llm_class: type[PreTrainedModel], use_flash_attn: bool
+) -> Iterator[None]:
+    """Set the attention implementation of both parts in `config`, while the model is built.
 
-    This must happen before the model is built. The value in a checkpoint's configuration describes its author's machine
-    and is ignored.
+    Without a request, flash-attn is used if this machine can run it, else transformers' default.
     """
-    can_use_flash_attn = bool(use_flash_attn and has_flash_attn and torch.cuda.is_available())
+    requested = get_requested_attention(config, llm_class)
+    is_flash_allowed = use_flash_attn and requested in (None, "flash_attention_2")
+    can_use_flash_attn = bool(is_flash_allowed and has_flash_attn and torch.cuda.is_available())
     config.vision_config.use_flash_attn = can_use_flash_attn
-    # Upstream's key, which is saved in config.json.
-    config.llm_config.attn_implementation = "flash_attention_2" if can_use_flash_attn else "eager"
     # The attribute that transformers reads; None is its default.
     selected = select_attn_implementation(llm_class, torch.get_default_dtype()) if can_use_flash_attn else None
-    config.llm_config._attn_implementation = selected
+    config.llm_config._attn_implementation = requested or selected
+    # Upstream's InternLM2 reads this key. Afterwards it is the caller's request again, if there was one.
+    before = vars(config.llm_config).get("attn_implementation")
+    config.llm_config.attn_implementation = "flash_attention_2" if can_use_flash_attn else "eager"
+    yield
+    config.llm_config.attn_implementation = before
+    if before is None:
+        del config.llm_config.attn_implementation
+
+
+def get_requested_attention(config: InternVLChatConfig, llm_class: type[PreTrainedModel]) -> str | None:
+    """Return the attention implementation that the caller has requested.
+
+    That is `attn_implementation` of the chat model, or upstream's `llm_config.attn_implementation`. The value in a
+    `config.json` describes its author's machine; the configuration does not keep it.
+
+    Raises:
+        ValueError: it is not supported, or not available on this machine.
+    """
+    requested = config.attn_implementation
+    if requested is None and HAS_PACKED_MASKS:  # with older versions, upstream's InternLM2Config has a default
+        requested = getattr(config.llm_config, "attn_implementation", None)
+    if requested is not None and requested not in ATTN_IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation {requested!r:.80} is not supported: expected {', '.join(ATTN_IMPLEMENTATIONS)}."
+        )
+    if requested == "flash_attention_2":
+        if not (has_flash_attn and torch.cuda.is_available()):
+            raise ValueError(f"attn_implementation {requested} requires the package flash-attn and a GPU: use sdpa.")
+        if not supports_flash_attn(llm_class):
+            raise ValueError(f"attn_implementation {requested} is not supported by {llm_class.__name__}: use eager.")
+    return requested
+
+
+def supports_flash_attn(llm_class: type[PreTrainedModel]) -> bool:
+    """Return whether flash-attn 2 can compute an LLM's attention."""
+    # GPT-OSS has attention sinks, which flash-attn 2 does not support: transformers 5 does not list it here.
+    compatible = getattr(llm_class, "_compatible_flash_implementations", None)
+    return "flash_attention_2" in (compatible or ["flash_attention_2"])
 
 
 def select_attn_implementation(llm_class: type[PreTrainedModel], dtype: torch.dtype) -> str | None:
@@ -43,10 +86,8 @@ def select_attn_implementation(llm_class: type[PreTrainedModel], dtype: torch.dt
 
     Otherwise None, which is transformers' default.
     """
-    # GPT-OSS has attention sinks, which flash-attn 2 does not support: transformers 5 does not list it here.
-    supported = getattr(llm_class, "_compatible_flash_implementations", None) or ["flash_attention_2"]
     is_half = dtype in (torch.float16, torch.bfloat16)
-    can_use_flash_attn = is_half and has_flash_attn and torch.cuda.is_available() and "flash_attention_2" in supported
+    can_use_flash_attn = is_half and has_flash_attn and torch.cuda.is_available() and supports_flash_attn(llm_class)
     return "flash_attention_2" if can_use_flash_attn else None
 
 

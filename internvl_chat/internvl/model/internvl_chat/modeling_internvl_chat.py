@@ -6,6 +6,7 @@ embeddings of image tokens in the LLM's input. Each part may have LoRA adapters.
 Shapes: B rows, L tokens, T tiles of the batch, C hidden size of the LLM.
 """
 
+import copy
 import operator
 from functools import partial
 from itertools import chain
@@ -27,14 +28,25 @@ from internvl.model.internvl_chat.checkpoint_keys import (
     find_checkpoint_dir,
 )
 from internvl.model.internvl_chat.configuration_internvl_chat import InternVLChatConfig, count_image_tokens
-from internvl.model.internvl_chat.decoder import CACHE_NAME, configure_attention, run_decoder
+from internvl.model.internvl_chat.decoder import CACHE_NAME, configured_attention, get_requested_attention, run_decoder
 from internvl.model.internvl_chat.documents import compute_label_weights, normalize_document_boundaries
+from internvl.model.internvl_chat.generation import (
+    default_generation_config,
+    save_generation_config,
+    set_generation_config,
+)
 from internvl.model.internvl_chat.lora_mixin import LoraMixin
 from internvl.model.internvl_chat.modeling_intern_vit import InternVisionModel
 from internvl.model.internvl_chat.safe_loading import one_line_checkpoint_errors, refuse_unsafe_files
 from internvl.model.internvl_chat.weight_shapes import check_adapter_ranks, check_model_fits_weights
 from internvl.model.internvl_chat.zero3 import is_partitioned
-from internvl.model.lora import LORA_RANK_FIELDS, freeze_all_but_adapters, is_peft_model, unwrap_peft
+from internvl.model.lora import (
+    LORA_RANK_FIELDS,
+    freeze_all_but_adapters,
+    is_adapter_parameter,
+    is_peft_model,
+    unwrap_peft,
+)
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
 from internvl.model.token_loss import compute_logits, compute_router_aux_loss, compute_token_loss, scale_logits
 from internvl.torch_internals import is_collective_error
@@ -104,9 +116,9 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         self.system_message = self.conv_template.system_message
 
         llm_class = get_llm_class(self.llm_arch_name)
-        configure_attention(config, llm_class, use_flash_attn)
-        self.vision_model = InternVisionModel(config.vision_config) if vision_model is None else vision_model
-        self.language_model = llm_class(config.llm_config) if language_model is None else language_model
+        with configured_attention(config, llm_class, use_flash_attn):
+            self.vision_model = InternVisionModel(config.vision_config) if vision_model is None else vision_model
+            self.language_model = llm_class(config.llm_config) if language_model is None else language_model
         self.mlp1 = self._build_projector()
         self.post_init()
         # After `post_init`, which may initialize weights: new adapters must keep B = 0.
@@ -130,6 +142,9 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         No remote code is run. If the checkpoint contains only trained tensors (see `adapter_checkpoint.py`), its base
         checkpoint is loaded first, from the recorded path or from `base_model`.
 
+        Args (beyond those of transformers):
+            attn_implementation: `eager`, `sdpa` or `flash_attention_2`; only `eager` gives `output_attentions`.
+
         Raises:
             ValueError: a file is unsafe or damaged, the configuration is invalid, or keys of the weights are missing,
                 unexpected or of another shape. Sizes are compared before memory is taken.
@@ -140,6 +155,10 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
             refuse_unsafe_files(path, not kwargs.get("use_safetensors", True))
             base_model = kwargs.pop("base_model", None)
             config = kwargs.get("config") or InternVLChatConfig.from_pretrained(path)
+            if attn_implementation := kwargs.pop("attn_implementation", None):
+                kwargs["config"] = config = copy.deepcopy(config)
+                config.attn_implementation = attn_implementation
+            get_requested_attention(config, get_llm_class(config.llm_config.architectures[0]))
             if getattr(config, "base_model", None):
                 kwargs.pop("config", None)
                 check_adapter_ranks(config, find_checkpoint_dir(path))
@@ -166,13 +185,14 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         for module in (getattr(model, part) for part in LORA_RANK_FIELDS):
             if is_peft_model(module):
                 freeze_all_but_adapters(module)
+        set_generation_config(model, path)
         return (model, info) if returns_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save upstream's layout: safetensors, `config.json`, `generation_config.json` of the LLM."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            unwrap_peft(self.language_model).generation_config.save_pretrained(save_directory)
+            save_generation_config(self, save_directory)
 
     def forward(
         self,
@@ -345,6 +365,10 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
             **generate_kwargs,
         )
 
+    def _generate_answers(self, *args) -> list[str]:
+        with default_generation_config(self):
+            return super()._generate_answers(*args)
+
     def get_input_embeddings(self) -> nn.Module:
         return unwrap_peft(self.language_model).get_input_embeddings()
 
@@ -356,6 +380,26 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Module):
         unwrap_peft(self.language_model).set_output_embeddings(value)
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, **kwargs) -> nn.Module:
+        """Resize both embeddings of the LLM and record their size, as transformers' models do.
+
+        Afterwards the base checkpoint lacks rows, so the model is saved with all its weights.
+
+        Raises:
+            ValueError: an embedding has adapters.
+        """
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.get_input_embeddings()
+        llm = unwrap_peft(self.language_model)
+        layers = (llm.get_input_embeddings(), llm.get_output_embeddings())
+        if any(is_adapter_parameter(f".{name}") for layer in layers for name, _ in layer.named_parameters()):
+            raise ValueError(
+                "resize_token_embeddings is not supported while an embedding has adapters: merge them first."
+            )
+        embeddings = llm.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, **kwargs)
+        self.config.llm_config.vocab_size, self.base_checkpoint = llm.config.vocab_size, None
+        return embeddings
 
     @property
     def lm_head(self) -> nn.Module:

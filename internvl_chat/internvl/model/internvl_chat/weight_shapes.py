@@ -36,14 +36,15 @@ def check_model_fits_weights(
 ) -> None:
     """Raise a ValueError if a configuration describes another model than the weights.
 
-    Of pickled and of quantized weights only the number of parameters is compared. A folder without weights passes:
-    transformers names what it expects.
+    Integer weights are refused, too: transformers would convert them. Of pickled and of quantized weights only the
+    number of parameters is compared. A folder without weights passes: transformers names what it expects.
 
     Args:
         key_mapping: regular expression -> replacement, for names of tensors; as in `from_pretrained`.
         may_lack_head: the LM head may be missing, because it is tied to the embedding.
     """
-    shapes = {_rename(name, key_mapping): shape for name, shape in read_weight_shapes(folder).items()}
+    entries = {_rename(name, key_mapping): entry for name, entry in read_weight_entries(folder).items()}
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     num_pickled_bytes = 0 if shapes else sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin"))
     if not shapes and not num_pickled_bytes:
         return
@@ -69,9 +70,11 @@ def check_model_fits_weights(
     missing, unexpected = expected.keys() - shapes.keys() - optional, shapes.keys() - expected.keys()
     common = sorted(expected.keys() & shapes.keys())
     mismatched = [(name, shapes[name], expected[name]) for name in common if shapes[name] != expected[name]]
+    not_floating = [(name, entries[name]["dtype"]) for name in common if not is_floating(entries[name]["dtype"])]
     # transformers renames and joins tensors of some models while it loads them, which keeps the number of elements.
-    if mismatched or _count_elements(missing, expected) > _count_elements(unexpected, shapes):
-        info = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
+    if mismatched or not_floating or _count_elements(missing, expected) > _count_elements(unexpected, shapes):
+        info: dict[str, Collection] = {"missing_keys": missing, "unexpected_keys": unexpected}
+        info |= {"mismatched_keys": mismatched, "not_floating_keys": not_floating}
         check_checkpoint_keys(f"{folder}{_describe_sizes(config, mismatched)}", info)
 
 
@@ -89,8 +92,8 @@ def check_adapter_ranks(config: PretrainedConfig, folder: Path) -> None:
             )
 
 
-def read_weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of all tensors that transformers would load from a folder.
+def read_weight_entries(folder: Path) -> dict[str, dict]:
+    """Read `dtype` and `shape` of all tensors that transformers would load from a folder.
 
     Raises:
         ValueError: a file is damaged, truncated or empty.
@@ -99,7 +102,13 @@ def read_weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     names = {file_name} if (folder / file_name).is_file() else set()
     if not names and (folder / INDEX_FILE).is_file():
         names = set(read_json_object(folder / INDEX_FILE)["weight_map"].values())
-    return {name: shape for file in sorted(names) for name, shape in read_tensor_shapes(folder / file).items()}
+    headers = (read_safetensors_header(folder / file)[0] for file in sorted(names))
+    return {name: entry for entries in headers for name, entry in entries.items()}
+
+
+def is_floating(dtype: str) -> bool:
+    """Return whether a dtype of a safetensors header, such as BF16 or I32, is floating point."""
+    return dtype.startswith(("F", "BF"))
 
 
 def read_tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:

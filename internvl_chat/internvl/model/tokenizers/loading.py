@@ -43,8 +43,8 @@ TOKENIZER_CLASSES["TokenizersBackend"] = PreTrainedTokenizerFast  # its name in 
 def load_tokenizer(path: str | Path, **kwargs) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint without running code from it.
 
-    A tokenizer without a token for padding pads with its end-of-text token, or with token 0. Padding is masked, so the
-    choice has no effect on results.
+    A tokenizer without a token for padding pads with its end-of-text token. If it has none either, `get_pad_id` pads
+    with 0. That must not be its padding token, which decoding leaves out: 0 is `!` in some vocabularies.
 
     Args:
         path: a folder, or ORG/NAME on the hub.
@@ -65,7 +65,7 @@ def load_tokenizer(path: str | Path, **kwargs) -> PreTrainedTokenizerBase:
         tokenizer = _load_by_class(path, get_tokenizer_config(path), **kwargs)
         check_trial(tokenizer, f"the tokenizer in {str(path)!r}")
         if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+            tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
 
@@ -88,6 +88,9 @@ def _load_by_class(path: str | Path, config: dict, **kwargs) -> PreTrainedTokeni
     # Given a configuration, AutoTokenizer does not read the chat model's, whose unknown type it would warn about.
     tokenizer = AutoTokenizer.from_pretrained(path, config=PretrainedConfig(), trust_remote_code=False, **kwargs)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if type(tokenizer) is transformers.PreTrainedTokenizerFast:
+        # A class that does not fit its tokenizer.json. It would be saved under a name that transformers 4 lacks.
+        return PreTrainedTokenizerFast.from_pretrained(path, **kwargs)
     return tokenizer
 
 

@@ -19,7 +19,7 @@ class Transformers4SavingMixin:
         add_v4_config_fields(self, file_names[0], tokenizer_class=type(self).__name__)
         # pyrefly: ignore[missing-attribute]  # of the tokenizer class beside this mixin
         files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        _convert_merges_to_v4(Path(files[-1]))
+        convert_merges_to_v4(Path(files[-1]))
         return (*files, *self._save_slow_tokenizer_files(save_directory))
 
     def _save_slow_tokenizer_files(self, folder) -> list[str]:
@@ -29,20 +29,29 @@ class Transformers4SavingMixin:
 
 def add_v4_config_fields(tokenizer, config_path, **fields) -> None:
     """Add the list of added tokens and `fields` to a tokenizer_config.json."""
-    config = json.loads(Path(config_path).read_text(encoding="utf-8"))
-    config["added_tokens_decoder"] = {
+    added_tokens = {
         token_id: token.__getstate__() for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
     }
-    # transformers 5 renamed this field.
-    config["additional_special_tokens"] = [str(token) for token in config.pop("extra_special_tokens", [])]
-    Path(config_path).write_text(json.dumps(config | fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # transformers 5 renamed `additional_special_tokens` to `extra_special_tokens`.
+    special_tokens = [str(token) for token in tokenizer.extra_special_tokens]
+    fields |= {"added_tokens_decoder": added_tokens, "additional_special_tokens": special_tokens}
+    update_json(config_path, **fields, extra_special_tokens=None)
 
 
-def _convert_merges_to_v4(tokenizer_path: Path) -> None:
-    """Rewrite the merges in tokenizer.json: ["a", "b"] -> "a b".
+def update_json(path, **fields) -> None:
+    """Set fields of the JSON object in a file; None removes one."""
+    updated = json.loads(Path(path).read_text(encoding="utf-8")) | fields
+    kept = {name: value for name, value in updated.items() if name not in fields or value is not None}
+    Path(path).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def convert_merges_to_v4(tokenizer_path: Path) -> None:
+    """Rewrite the merges in a tokenizer.json, if there is one: ["a", "b"] -> "a b".
 
     The file stays unchanged if a piece contains a space, which would be ambiguous.
     """
+    if not tokenizer_path.is_file():
+        return
     pipeline = json.loads(tokenizer_path.read_text(encoding="utf-8"))
     merges = pipeline["model"].get("merges")
     if not merges or any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):

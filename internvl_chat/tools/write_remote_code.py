@@ -1,0 +1,30 @@
+"""Write code files into a chat checkpoint that has none.
+
+    python tools/write_remote_code.py MODEL
+
+With them stock transformers (`trust_remote_code=True`) and servers load the folder. Other tools write them with
+`--with_remote_code`.
+"""
+
+import argparse
+
+from internvl.command_line import CHAT_MODEL_TYPE, exit_on_user_error, require_checkpoint_dir
+from internvl.model.adapter_io import require_no_adapters
+from internvl.model.code_files import write_remote_code
+from internvl.model.internvl_chat import InternVLChatConfig
+
+
+@exit_on_user_error
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_path", help="chat checkpoint without adapters")
+    args = parser.parse_args(argv)
+
+    folder = require_checkpoint_dir(args.model_path, CHAT_MODEL_TYPE)
+    require_no_adapters(InternVLChatConfig.from_pretrained(folder), folder)
+    write_remote_code(folder)
+    print(f"Code files: {', '.join(sorted(file.name for file in folder.glob('*.py')))}")
+
+
+if __name__ == "__main__":
+    main()
