@@ -10,7 +10,7 @@ from helpers.paths import GOLDENS_ARCHIVE
 pytest_plugins = ["helpers.fixtures"]
 
 # What takes minutes starts first: other workers run the short tests meanwhile (see `run.sh`).
-LONGEST_MARKERS_FIRST = ("stress", "e2e", "multiprocess", "compile")
+LONGEST_MARKERS_FIRST = ("stress", "e2e", "serving", "multiprocess", "compile")
 
 
 @pytest.fixture(scope="session")

@@ -29,13 +29,21 @@ FOREIGN_PATHS = re.compile(
 )
 # Flags of other programs -> the program.
 FOREIGN_FLAGS = {
+    "--backend": "lmdeploy",
+    "--chat-template": "SGLang",
     "--dry-run": "git and overlay_upstream.py",
     "--durations": "pytest",
+    "--enable-lora": "vLLM",
+    "--enable-tower-connector-lora": "vLLM",
     "--fast": "tests/run.sh",
     "--help": "any program",
+    "--lora-modules": "vLLM",
+    "--max-lora-rank": "vLLM",
+    "--model-path": "SGLang",
     "--ntasks-per-node": "srun",
     "--partition": "sbatch",
     "--shm-size": "docker",
+    "--trust-remote-code": "servers",
 }
 # Variables of other programs, and constants of this package that docs/development.md names.
 OTHER_CAPITALS = {"AWS_ENDPOINT_URL", "LLM_TARGETS", "PROMPT_STYLES", "LLM_CLASSES", "LLM_CONFIGS"}

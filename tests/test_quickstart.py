@@ -11,13 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.paths import REPO_ROOT
+from helpers.vllm_environment import make_vllm_environment_or_skip, run_engine
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.datasets import load_digits
+from tools.export_adapters import main as export_adapters
+from tools.internvl_custom2hf import main as custom2hf
+from tools.merge_lora import main as merge
 
 from internvl.constants import SPECIAL_TOKENS
 from internvl.conversation import get_conv_template
+from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
 
 sys.path.insert(0, str(REPO_ROOT / "internvl_chat/tools/quickstart"))
@@ -27,6 +33,8 @@ import evaluate  # noqa: E402
 import page  # noqa: E402
 import report  # noqa: E402
 import tiny_model  # noqa: E402
+
+NUM_SERVED = 40  # questions that vLLM is asked, too
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +172,19 @@ def test_folder_with_other_files_is_rejected(tmp_path):
     assert process.returncode == 1 and str(tmp_path) in process.stderr and (tmp_path / "data").exists()
 
 
-@pytest.mark.e2e
-def test_quickstart_end_to_end(tmp_path):
-    process = run_quickstart(OUTPUT_DIR=str(tmp_path))
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The output folder of a quickstart, and its process."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    process = run_quickstart(OUTPUT_DIR=str(folder))
     assert process.returncode == 0, process.stdout + process.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
+    return folder, process
+
+
+@pytest.mark.e2e
+def test_quickstart_end_to_end(quickstart):
+    folder, process = quickstart
+    results = json.loads((folder / "results.json").read_text())
     accuracy = {(row["model"], row["domain"]): row["accuracy"] for row in results["rows"]}
     assert accuracy["base", "plain"] >= 0.95
     assert accuracy["base", "shifted"] < 0.30
@@ -176,22 +192,61 @@ def test_quickstart_end_to_end(tmp_path):
     assert abs(accuracy["merged", "shifted"] - accuracy["adapted", "shifted"]) <= 0.01
     assert results["num_merged_differences"] <= 5
     for model, domain in (("base", "plain"), ("adapted", "shifted"), ("merged", "shifted")):
-        answers = json.loads((tmp_path / f"answers_{model}.json").read_text())[f"{domain}_heldout"]
+        answers = json.loads((folder / f"answers_{model}.json").read_text())[f"{domain}_heldout"]
         assert answers["num_chat_matches"] == evaluate.NUM_CHAT_CHECKS
-    assert (tmp_path / "report.html").stat().st_size > 50_000
+    assert (folder / "report.html").stat().st_size > 50_000
     assert all(f"{row['accuracy']:.1%}" in process.stdout for row in results["rows"])
 
     # In a pipe: a line every half minute, and neither progress bars nor warnings of libraries.
     console = process.stdout + process.stderr
     assert not re.search(r"\r|it/s|warning|CUDA|DeepSpeed", console, re.IGNORECASE)
-    seconds = int((tmp_path / "done/base").read_text())
+    seconds = int((folder / "done/base").read_text())
     progress = re.findall(r"^ +\d+:[03]0  step \d+/\d+, loss [\d.]+, left [\d:]+$", console, re.MULTILINE)
     assert len(progress) >= (seconds > 60) and console.count("\n") < 40 + results["seconds"] / 30
 
-    # A second run repeats nothing. A failed stage names itself and its log.
-    again = run_quickstart(OUTPUT_DIR=str(tmp_path))
+
+@pytest.mark.e2e
+@pytest.mark.serving
+def test_vllm_answers_as_chat_does(quickstart, tmp_path):
+    python, models = make_vllm_environment_or_skip(), quickstart[0] / "models"
+    merge([str(models / "adapted"), str(tmp_path / "merged"), "--dtype", "float32", "--with_remote_code"])
+    custom2hf(["--custom_path", str(tmp_path / "merged"), "--save_path", str(tmp_path / "native")])
+    flags = ["--layout", "chat", "--write_base", str(tmp_path / "base"), "--with_remote_code"]
+    export_adapters([str(models / "adapted"), str(tmp_path / "adapter"), *flags])
+    records = read_records(quickstart[0] / "data/shifted_heldout.jsonl")[:NUM_SERVED]
+    images = [quickstart[0] / "data" / record["image"] for record in records]
+    texts = [record["conversations"][0]["value"] for record in records]
+    questions = [[text.replace("<image>\n", ""), str(path)] for text, path in zip(texts, images, strict=True)]
+    adapters = {"merged": {}, "native": {}, "base": {"adapted": tmp_path / "adapter"}}
+    jobs = [
+        {"model": tmp_path / name, "adapters": paths, "max_tokens": 12, "questions": questions}
+        for name, paths in adapters.items()
+    ]
+    merged, native, unmerged = run_engine(python, tmp_path, jobs)["answers"]
+
+    def chat(folder: Path) -> list[str]:
+        model = InternVLChatModel.from_pretrained(folder, dtype=torch.float32).eval()
+        tiles = [evaluate.load_tiles(path, model.config) for path in images]
+        return [
+            model.chat(tokenizer, t, text, evaluate.GENERATION_CONFIG) for t, text in zip(tiles, texts, strict=True)
+        ]
+
+    def decode(answers: list[list[int]]) -> list[str]:
+        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+    tokenizer = load_tokenizer(models / "merged")
+    adapted = chat(models / "adapted")
+    assert sum(evaluate.parse_digit(a) == r["digit"] for a, r in zip(adapted, records, strict=True)) >= 0.8 * NUM_SERVED
+    assert decode(merged["base"]) == decode(native["base"]) == decode(unmerged["adapted"]) == adapted
+    assert decode(unmerged["base"]) == chat(models / "base") != adapted
+
+
+@pytest.mark.e2e
+def test_second_run_repeats_nothing_and_a_failed_stage_names_itself(quickstart):
+    folder, _ = quickstart
+    again = run_quickstart(OUTPUT_DIR=str(folder))
     assert again.returncode == 0 and again.stdout.count("skipped, done before") == again.stdout.count("/8] ") == 8
-    (tmp_path / "done/merged").unlink()
-    shutil.rmtree(tmp_path / "models/adapted")
-    failed = run_quickstart(OUTPUT_DIR=str(tmp_path))
-    assert failed.returncode == 1 and "merged" in failed.stderr and str(tmp_path / "logs/merged.log") in failed.stderr
+    (folder / "done/merged").unlink()
+    shutil.rmtree(folder / "models/adapted")
+    failed = run_quickstart(OUTPUT_DIR=str(folder))
+    assert failed.returncode == 1 and "merged" in failed.stderr and str(folder / "logs/merged.log") in failed.stderr
