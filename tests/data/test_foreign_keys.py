@@ -64,14 +64,14 @@ def test_content_in_keys_of_other_formats_is_refused(make_dataset, key, value):
 
 
 def test_every_listed_key_is_refused_in_records_and_turns(make_dataset):
-    """Also where the record has images, in upper case, and only if there is content."""
-    names = [(name, has_effect) for names, _, has_effect in FOREIGN_KEY_ROWS for name in names.split()]
+    """Also in upper case, and only if there is content."""
+    names = [(name, has_effect) for names, _, has_effect, *_ in FOREIGN_KEY_ROWS for name in names.split()]
     assert len(names) > 100 and len({normalize_key(name) for name, _ in names}) == len(names)
     for name, has_effect in names:
         value = next(value for value in ("x", False, True) if has_effect(value))
         for key in (name, name.upper()):
             turn = TURNS[1] | {key: value}
-            in_record, in_turn = RECORD | {"image": "a.png", key: value}, {"conversations": [TURNS[0], turn]}
+            in_record, in_turn = RECORD | {key: value}, {"conversations": [TURNS[0], turn]}
             assert f"it has the key {key}, " in get_reason(make_dataset(in_record)), key
             assert f"turn 2 has the key {key}, " in get_reason(make_dataset(in_turn)), key
         for nothing in (None, "", [], {}):
@@ -93,6 +93,16 @@ def test_every_listed_key_is_refused_in_records_and_turns(make_dataset):
 def test_what_describes_a_sample_is_ignored(make_dataset, keys):
     dataset = make_dataset(RECORD, RECORD | keys)
     assert are_samples_equal(dataset.get(0, 0), dataset.get(1, 0))
+
+
+@pytest.mark.parametrize(("media", "origin"), [("image", "image_url"), ("images", "img_path"), ("video", "video_url")])
+def test_the_origin_of_the_media_is_ignored(make_dataset, media, origin):
+    """Published data sets keep it beside the path."""
+    record = RECORD | {media: ["a"] if media == "images" else "a", origin: "https://x/a"}
+    assert origin not in get_reason(make_dataset(record))
+    assert f"it has the key {origin}, " in get_reason(make_dataset(RECORD | {origin: "https://x/a"}))
+    other_kind = {"image": "video", "images": "video", "video": "image"}[media]
+    assert f"it has the key {origin}, " in get_reason(make_dataset(RECORD | {other_kind: "a", origin: "https://x/a"}))
 
 
 def test_answers_marked_as_bad_are_refused(make_dataset):

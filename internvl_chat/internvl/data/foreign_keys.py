@@ -18,10 +18,14 @@ TURN_KEYS = ("from", "value")
 
 
 class ForeignKey(NamedTuple):
-    """What to do instead of using a key, and which of its values have an effect."""
+    """What to do instead of using a key, and which of its values have an effect.
+
+    A key with a `media_kind` describes the media of a record that has some of this kind: it is where they come from.
+    """
 
     advice: str
     has_effect: Callable[[object], bool]
+    media_kind: str | None = None
 
 
 def is_present(value: object) -> bool:
@@ -63,8 +67,8 @@ IMAGE_ADVICE = "write paths into the key image"
 VIDEO_ADVICE = "write the path into the key video"
 WEIGHT_ADVICE = "every answer has loss: remove the key, and the turns or records that shall not be trained"
 CLIP_ADVICE = "write the seconds as clip: [start, end]"
-# Names of keys, in any case, with or without underscores and numbers; what to do instead; which values have an effect.
-FOREIGN_KEY_ROWS = (
+# Names of keys, in any case, with or without underscores and numbers; then the fields of `ForeignKey`.
+FOREIGN_KEY_ROWS: tuple[tuple, ...] = (
     # texts
     ("messages", "write them as conversations, with from and value instead of role and content", is_content),
     ("conversation dialog dialogs dialogue dialogues turns chat", "write the turns into conversations", is_content),
@@ -87,22 +91,29 @@ FOREIGN_KEY_ROWS = (
         is_content,
     ),
     ("rejected_image rejected_images rejected_video", "both answers have the same images: remove it", is_content),
-    ("tools functions", "describe the tools in a first turn from 'system'", is_content),
+    ("tool tools functions", "describe the tools in a first turn from 'system'", is_content),
     ("tool_call tool_calls function_call function_calls", "write the calls into the value of the turn", is_content),
     ("objects", "write boxes into the text: <ref>name</ref><box>[[x1, y1, x2, y2]]</box>, from 0 to 1000", is_content),
     # media
     (
         """img imgs image_path image_paths image_file image_files image_url image_urls image_list img_path img_paths
-        img_url img_urls img_file img_list picture pictures pic pics photo photos""",
+        img_url img_urls img_file img_list images_path images_url picture pictures pic pics photo photos""",
         IMAGE_ADVICE,
         is_content,
+        "image",
     ),
     (
         "image_bytes image_base image_data img_base img_bytes img_data",  # image_base64, without its digits
         "write the image to a file, and its path into the key image",
         is_content,
+        "image",
     ),
-    ("video_path video_paths video_file video_files video_url video_urls video_list", VIDEO_ADVICE, is_content),
+    (
+        "video_path video_paths video_file video_files video_url video_urls video_list videos_path videos_url",
+        VIDEO_ADVICE,
+        is_content,
+        "video",
+    ),
     ("frames frame_paths video_frames", "put the frames into a folder, and its path into the key video", is_content),
     ("clips", "one clip per record is supported: split the record, and write clip: [start, end]", is_content),
     ("video_start video_end", CLIP_ADVICE, is_present),
@@ -114,9 +125,7 @@ FOREIGN_KEY_ROWS = (
     ("label kto_tag", "the answer is marked as one that shall not be trained: remove the record", is_false),
 )
 FOREIGN_KEYS = {
-    normalize_key(name): ForeignKey(advice, has_effect)
-    for names, advice, has_effect in FOREIGN_KEY_ROWS
-    for name in names.split()
+    normalize_key(name): ForeignKey(*columns) for names, *columns in FOREIGN_KEY_ROWS for name in names.split()
 }
 # Keys that have the text in other formats, and describe a sample in ours. Where our text is missing they are named,
 # otherwise `check_data` counts those whose text is in no turn.
@@ -157,8 +166,10 @@ def refuse_foreign_turn_keys(turn: dict, number: int) -> None:
 def _refuse_foreign_keys(
     owner: str, values: dict, known_keys: tuple[str, ...], foreign_keys: dict[str, ForeignKey]
 ) -> None:
+    kinds = {kind for key, kind in MEDIA_KINDS.items() if is_present(values.get(key))}
     for key, value in values.items():
-        if key not in known_keys and (foreign := foreign_keys.get(normalize_key(key))) and foreign.has_effect(value):
+        foreign = foreign_keys.get(normalize_key(key)) if key not in known_keys else None
+        if foreign and foreign.media_kind not in kinds and foreign.has_effect(value):
             raise UnusableSample(
                 f"{owner} has the key {key:.50}, {shorten(value)}, which is not supported: {foreign.advice}"
             )
