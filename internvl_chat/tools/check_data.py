@@ -67,8 +67,9 @@ def main(argv=None):
     args, flags = parser.parse_known_args(argv)
     if not 1 <= args.ranks <= MAX_RANKS:
         raise ValueError(f"--ranks {args.ranks} is invalid: expected an integer from 1 to {MAX_RANKS:,}.")
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.ERROR)
-    logging.getLogger("internvl").setLevel(logging.WARNING)
+    console = logging.StreamHandler()
+    console.addFilter(lambda record: record.name.startswith("internvl") or record.levelno >= logging.ERROR)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, handlers=[console])
     classes, validate_fn, dataset_class = PREFERENCE_PARTS if args.preference else FINETUNE_PARTS
     argv = ["--meta_path", args.meta, "--output_dir", args.report, *flags]
     model_args, data_args, training_args = parse_args(argv, classes)
