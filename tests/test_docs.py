@@ -36,6 +36,7 @@ FOREIGN_FLAGS = {
     "--enable-lora": "vLLM",
     "--enable-tower-connector-lora": "vLLM",
     "--fast": "tests/run.sh",
+    "--generation-config": "vLLM",
     "--help": "any program",
     "--lora-modules": "vLLM",
     "--max-lora-rank": "vLLM",

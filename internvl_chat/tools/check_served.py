@@ -17,6 +17,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,13 +30,18 @@ from internvl.data.file_io import join_root, require_inside_root
 from internvl.data.image_files import load_image
 from internvl.data.images import build_transform, dynamic_preprocess
 from internvl.data.schema import get_media, get_turns, load_meta, validate_meta_entry
-from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.auxiliary_files import describe_ignored_by_engines, read_normalization
+from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.chat import IMAGE_PLACEHOLDER
 from internvl.model.internvl_chat.configuration_internvl_chat import get_tile_size
+from internvl.model.internvl_chat.generation import GENERATION_CONFIG_FILE
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.regular_files import read_json_object
 
 MAX_RESPONSE_BYTES = 2**24
 CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # of a multi-byte character, where an answer was cut off
+# Settings of generation_config.json that servers apply even without sampling, and `chat` never -> the neutral value.
+NEUTRAL_SETTINGS = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class Question(NamedTuple):
@@ -57,12 +63,14 @@ def main(argv=None):
     args = parse_args(argv)
     folder = require_checkpoint_dir(args.folder, CHAT_MODEL_TYPE)
     model_name = choose_model(args.url, args.model, args.timeout)
+    ignored_note = describe_ignored_by_engines(InternVLChatConfig.from_pretrained(folder), folder)
+    settings = {"max_tokens": args.max_new_tokens, **list_neutral_settings(folder)}
     skipped: list[str] = []
     questions = read_questions(args.meta, args.number, skipped)
     if not questions:
         raise ValueError(f"{args.meta} has no record to ask about: {skipped[0] if skipped else 'it is empty'}")
     ours = answer_locally(str(folder), questions, args.max_new_tokens, args.dtype)
-    served = [ask(args.url, model_name, question, args.max_new_tokens, args.timeout) for question in questions]
+    served = [ask(args.url, model_name, question, settings, args.timeout) for question in questions]
     num_different = print_differences(questions, ours, served)
     rows = {
         "Questions": len(questions),
@@ -76,6 +84,8 @@ def main(argv=None):
         print(f"Note: {num_cut} answers were cut off after {args.max_new_tokens} tokens: raise --max_new_tokens")
     if skipped:
         print(f"Note: skipped, for example {skipped[0]}")
+    if num_different and ignored_note:
+        print(f"Note: {ignored_note}")
     sys.exit(1 if num_different else 0)
 
 
@@ -162,9 +172,9 @@ def answer_locally(folder: str, questions: list[Question], max_new_tokens: int, 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = InternVLChatModel.from_pretrained(folder, dtype=getattr(torch, dtype) if dtype else "auto")
     model, tokenizer = model.eval().to(device), load_tokenizer(folder)
-    default_message, answers = model.system_message, []
+    default_message, normalization, answers = model.system_message, read_normalization(folder), []
     for question in questions:
-        tiles = load_tiles(question.image, model.config) if question.image else None
+        tiles = load_tiles(question.image, model.config, normalization) if question.image else None
         if tiles is not None:
             tiles = tiles.to(device, model.dtype)
         model.system_message = default_message if question.system_message is None else question.system_message
@@ -173,12 +183,16 @@ def answer_locally(folder: str, questions: list[Question], max_new_tokens: int, 
     return answers
 
 
-def load_tiles(image: Image.Image, config) -> torch.Tensor:
-    """Preprocess an image: tiles (T, 3, S, S)."""
+def load_tiles(image: Image.Image, config, normalization: tuple[list[float], list[float]]) -> torch.Tensor:
+    """Preprocess an image: tiles (T, 3, S, S).
+
+    Args:
+        normalization: mean and standard deviation of the channels.
+    """
     size = get_tile_size(config)
-    max_tiles = config.max_dynamic_patch if config.dynamic_image_size else 1
-    tiles = dynamic_preprocess(image, min(config.min_dynamic_patch, max_tiles), max_tiles, size, config.use_thumbnail)
-    transform = build_transform(is_train=False, input_size=size, pad2square=config.pad2square)
+    tiling = config.min_dynamic_patch, config.max_dynamic_patch, size, config.use_thumbnail
+    tiles = dynamic_preprocess(image, *tiling) if config.dynamic_image_size else [image]
+    transform = build_transform(False, size, config.pad2square, statistics=normalization)
     return torch.stack([transform(tile) for tile in tiles])
 
 
@@ -198,8 +212,21 @@ def choose_model(url: str, name: str | None, timeout: float) -> str:
     return name
 
 
-def ask(url: str, model_name: str, question: Question, max_tokens: int, timeout: float) -> Answer:
+def list_neutral_settings(folder: Path) -> dict[str, float]:
+    """List the fields of a request that switch off penalties in the folder's `generation_config.json`.
+
+    Others are not sent: a server may refuse fields that it does not know.
+    """
+    file = folder / GENERATION_CONFIG_FILE
+    stored = read_json_object(file) if file.is_file() else {}
+    return {name: value for name, value in NEUTRAL_SETTINGS.items() if stored.get(name) is not None}
+
+
+def ask(url: str, model_name: str, question: Question, settings: dict, timeout: float) -> Answer:
     """Ask the server a question, at temperature 0.
+
+    Args:
+        settings: more fields of the request, such as `max_tokens`.
 
     Raises:
         ValueError: there is no answer.
@@ -207,7 +234,7 @@ def ask(url: str, model_name: str, question: Question, max_tokens: int, timeout:
     messages: list[dict] = [{"role": "user", "content": build_content(question)}]
     if question.system_message is not None:
         messages.insert(0, {"role": "system", "content": question.system_message})
-    body = {"model": model_name, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+    body = {"model": model_name, "messages": messages, "temperature": 0, **settings}
     response = request(url, "chat/completions", body, timeout)
     try:
         choice = response["choices"][0]
@@ -217,20 +244,17 @@ def ask(url: str, model_name: str, question: Question, max_tokens: int, timeout:
 
 
 def build_content(question: Question) -> str | list[dict]:
-    """Build the parts of a message, in the order of the question.
+    """Build the content of a message: the image, then the question as it is.
 
-    The server's chat template writes the line break after an image.
+    Where the question has a typed `<image>`, the server's chat template puts the image there; otherwise it writes
+    `<image>` and a line break first, as `chat` does.
     """
     if question.image is None:
         return question.text
     file = io.BytesIO()
     question.image.save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    before, found, after = question.text.partition(IMAGE_PLACEHOLDER)
-    texts = (before, after.removeprefix("\n")) if found else ("", question.text)
-    parts: list[dict[str, Any]] = [{"type": "text", "text": text} for text in texts]
-    parts.insert(1, {"type": "image_url", "image_url": {"url": url}})
-    return [part for part in parts if part.get("text") != ""]
+    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question.text}]
 
 
 def request(url: str, path: str, body: dict | None, timeout: float) -> dict:

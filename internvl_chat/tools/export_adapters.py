@@ -14,12 +14,16 @@ have trained other weights, or changed the image size. `--write_base` saves it, 
 """
 
 import argparse
+import os
+import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_user_error, require_checkpoint_dir
 from internvl.model.adapter_io import read_part_adapter, require_finite
+from internvl.model.auxiliary_files import describe_ignored_by_engines
 from internvl.model.chat_adapter import VLLM_LORA_RANKS, convert_adapters_to_chat
 from internvl.model.code_files import add_remote_code_flag, find_remote_code
 from internvl.model.combine_adapters import save_merged_checkpoint
@@ -52,6 +56,7 @@ def main(argv=None):
     # The adapter has the scale of the first part. With the LLM first, its adapter stays unchanged.
     adapters = {part: available[part] for part in reversed(LORA_RANK_FIELDS) if part in requested}
     differences = list_base_differences(source, run_config)
+    ignored_note = describe_ignored_by_engines(run_config, source, is_hf_layout=args.layout == "hf")
     base = args.base or args.write_base or (getattr(run_config, "base_model", None) or {}).get("path")
     config = remove_adapter_fields(run_config)
     if args.layout == "chat":
@@ -61,16 +66,19 @@ def main(argv=None):
         settings, tensors = convert_adapters_to_hf(adapters, config.llm_config, hf_config)
     settings.base_model_name_or_path = args.base or args.write_base
     require_finite(tensors, source)
-    with create_output_dir(args.output_path) as output_dir:
+    base_context = create_output_dir(args.write_base) if args.write_base else nullcontext()
+    with create_output_dir(args.output_path) as output_dir, base_context as base_dir:
         save_file(tensors, output_dir / ADAPTER_FILE, metadata={"format": "pt"})
         settings.save_pretrained(str(output_dir))
-        if args.write_base:
-            write_base(source, requested, args.write_base, args.with_remote_code)
+        if base_dir:
+            write_base(source, requested, base_dir, args.with_remote_code)
     print(f"PEFT adapter: {output_dir}")
     print(f"LoRA rank: {settings.r}")
     print(f"Parts: {', '.join(adapters)}")
     print_base(args.write_base, differences, skipped=[part for part in available if part not in requested])
     print_serving(args, base, requested, settings.r)
+    if ignored_note:
+        print(f"Note: {ignored_note}")
 
 
 def parse_args(argv) -> argparse.Namespace:
@@ -93,6 +101,13 @@ def parse_args(argv) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.with_remote_code and not args.write_base:
         raise ValueError("--with_remote_code writes into the base model: pass --write_base DIR, too")
+    if args.write_base:
+        output, base = (Path(os.path.realpath(path)) for path in (args.output_path, args.write_base))
+        if output.is_relative_to(base) or base.is_relative_to(output):
+            raise ValueError(
+                f"the output folder {args.output_path} and --write_base {args.write_base} are the same or inside each "
+                "other: choose two separate folders"
+            )
     return args
 
 
@@ -114,13 +129,12 @@ def list_base_differences(source: Path, config: InternVLChatConfig) -> list[str]
     return differences
 
 
-def write_base(source: Path, exported_parts: list[str], output_path: str, with_remote_code: bool) -> None:
+def write_base(source: Path, exported_parts: list[str], output_dir: Path, with_remote_code: bool) -> None:
     """Save the run's model without the exported adapters; others are merged."""
     model = InternVLChatModel.from_pretrained(source, dtype=InternVLChatConfig.from_pretrained(source).dtype)
     for part in exported_parts:
         setattr(model, part, getattr(model, part).unload())
-    with create_output_dir(output_path) as output_dir:
-        save_merged_checkpoint(merge_adapters(model), source, output_dir, with_remote_code)
+    save_merged_checkpoint(merge_adapters(model), source, output_dir, with_remote_code)
 
 
 def print_base(written_base: str | None, differences: list[str], skipped: list[str]) -> None:
@@ -143,9 +157,12 @@ def print_serving(args: argparse.Namespace, base: str | None, parts: list[str], 
     if args.layout == "chat":
         flags = ["--trust-remote-code", *flags] + ["--enable-tower-connector-lora"] * ("vision_model" in parts)
     max_rank = next((allowed for allowed in VLLM_LORA_RANKS if allowed >= rank), rank)
-    model = (base or "BASE") if args.layout == "chat" else "HF_BASE"
-    flags += [f"--max-lora-rank {max_rank}", f"--lora-modules adapted={args.output_path}"]
-    print(f"vLLM: vllm serve {model} {' '.join(flags)}")
+    flags += ["--max-lora-rank", str(max_rank), "--lora-modules", f"adapted={args.output_path}"]
+    model = (base or "BASE") if args.layout == "chat" else (args.base or "HF_BASE")
+    if args.layout == "hf" and not args.base:
+        convert_flags = shlex.join(["--custom_path", base or "BASE", "--save_path", model])
+        print(f"{model} is written by tools/internvl_custom2hf.py {convert_flags}")
+    print(f"vLLM: {shlex.join(['vllm', 'serve', model, *flags])}")
     if args.layout == "chat" and Path(model, "config.json").is_file() and not find_remote_code(Path(model)):
         print(f"Note: {model} has no code files, which vLLM requires: write them with tools/write_remote_code.py.")
 

@@ -15,6 +15,7 @@ from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_us
 from internvl.model.auxiliary_files import (
     AuxiliaryFiles,
     build_preprocessor_config,
+    describe_ignored_by_engines,
     read_auxiliary_files,
     read_normalization,
     update_preprocessor_config,
@@ -79,6 +80,8 @@ def main(argv=None):
         # Raises if tensors are missing, unexpected or of another shape.
         InternVLChatModel.from_pretrained(output_dir, device_map="meta")
     print(f"Chat checkpoint: {output_dir}")
+    if ignored_note := describe_ignored_by_engines(config, output_dir):
+        print(f"Note: {ignored_note}")
     if args.custom_path:
         compute_l2_distance(CheckpointTensors(output_dir), CheckpointTensors(args.custom_path))
 

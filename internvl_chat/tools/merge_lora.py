@@ -19,6 +19,7 @@ from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_us
 from internvl.constants import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN
 from internvl.data.images import build_transform
 from internvl.model.adapter_io import require_finite
+from internvl.model.auxiliary_files import describe_ignored_by_engines
 from internvl.model.code_files import add_remote_code_flag
 from internvl.model.combine_adapters import COMBINATION_METHODS, combine_adapters, save_merged_checkpoint
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
@@ -43,6 +44,7 @@ def main(argv=None):
     model = InternVLChatModel.from_pretrained(source, dtype=compute_dtype)
     if args.adapter or args.weight != 1:
         combine_adapters(model, args.adapter, args.weight, args.combination, args.density)
+    ignored_note = describe_ignored_by_engines(model.config, source)
     if not any(is_peft_model(getattr(model, part)) for part in LORA_RANK_FIELDS):
         raise ValueError(f"{source} has no adapters: add some with --adapter DIR=WEIGHT")
     require_finite(dict(model.named_parameters()), source)
@@ -61,6 +63,8 @@ def main(argv=None):
         merged_answer = answer_probe(merged_model, tokenizer)
     print(f"Merged checkpoint: {args.output_path}")
     print(format_comparison(adapted_answer, merged_answer, compute_dtype, dtype))
+    if ignored_note:
+        print(f"Note: {ignored_note}")
 
 
 def parse_args(argv) -> argparse.Namespace:

@@ -11,10 +11,15 @@ import argparse
 import torch
 
 from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_user_error, require_checkpoint_dir
-from internvl.model.auxiliary_files import read_auxiliary_files, set_tile_size, write_auxiliary_files
+from internvl.model.auxiliary_files import (
+    describe_ignored_by_engines,
+    read_auxiliary_files,
+    set_tile_size,
+    write_auxiliary_files,
+)
 from internvl.model.chat_template import save_tokenizer
 from internvl.model.code_files import add_remote_code_flag
-from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.internvl_chat.resize import set_image_size
 from internvl.model.tokenizers.loading import load_tokenizer
@@ -32,6 +37,7 @@ def main(argv=None):
     source = require_checkpoint_dir(args.model_path, CHAT_MODEL_TYPE)
     tokenizer, files = load_tokenizer(source), read_auxiliary_files(source)
     set_tile_size(files, args.force_image_size)
+    ignored_note = describe_ignored_by_engines(InternVLChatConfig.from_pretrained(source), source)
     with create_output_dir(args.output_path) as output_dir:
         model = merge_adapters(InternVLChatModel.from_pretrained(source, dtype=torch.bfloat16))
         set_image_size(model, args.force_image_size)
@@ -40,6 +46,8 @@ def main(argv=None):
         made_by = f"resizing tiles to {args.force_image_size} pixels"
         write_auxiliary_files(files, output_dir, made_by, args.with_remote_code)
     print(f"Resized checkpoint: {output_dir} ({model.num_image_token} image tokens per tile)")
+    if ignored_note:
+        print(f"Note: {ignored_note}")
 
 
 if __name__ == "__main__":

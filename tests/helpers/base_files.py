@@ -11,6 +11,8 @@ GENERATION_CONFIG = {
     "repetition_penalty": 1.05,
     "unknown_setting": 3,
 }
+# In a result, the end mark of the template internvl2_5 is added.
+SAVED_GENERATION_CONFIG = GENERATION_CONFIG | {"eos_token_id": [2, 998, 999]}
 PREPROCESSOR_CONFIG = {
     "size": {"height": 56, "width": 56},
     "crop_size": 56,

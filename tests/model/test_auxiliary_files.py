@@ -287,6 +287,13 @@ def test_card_of_the_user_is_kept(base, tmp_path):
     assert (folder / "README.md").read_text() == "mine"
 
 
+def test_card_names_the_repository_of_the_code(base, tmp_path):
+    auto_map = {"AutoModel": "ORG/REPO--modeling_internvl_chat.InternVLChatModel"}
+    folder = write_to(tmp_path / "out", read_auxiliary_files(base), auto_map=auto_map)
+    card = ModelCard.load(folder / "README.md")
+    assert "with code from ORG/REPO, which transformers downloads." in card.text and "custom_code" in card.data.tags
+
+
 ALIASES = "".join(f"x{i}: &x{i} [{','.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 30))
 CARDS = {
     "no front matter": ("license: mit\n", {}, []),
@@ -300,6 +307,20 @@ CARDS = {
     "unfinished": ("---\nlicense: mit\n", {"license": "mit"}, []),
     "long": (f"---\nlicense: {'m' * 10**6}\n---\n", {}, []),
     "binary": ("---\nlicense: \x00\x1b[31m\n---\n", {}, []),
+    "text": ("---\nlicense_name: Qwen License (v1)\n---\n", {"license_name": "Qwen License (v1)"}, []),
+    "apostrophe, comma": ("---\nlicense_name: Bob's, v1\n---\n", {"license_name": "Bob's, v1"}, []),
+    "fragment": ("---\nlicense_link: https://a/b/LICENSE#x # y\n---\n", {"license_link": "https://a/b/LICENSE#x"}, []),
+    "quoted": ('---\nlicense: "a # b" # c\n---\n', {"license": "a # b"}, []),
+    "quoted keys": ("---\n\"license\": mit\n'license_name': x\n---\n", {"license": "mit", "license_name": "x"}, []),
+    "flow list with a comment": ("---\nlicense: ['mit', \"gpl\"] # c\n---\n", {"license": ["mit", "gpl"]}, []),
+    "block list with comments": ("---\nlicense: # c\n\n# d\n  - mit # e\n---\n", {"license": "mit"}, []),
+    "dots": ("---\nlicense: mit\n...\nlicense: gpl\n---\n", {"license": "mit"}, []),
+    "folded": ("---\nlicense_name: >-\n  a\n  b\nlicense: mit\n---\n", {"license": "mit"}, []),
+    "several lines": ("---\nlicense_name: a\n  b\nlicense: mit\n---\n", {"license": "mit"}, []),
+    "null": ("---\nlicense_name: null\nlicense_link: ~\nlicense: mit\n---\n", {"license": "mit"}, []),
+    "other keys": ("---\nlicense: mit\nmodel-index:\n- gpl\na key:\n- bsd\n---\n", {"license": "mit"}, []),
+    "nested in the field": ("---\nlicense:\n  a:\n  - gpl\n---\n", {}, []),
+    "slow": (f"---\nlicense: x{' ' * 60000}y\n---\n", {}, []),
     "many base models": (f"---\nbase_model: [{','.join(['a/b'] * 99)}]\n---\n", {}, ["a/b"] * 8),
 }
 

@@ -14,6 +14,7 @@ import torch
 from helpers.environments import layer_environment, make_layer_or_skip
 from helpers.paths import PACKAGE_DIR
 from helpers.tiny_models import TINY_LLM, TINY_LLMS, TINY_VITS, make_tiny_checkpoint, randomize_weights
+from huggingface_hub import ModelCard
 from programs import remote_code_answers
 from safetensors.torch import save_file
 from tools.internvl_custom2hf import main as custom2hf
@@ -267,12 +268,54 @@ def test_own_code_is_kept(goldens, tmp_path, capsys):
     assert not any(file.read_text().endswith(MARK) for file in tmp_path.glob("*.py"))
 
 
-def test_code_on_the_hub_is_kept(goldens, tmp_path):
-    make_tiny_checkpoint(tmp_path, goldens / "tokenizer")
-    auto_map = {name: f"ORG/NAME--{reference}" for name, reference in code_files.AUTO_MAP.items()}
-    update_json(tmp_path / "config.json", auto_map=auto_map)
-    code_files.write_remote_code(tmp_path)
-    assert not list(tmp_path.glob("*.py")) and read_json_object(tmp_path / "config.json")["auto_map"] == auto_map
+@pytest.mark.parametrize("on_the_hub", [("AutoConfig",), ("AutoModel",), tuple(code_files.AUTO_MAP)])
+def test_code_on_the_hub_is_replaced_on_request_only(goldens, tmp_path, on_the_hub):
+    base, plain, complete = (tmp_path / name for name in ("base", "plain", "complete"))
+    make_base(base, goldens / "tokenizer", "qwen2", has_code=True)
+    auto_map = code_files.AUTO_MAP | {name: f"ORG/NAME--{code_files.AUTO_MAP[name]}" for name in on_the_hub}
+    update_json(base / "config.json", auto_map=auto_map)
+    resize_pos_embed([str(base), str(plain), "56"])
+    resize_pos_embed([str(base), str(complete), "56", "--with_remote_code"])
+    assert read_json_object(plain / "config.json")["auto_map"] == auto_map
+    assert read_json_object(complete / "config.json")["auto_map"] == code_files.AUTO_MAP
+    assert {file.name for file in complete.glob("*.py")} == CODE_FILES
+    assert not any(file.read_text().endswith(MARK) for file in complete.glob("*.py"))
+    assert "with the code that opens it" in (complete / "README.md").read_text()
+    assert ("with code from ORG/NAME" in (plain / "README.md").read_text()) == ("AutoModel" in on_the_hub)
+
+
+CARD = """\
+---
+license: other
+license_name: Qwen License (v1)
+license_link: https://a/b/LICENSE#x
+base_model: [ORG/A, ORG/B]
+---
+"""
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_card_of_a_tool_is_adapted_unless_a_user_changed_it(goldens, tmp_path, is_edited):
+    base, folder = tmp_path / "base", tmp_path / "out"
+    make_base(base, goldens / "tokenizer", "qwen2", has_code=False)
+    (base / "README.md").write_text(CARD)
+    resize_pos_embed([str(base), str(folder), "56"])
+    folder = folder.rename(tmp_path / "renamed")
+    card = folder / "README.md"
+    if is_edited:
+        card.write_text(card.read_text() + "\nMine.\n")
+    before = ModelCard.load(card)
+    write_remote_code([str(folder)])
+    after = ModelCard.load(card)
+    if is_edited:
+        assert after.content == before.content
+        return
+    assert after.data.tags == ["internvl", "custom_code"] and before.data.tags == ["internvl"]
+    assert after.data.to_dict() == before.data.to_dict() | {"tags": after.data.tags}
+    assert (after.data.license_name, after.data.license_link) == ("Qwen License (v1)", "https://a/b/LICENSE#x")
+    assert "trust_remote_code=True" in after.text and "from internvl" not in after.text
+    write_remote_code([str(folder)])  # the code is there
+    assert ModelCard.load(card).content == after.content
 
 
 def test_adapters_are_refused(goldens, tmp_path):

@@ -17,6 +17,7 @@ from tools.check_served import main as check_served
 from tools.export_adapters import main as export_adapters
 from tools.internvl_custom2hf import main as custom2hf
 
+from internvl.model.auxiliary_files import read_normalization
 from internvl.model.chat_adapter import VLLM_HEAD_CLASSES, VLLM_LORA_RANKS
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.lora import LLM_TARGETS, LoraSettings
@@ -73,7 +74,7 @@ def generate_ids(folder, images) -> list[list[int]]:
     model.img_context_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     answers = []
     for path in images:
-        tiles = load_tiles(Image.open(path), model.config)
+        tiles = load_tiles(Image.open(path), model.config, read_normalization(folder))
         context = "<IMG_CONTEXT>" * (model.num_image_token * len(tiles))
         prompt = model.build_prompt(f"<image>\n{QUESTION}", []).replace("<image>", f"<img>{context}</img>")
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -132,10 +133,12 @@ def test_vllm_adapts_what_the_export_assumes(engine):
 
 def test_check_served(python, images, goldens, tmp_path, capsys):
     save_run(tmp_path, goldens, "qwen3", {part: LoraSettings(4, 8) for part in ("vision_model", "language_model")})
+    (tmp_path / "run/generation_config.json").write_text('{"repetition_penalty": 1.5}')  # the server applies it
     flags = ["--layout", "chat", "--write_base", str(tmp_path / "base"), "--with_remote_code"]
     export_adapters([str(tmp_path / "run"), str(tmp_path / "adapter"), *flags])
     turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "A tile."}]
     records = [{"image": path.name, "conversations": turns} for path in images]
+    records[0]["conversations"] = [{"from": "human", "value": f"{QUESTION}<image>"}, turns[1]]
     records.append({"conversations": [{"from": "human", "value": "No image?"}, turns[1]]})
     records.append({"image": [images[0].name] * 2, "conversations": turns})
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -153,6 +156,7 @@ def test_check_served(python, images, goldens, tmp_path, capsys):
     with serve(python, tmp_path / "base", adapters, tmp_path / "server.log") as url:
         status, output = check(url, "--model", "adapted")
         assert status == 0, output
+        assert "repetition_penalty" in (tmp_path / "base/generation_config.json").read_text()
         assert "Equal answers           5" in output and "Records skipped         1" in output
         assert "5 answers were cut off after 16 tokens" in output
         assert "tiles line 6: it has 2 images, only records with at most one image" in output

@@ -9,10 +9,17 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from helpers.tiny_models import make_tiny_checkpoint
 from PIL import Image
-from tools.check_served import build_content, read_questions
+from tools.check_served import Question, build_content, list_neutral_settings, load_tiles, read_questions
 from tools.check_served import main as check_served
+
+from internvl.data.images import NORMALIZATION_STATS, build_transform
+from internvl.model.auxiliary_files import build_preprocessor_config, read_normalization
+from internvl.model.chat_template import set_chat_template
+from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.tokenizers.loading import load_tokenizer
 
 ANSWER = {"from": "gpt", "value": "A tile."}
 
@@ -53,19 +60,62 @@ def test_questions_are_those_about_at_most_one_image(meta):
     assert len(read_questions(str(meta), 2, [])) == 2
 
 
-def test_parts_of_a_message_keep_the_order_of_the_question(meta):
+def test_content_is_the_image_and_the_question_as_it_is(meta):
     contents = [build_content(question) for question in read_questions(str(meta), 50, [])]
-    types = [[part["type"] for part in content] for content in contents[:2]]
-    assert types == [["image_url", "text"], ["text", "image_url", "text"]]
-    assert [part.get("text") for part in contents[1]] == ["Which is ", None, "here?"]
-    assert contents[0][1]["text"] == "What?" and contents[2] == "Why?"
-    assert contents[0][0]["image_url"]["url"].startswith("data:image/png;base64,iVBORw0KGgo")
+    image, text = contents[1]
+    assert image["type"] == "image_url" and image["image_url"]["url"].startswith("data:image/png;base64,iVBORw0KGgo")
+    assert text == {"type": "text", "text": "Which is <image>\nhere?"} and contents[2] == "Why?"
 
 
 @pytest.fixture
 def folder(goldens, tmp_path):
     make_tiny_checkpoint(tmp_path / "model", goldens / "tokenizer")
     return tmp_path / "model"
+
+
+QUESTIONS = ["<image>\nWhat?", "What?\n<image>", "<image>What?", "<image>", "Is <image> a dog?", "Is <image>\na dog?"]
+QUESTIONS += ["<image>\n\nWhat?", "<image> \nWhat? ", "What?"]
+
+
+@pytest.mark.parametrize("image_text", ["<image>", "<IMG_CONTEXT>"], ids=["chat layout", "HF layout"])
+def test_prompt_of_the_server_is_that_of_chat(image_text, folder, capsys):
+    model, tokenizer = InternVLChatModel.from_pretrained(folder).eval(), load_tokenizer(folder)
+    set_chat_template(tokenizer, model.config, image_text)
+    image = Image.new("RGB", (56, 56))
+    tiles = load_tiles(image, model.config, read_normalization(folder))
+    for text in QUESTIONS:
+        messages = [{"role": "user", "content": build_content(Question("", text, image, None))}]
+        served = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        capsys.readouterr()
+        model.chat(tokenizer, tiles, text, {"max_new_tokens": 1, "do_sample": False}, verbose=True)
+        assert served == capsys.readouterr().out[:-1].replace("<image>", image_text), text
+
+
+@pytest.mark.parametrize("pad2square", [False, True])
+@pytest.mark.parametrize("normalize_type", NORMALIZATION_STATS)
+def test_tiles_have_the_normalization_and_padding_of_the_folder(normalize_type, pad2square, folder):
+    settings = build_preprocessor_config(56, *NORMALIZATION_STATS[normalize_type])
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    config = InternVLChatConfig.from_pretrained(folder)
+    config.pad2square = pad2square
+    image = Image.effect_mandelbrot((112, 56), (-2, -1, 1, 1), 50).convert("RGB")
+    transform = build_transform(False, 56, pad2square, normalize_type)
+    config.dynamic_image_size = True
+    tiles = load_tiles(image, config, read_normalization(folder))
+    assert len(tiles) == 3 and torch.equal(tiles[0], transform(image.crop((0, 0, 56, 56))))
+    config.dynamic_image_size = False  # as in training, the image is transformed without tiling
+    [tile] = load_tiles(image, config, read_normalization(folder))
+    assert torch.equal(tile, transform(image))
+
+
+def test_only_penalties_of_the_folder_are_switched_off(folder):
+    file = folder / "generation_config.json"
+    file.write_text('{"repetition_penalty": 1.05, "presence_penalty": null, "temperature": 0.7, "top_k": 20}')
+    assert list_neutral_settings(folder) == {"repetition_penalty": 1.0}
+    file.write_text('{"presence_penalty": 0.5, "frequency_penalty": 0.1}')
+    assert list_neutral_settings(folder) == {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    file.unlink()
+    assert list_neutral_settings(folder) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """tools/export_adapters.py: PEFT on transformers' class and on ours equals the adapted model."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -166,6 +167,58 @@ def test_hf_layout_says_what_vllm_does_not_adapt(parts, is_noted, goldens, tmp_p
     output = capsys.readouterr().out
     assert ("Note: vLLM adapts only the LLM in this layout" in output) == is_noted
     assert ("vLLM: vllm serve HF_BASE --enable-lora --max-lora-rank 8" in output) != is_noted
+    step = "HF_BASE is written by tools/internvl_custom2hf.py --custom_path BASE --save_path HF_BASE"
+    assert (step in output) != is_noted
+
+
+@pytest.mark.parametrize("layout", ["chat", "hf"])
+def test_printed_commands_are_quoted(layout, goldens, tmp_path, capsys):
+    folder = tmp_path / "my run"
+    save_adapted_run(folder, goldens, "qwen2", among_weights=False)
+    flags = ["--layout", layout, "--parts", "language_model", "--write_base", f"{folder}/new base"]
+    export_adapters([str(folder / "run"), str(folder / "the adapter"), *flags])
+    lines = capsys.readouterr().out.splitlines()
+    [serving] = [shlex.split(line) for line in lines if line.startswith("vLLM: vllm serve ")]
+    assert serving[3] == (f"{folder}/new base" if layout == "chat" else "HF_BASE")
+    assert serving[-1] == f"adapted={folder}/the adapter"
+    if layout == "hf":
+        [step] = [shlex.split(line) for line in lines if line.startswith("HF_BASE is written by ")]
+        assert step[-4:] == ["--custom_path", f"{folder}/new base", "--save_path", "HF_BASE"]
+
+
+@pytest.mark.parametrize("base", ["out", "out/base", ".", "x/../out", "link/base", "full"])
+def test_paths_of_the_outputs_are_checked_first(base, goldens, tmp_path, monkeypatch):
+    save_adapted_run(tmp_path, goldens, "qwen2", among_weights=False)
+    (tmp_path / "run/model.safetensors").unlink()  # so that loading the model is another error
+    (tmp_path / "link").symlink_to("out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    monkeypatch.chdir(tmp_path)
+    message = f"the output folder out and --write_base {base} are the same or inside each other: choose two separate"
+    if base == "full":
+        message = "the output folder full is not empty"
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        export_adapters(["run", "out", "--write_base", base, "--parts", "language_model"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["chat", "hf"])
+def test_image_settings_that_engines_ignore_are_noted(layout, goldens, tmp_path, capsys):
+    save_adapted_run(tmp_path, goldens, "qwen2", among_weights=False)
+    (tmp_path / "run/preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}')
+
+    def export(name: str) -> str:
+        flags = ["--layout", layout, "--parts", "language_model"]
+        export_adapters([str(tmp_path / "run"), str(tmp_path / name), *flags])
+        return capsys.readouterr().out
+
+    normalization = "Note: vLLM 0.32 ignores image_mean [0.5, 0.5, 0.5] and image_std [1, 1, 1] "
+    assert (normalization in export("one")) == (layout == "chat")
+    file = tmp_path / "run/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad2square": True}))
+    output = export("two")
+    assert output.count("vLLM 0.32 ignores") == 1 and "pad2square True (it does not pad): its answers differ" in output
+    assert (normalization in output) == (layout == "chat")
 
 
 def test_export_of_the_llm_part_alone(goldens, tmp_path, capsys):

@@ -101,8 +101,11 @@ def test_merged_weights_are_rounded_once_and_files_are_copied(adapted, tmp_path,
         assert not any("lora" in name for name in after)
         config = json.loads((tmp_path / dtype / "config.json").read_text())
         assert config["torch_dtype"] == dtype and config["use_llm_lora"] == config["use_backbone_lora"] == 0
-        for file in ("preprocessor_config.json", "generation_config.json"):
-            assert (tmp_path / dtype / file).read_text() == (adapted / file).read_text()
+        file = "preprocessor_config.json"
+        assert (tmp_path / dtype / file).read_text() == (adapted / file).read_text()
+        settings = json.loads((tmp_path / dtype / "generation_config.json").read_text())
+        expected = json.loads((adapted / "generation_config.json").read_text()) | {"eos_token_id": [2, 999]}
+        assert settings == expected  # with the template's end mark
     rounded, exact = (text.splitlines() for text in capsys.readouterr().out.split("Merged checkpoint: ")[1:])
     assert float(exact[2].split()[3]) < 1e-4 and exact[3].endswith("Generated tokens: 32, identical")
     assert float(rounded[2].split()[3].strip(",")) > 1e-4

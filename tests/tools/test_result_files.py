@@ -16,6 +16,7 @@ from helpers.base_files import (
     CODE_FILES,
     GENERATION_CONFIG,
     PREPROCESSOR_CONFIG,
+    SAVED_GENERATION_CONFIG,
     add_base_files,
     edit_json,
     read_generation_config,
@@ -30,6 +31,7 @@ from tools.merge_lora import main as merge_lora
 from tools.pickle2safetensors import main as pickle2safetensors
 from tools.replace_llm import main as replace_llm
 from tools.resize_pos_embed import main as resize_pos_embed
+from tools.write_remote_code import main as write_remote_code
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from internvl.model.auxiliary_files import read_auxiliary_files, write_auxiliary_files
@@ -149,12 +151,16 @@ TOOLS = [pytest.param(tool, marks=NOT_INSTALLED if tool is quantize else ()) for
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_files_of_results(base, tool, tmp_path):
+def test_files_of_results(base, tool, tmp_path, capsys):
     tool(base, tmp_path / "out")
     has_code, out = (base / "LICENSE").exists(), tmp_path / "out"
+    is_noted = has_code and tool in (merge, resize, convert_back, convert_back_with_reference)
+    assert ("Note: vLLM 0.32 ignores image_mean [0.5, 0.5, 0.5]" in capsys.readouterr().out) == is_noted
     assert {file.name for file in out.iterdir()} == RESULTS[tool][has_code]
     for name in (LICENSES | CODE_FILES.keys()) & {file.name for file in out.iterdir()} if has_code else ():
         assert (out / name).read_bytes() == (base / name).read_bytes()
+    if (out / "generation_config.json").exists() and tool is not unpickle:
+        assert 999 in read_generation_config(out)["eos_token_id"]  # the template's end mark
     if not has_code or not (out / "config.json").exists():
         return
     auto_map = json.loads((out / "config.json").read_text()).get("auto_map")
@@ -169,15 +175,21 @@ def test_files_of_results(base, tool, tmp_path):
         assert settings["size"] in (tile_size, {"height": tile_size, "width": tile_size})
 
 
+def test_code_files_are_written_with_a_note_about_ignored_settings(base, tmp_path, capsys):
+    shutil.copytree(base, tmp_path / "out", symlinks=True)
+    edit_json(tmp_path / "out/config.json", pad2square=True)
+    write_remote_code([str(tmp_path / "out")])
+    assert "pad2square True (it does not pad): its answers differ from chat's." in capsys.readouterr().out
+
+
 def check_generation_config(tool: Callable, config: dict) -> None:
     """Check that the settings are those of the base, or of the new LLM."""
     if tool in (replace, replace_by_llama):
-        assert (config["eos_token_id"], config["temperature"]) == ([3, 4], 0.5)
+        assert (config["eos_token_id"], config["temperature"]) == ([3, 4, 999], 0.5)
     elif tool in (convert_to_hf, convert_run_to_hf, convert_back, convert_back_with_reference):
-        # `<|im_end|>` of the template and the padding of the tokenizer are added.
-        assert config == GENERATION_CONFIG | {"eos_token_id": [2, 998, 999], "pad_token_id": 997}
+        assert config == SAVED_GENERATION_CONFIG | {"pad_token_id": 997}  # of the tokenizer
     else:
-        assert config == GENERATION_CONFIG
+        assert config == (GENERATION_CONFIG if tool is unpickle else SAVED_GENERATION_CONFIG)
 
 
 def test_stock_transformers_opens_the_configuration_with_the_bases_code(base, tmp_path):

@@ -11,6 +11,7 @@ from helpers.base_files import (
     CODE_FILES,
     GENERATION_CONFIG,
     PREPROCESSOR_CONFIG,
+    SAVED_GENERATION_CONFIG,
     add_base_files,
     read_generation_config,
 )
@@ -46,7 +47,7 @@ def check_files(folder: Path) -> None:
     assert {file.name for file in folder.iterdir()} >= CARRIED
     assert all((folder / name).read_text() == text for name, text in CODE_FILES.items())
     assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
-    assert read_generation_config(folder) == GENERATION_CONFIG
+    assert read_generation_config(folder) == SAVED_GENERATION_CONFIG
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     assert (settings["size"], settings["unknown_setting"]) == (56, 1)
     assert settings["image_std"] != PREPROCESSOR_CONFIG["image_std"]  # of --normalize_type
@@ -111,7 +112,7 @@ def test_a_composed_model_has_the_licences_of_its_parts_and_the_llms_settings(
     assert (tmp_path / "run/LICENSE").read_text() == "of the vit"
     assert (tmp_path / "run/LICENSE.language_model").read_text() == "of the llm"
     assert not list((tmp_path / "run").glob("*.py"))
-    assert read_generation_config(tmp_path / "run") == GENERATION_CONFIG
+    assert read_generation_config(tmp_path / "run") == SAVED_GENERATION_CONFIG
     assert ModelCard.load(tmp_path / "run/README.md").data.license_name == "qwen"
     InternVLChatModel.from_pretrained(tmp_path / "run")
 

@@ -137,6 +137,7 @@ def build_transform(
     normalize_type: str = "imagenet",
     generator: random.Random | None = None,
     normalize: bool = True,
+    statistics: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> T.Compose:
     """Build the transform from a tile to a tensor (3, input_size, input_size).
 
@@ -146,11 +147,12 @@ def build_transform(
         normalize_type: key of NORMALIZATION_STATS.
         generator: draws the JPEG qualities; by default Python's global generator.
         normalize: return normalized float32. Otherwise return uint8, to be normalized later by `normalize_tiles`.
+        statistics: mean and standard deviation of the channels, instead of those of `normalize_type`.
     """
     if normalize_type not in NORMALIZATION_STATS:
         known = ", ".join(NORMALIZATION_STATS)
         raise NotImplementedError(f"normalize_type {normalize_type!r} is not supported: expected one of {known}.")
-    mean, std = NORMALIZATION_STATS[normalize_type]
+    mean, std = statistics or NORMALIZATION_STATS[normalize_type]
     draw_fn = (generator or random).choices
     steps: list[Any] = [T.Lambda(lambda image: image.convert("RGB"))]
     if is_train:

@@ -213,6 +213,27 @@ def read_normalization(folder: str | Path) -> tuple[list[float], list[float]]:
     return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
 
 
+def describe_ignored_by_engines(
+    config: InternVLChatConfig, folder: str | Path, is_hf_layout: bool = False
+) -> str | None:
+    """Describe the image settings of a checkpoint that engines ignore.
+
+    vLLM 0.32 hard-codes ImageNet's normalization for the chat layout, and never pads.
+
+    Returns:
+        None if there are none.
+    """
+    ignored, (mean, std) = [], read_normalization(folder)
+    if not is_hf_layout and (mean, std) != (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)):
+        ignored.append(
+            f"image_mean {mean} and image_std {std} (it takes ImageNet's, except in the layout that "
+            "tools/internvl_custom2hf.py writes)"
+        )
+    if config.pad2square:
+        ignored.append("pad2square True (it does not pad)")
+    return f"vLLM 0.32 ignores {' and '.join(ignored)}: its answers differ from chat's." if ignored else None
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from internvl.conversation import Conversation
 from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.chat import IMAGE_PLACEHOLDER, build_conversation
+from internvl.model.internvl_chat.generation import add_end_ids
 from internvl.model.tokenizers.pipeline import CONFIG_FILE, TOKENIZER_FILE
 from internvl.model.tokenizers.v4_compat import add_v4_config_fields, convert_merges_to_v4
 
@@ -91,12 +92,14 @@ def set_chat_template(
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, config: InternVLChatConfig, folder: str | Path) -> None:
     """Save the tokenizer of a chat model, with its template, for transformers 4 and 5.
 
-    Version 4.37 reads the template from tokenizer_config.json, newer ones from chat_template.jinja.
+    Version 4.37 reads the template from tokenizer_config.json, newer ones from chat_template.jinja. The ids that end an
+    answer are added to the folder's generation_config.json: save the model first.
     """
     set_chat_template(tokenizer, config)
     tokenizer.save_pretrained(folder)
     add_v4_config_fields(tokenizer, Path(folder) / CONFIG_FILE, chat_template=tokenizer.chat_template)
     convert_merges_to_v4(Path(folder) / TOKENIZER_FILE)
+    add_end_ids(folder, tokenizer, config)
 
 
 def build_jinja_chat_template(template: Conversation, image: str = IMAGE_PLACEHOLDER, opening: str = "") -> str:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from internvl.model.internlm2.tokenization_internlm2 import InternLM2Tokenizer
+from internvl.model.model_card import find_repository
 from internvl.model.tokenizers.loading import load_tokenizer
 from internvl.model.tokenizers.v4_compat import convert_merges_to_v4, update_json
 from internvl.regular_files import read_json_object
@@ -34,17 +35,19 @@ def add_remote_code_flag(parser: argparse.ArgumentParser) -> None:
         "--with_remote_code",
         action="store_true",
         help="write code files, with which stock transformers (trust_remote_code=True) and servers load the result, "
-        "unless the source has its own",
+        "unless they are in the source's folder",
     )
 
 
 def write_remote_code(folder: str | Path) -> None:
     """Write code files and `auto_map` into a chat checkpoint, unless it has its own.
 
-    Files of the same names are replaced if `auto_map` does not name them.
+    Files of the same names are replaced if `auto_map` does not name them. An `auto_map` that names code in a repository
+    on the hub is replaced.
     """
     folder = Path(folder)
-    if code := find_remote_code(folder):
+    code = find_remote_code(folder)
+    if code and not any(map(find_repository, code)):
         print(f"Note: no code files are written: {folder} has its own ({', '.join(code)})")
         return
     for name in CODE_FILES:
@@ -58,8 +61,7 @@ def find_remote_code(folder: Path) -> list[str]:
     """List the classes of configuration and model that `auto_map` names, if their code is available."""
     auto_map = read_json_object(folder / "config.json").get("auto_map")
     references = [str(auto_map.get(key)) for key in ("AutoConfig", "AutoModel")] if isinstance(auto_map, dict) else []
-    # MODULE.CLASS in the folder, or ORG/NAME--MODULE.CLASS in a repository on the hub
-    is_available = ("--" in name or (folder / f"{name.partition('.')[0]}.py").is_file() for name in references)
+    is_available = (find_repository(name) or (folder / f"{name.partition('.')[0]}.py").is_file() for name in references)
     return references if all(is_available) else []
 
 

@@ -21,6 +21,7 @@ from internvl.model.internvl_chat.adapter_checkpoint import strip_peft_prefix
 from internvl.model.internvl_chat.checkpoint_keys import find_checkpoint_dir
 from internvl.model.internvl_chat.config_values import check_llm_config, describe_config_file
 from internvl.model.internvl_chat.decoder import select_attn_implementation
+from internvl.model.internvl_chat.generation import load_generation_config
 from internvl.model.internvl_chat.modeling_internvl_chat import get_llm_class
 from internvl.model.internvl_chat.resize import resize_embeddings
 from internvl.model.internvl_chat.safe_loading import one_line_checkpoint_errors, refuse_unsafe_files
@@ -61,7 +62,9 @@ def compose_chat_model(
         vision = _load_vision_encoder(vision_path, dtype, drop_path_rate, use_safetensors=use_safetensors)
     with one_line_checkpoint_errors(f"the LLM {llm_path}", is_collective_error):
         refuse_unsafe_files(llm_path, allow_pickle)
+        generation_config = load_generation_config(llm_path)
         llm = _load_llm(llm_path, dtype, use_safetensors=use_safetensors)
+        llm.generation_config = generation_config or llm.generation_config
     # Copies: InternVLChatModel writes into its sub-configurations, which would change those of the loaded parts.
     config = InternVLChatConfig(vision.config.to_dict(), llm.config.to_dict(), **config_fields)
     with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,8 @@
 """The model card (README.md) of a result: what the hub reads, how it was made, how to open it."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,14 +10,20 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCardData
 
 from internvl.command_line import CHAT_MODEL_TYPE
+from internvl.regular_files import open_regular_file
 
 CARD_FILE = "README.md"
-MAX_FRONT_MATTER_BYTES, MAX_BASE_MODELS = 2**16, 8
+MAX_FRONT_MATTER_BYTES, MAX_CARD_BYTES, MAX_VALUE_LENGTH, MAX_BASE_MODELS = 2**16, 2**20, 200, 8
 LICENSE_FIELDS = ("license", "license_name", "license_link")
-CARD_FIELD = re.compile(r"(\w+):\s*(.*)")
-LIST_ITEM = re.compile(r"\s*-\s+(.*)")
-PLAIN_VALUE = re.compile(r"[\w.+/:@?=~-][\w.+/:@?=~ -]{0,199}")
+# Parts of YAML: `key: value`, `- value`, `[value, value]`, and "value" or 'value'.
+CARD_FIELD = re.compile(r"""(["']?)([\w.-]+)\1\s*:(?:\s(.*))?""")
+LIST_ITEM = re.compile(r"\s*-\s(.*)")
+FLOW_LIST = re.compile(r"\[(.*)\]\s*(?:#.*)?")
+QUOTED_VALUE = re.compile(r"""(?:"([^"\\]*)"|'([^']*)')\s*(?:#.*)?""")
+NO_PLAIN_VALUE = re.compile(r"""[\[\]{}&*!|>%@`"'#,].*|[-?:](\s.*)?|null|Null|NULL|~|""")
 HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+# The sentence that `_format_card` writes.
+ORIGIN = re.compile(r"^# (.+)\n\nMade from `([^`\n]+)` by ([^.\n]+)\. ", re.MULTILINE)
 
 
 @dataclass
@@ -50,6 +57,11 @@ from internvl.model.tokenizers.loading import load_tokenizer
 
 model = InternVLChatModel.from_pretrained({name!r})
 tokenizer = load_tokenizer({name!r})"""
+OPEN_WITH_CODE = """\
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained({name!r}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({name!r}, trust_remote_code=True)"""
 CHAT_TASK = "image-text-to-text"
 LAYOUTS = {
     "adapters": Layout(
@@ -66,9 +78,14 @@ LAYOUTS = {
         CHAT_TASK,
         ("custom_code",),
         "A complete model in InternVL's own layout, with the code that opens it.",
-        "from transformers import AutoModel, AutoTokenizer\n\n"
-        "model = AutoModel.from_pretrained({name!r}, trust_remote_code=True)\n"
-        "tokenizer = AutoTokenizer.from_pretrained({name!r}, trust_remote_code=True)",
+        OPEN_WITH_CODE,
+    ),
+    "chat with code on the hub": Layout(
+        "transformers",
+        CHAT_TASK,
+        ("custom_code",),
+        "A complete model in InternVL's own layout, with code from {repository}, which transformers downloads.",
+        OPEN_WITH_CODE,
     ),
     "hf": Layout(
         "transformers",
@@ -93,8 +110,8 @@ LAYOUTS = {
 def read_card_fields(content: bytes, source: str, hub_name: str | None = None) -> CardFields:
     """Read licence and base models from the front matter of an untrusted card.
 
-    Strings and lists of strings are read line by line, everything else is ignored. A YAML parser would follow aliases,
-    with which a few lines stand for gigabytes.
+    Strings of one line and lists of them are read line by line, everything else is ignored. A YAML parser would follow
+    aliases, with which a few lines stand for gigabytes.
 
     Args:
         source: name of the model's folder.
@@ -102,25 +119,52 @@ def read_card_fields(content: bytes, source: str, hub_name: str | None = None) -
     """
     lines = content[:MAX_FRONT_MATTER_BYTES].decode("utf-8-sig", "replace").splitlines()
     values: dict[str, list[str]] = {}
-    key = ""
     if lines and lines[0].rstrip() == "---":
-        for line in takewhile(lambda line: line.rstrip() != "---", lines[1:]):
-            if match := CARD_FIELD.fullmatch(line):
-                key, text = match.groups()
-                values[key] = _parse_plain_values(text.strip("[]").split(","))
-            elif match := LIST_ITEM.fullmatch(line):
-                values.setdefault(key, []).extend(_parse_plain_values([match[1]]))
+        values = _parse_fields(takewhile(lambda line: line.rstrip() not in ("---", "..."), lines[1:]))
     base_models = [hub_name] if hub_name else list(filter(HUB_NAME.fullmatch, values.get("base_model", [])))
     return CardFields(
-        source=hub_name or (source if PLAIN_VALUE.fullmatch(source) else "another checkpoint"),
+        source=hub_name or (source if _is_short_text(source) else "another checkpoint"),
         base_models=base_models[:MAX_BASE_MODELS],
         license={name: found if found[1:] else found[0] for name in LICENSE_FIELDS if (found := values.get(name))},
     )
 
 
-def _parse_plain_values(texts: list[str]) -> list[str]:
-    stripped = (text.partition(" #")[0].strip().strip("'\"").strip() for text in texts)
-    return list(filter(PLAIN_VALUE.fullmatch, stripped))
+def _parse_fields(lines: Iterable[str]) -> dict[str, list[str]]:
+    """Parse the top-level fields of a YAML mapping that are strings, or lists of strings."""
+    values: dict[str, list[str]] = {}
+    key, is_list = "", False
+    for line in lines:
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if match := CARD_FIELD.fullmatch(line):
+            key, text = match[2], (match[3] or "").strip()
+            is_list = not text or text.startswith("#")
+            items = FLOW_LIST.fullmatch(text)
+            values[key] = _parse_texts(items[1].split(",") if items else [text])
+        elif is_list and (match := LIST_ITEM.fullmatch(line)):
+            values[key] += _parse_texts([match[1]])
+        else:
+            if line[0].isspace():  # the value goes on, or is nested
+                values.pop(key, None)
+            key, is_list = "", False
+    return values
+
+
+def _parse_texts(texts: Iterable[str]) -> list[str]:
+    return [text for text in map(_parse_text, texts) if _is_short_text(text)]
+
+
+def _parse_text(text: str) -> str:
+    """Parse a string of YAML that is on one line; return "" for another value."""
+    text = text.strip()
+    if match := QUOTED_VALUE.fullmatch(text):
+        return match[1] or match[2] or ""
+    text = re.split(r"\s#", text, maxsplit=1)[0].strip()
+    return "" if NO_PLAIN_VALUE.fullmatch(text) or re.search(r":(\s|$)", text) else text
+
+
+def _is_short_text(text: str) -> bool:
+    return 0 < len(text) <= MAX_VALUE_LENGTH and text.isprintable() and "`" not in text
 
 
 def write_model_card(folder: Path, config: dict, fields: CardFields, made_by: str) -> None:
@@ -130,8 +174,26 @@ def write_model_card(folder: Path, config: dict, fields: CardFields, made_by: st
         config: content of the folder's config.json.
         made_by: "fine-tuning", or the name of a tool.
     """
-    if (folder / CARD_FILE).exists():  # may be the user's
+    if not (folder / CARD_FILE).exists():  # may be the user's
+        text = _format_card(folder.resolve().name, config, fields, made_by)
+        (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def update_model_card(folder: Path, old_config: dict, config: dict) -> None:
+    """Rewrite a card for a new config.json, if `write_model_card` wrote it for the old one and nobody changed it."""
+    file = folder / CARD_FILE
+    if not file.is_file():
         return
+    with open_regular_file(file, MAX_CARD_BYTES) as opened:
+        content = opened.read()
+    if origin := ORIGIN.search(content.decode("utf-8", "replace")):
+        name, source, made_by = origin.groups()
+        fields = replace(read_card_fields(content, source), source=source)
+        if content.decode("utf-8", "replace") == _format_card(name, old_config, fields, made_by):
+            file.write_text(_format_card(name, config, fields, made_by), encoding="utf-8")
+
+
+def _format_card(name: str, config: dict, fields: CardFields, made_by: str) -> str:
     layout = LAYOUTS[find_layout(config)]
     data = ModelCardData(
         base_model=fields.base_models or None,
@@ -140,12 +202,11 @@ def write_model_card(folder: Path, config: dict, fields: CardFields, made_by: st
         tags=["internvl", *layout.tags],
         **fields.license,
     )
-    name = folder.resolve().name
-    text = (
-        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nMade from `{fields.source}` by {made_by}. {layout.description}\n\n"
+    description = layout.description.format(repository=_find_model_repository(config))
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nMade from `{fields.source}` by {made_by}. {description}\n\n"
         f"```python\n{layout.example.format(name=name)}\n```\n"
     )
-    (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def find_layout(config: dict) -> str:
@@ -154,4 +215,20 @@ def find_layout(config: dict) -> str:
         return "hf" if config["model_type"] == "internvl" else "vision encoder"
     if config.get("base_model"):
         return "adapters"
-    return "chat with code" if "AutoModel" in (config.get("auto_map") or {}) else "chat"
+    if "AutoModel" not in (config.get("auto_map") or {}):
+        return "chat"
+    return "chat with code on the hub" if _find_model_repository(config) else "chat with code"
+
+
+def _find_model_repository(config: dict) -> str | None:
+    auto_map = config.get("auto_map")
+    return find_repository(auto_map.get("AutoModel")) if isinstance(auto_map, dict) else None
+
+
+def find_repository(reference: Any) -> str | None:
+    """Return the repository that an entry of `auto_map` names, if it names one.
+
+    A reference is `module.Class`, a file in the folder, or `ORG/NAME--module.Class`, one on the hub.
+    """
+    repository, separator, _ = str(reference).partition("--")
+    return (repository if HUB_NAME.fullmatch(repository) else "another repository") if separator else None

@@ -15,9 +15,8 @@ from internvl.constants import IMG_CONTEXT_TOKEN, IMG_END_TOKEN, IMG_START_TOKEN
 from internvl.model.auxiliary_files import read_normalization
 from internvl.model.chat_template import VIDEO_PLACEHOLDER, set_chat_template
 from internvl.model.internvl_chat import InternVLChatConfig
-from internvl.model.internvl_chat.chat import build_conversation, get_end_marker
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens, get_tile_size
-from internvl.model.internvl_chat.generation import GENERATION_CONFIG_FILE, load_generation_config
+from internvl.model.internvl_chat.generation import GENERATION_CONFIG_FILE, add_end_ids, load_generation_config
 from internvl.model.tokenizers.loading import PreTrainedTokenizerFast, load_tokenizer
 from internvl.model.tokenizers.v4_compat import update_json
 
@@ -72,15 +71,11 @@ def save_processor(config: InternVLChatConfig, source: str | Path, output_dir: P
 
 def _save_generation_config(config: InternVLChatConfig, tokenizer, source: str | Path, output_dir: Path) -> None:
     """Save the settings of the chat checkpoint, with the ids that end an answer of `chat` as well."""
-    generation_config = load_generation_config(source) or GenerationConfig()
-    end_ids = {tokenizer.convert_tokens_to_ids(get_end_marker(build_conversation(config))), tokenizer.eos_token_id}
-    stored_ids = generation_config.eos_token_id
-    end_ids |= {*stored_ids} if isinstance(stored_ids, list) else {stored_ids}
-    generation_config.eos_token_id = sorted(end_ids - {None, tokenizer.unk_token_id})
-    generation_config.pad_token_id = tokenizer.pad_token_id
-    generation_config.to_json_file(output_dir / GENERATION_CONFIG_FILE)
-    # With this field, transformers 4 replaces the settings by those of the LLM.
-    update_json(output_dir / GENERATION_CONFIG_FILE, _from_model_config=None)
+    file = output_dir / GENERATION_CONFIG_FILE
+    (load_generation_config(source) or GenerationConfig()).to_json_file(file)
+    add_end_ids(output_dir, tokenizer, config)
+    # With _from_model_config, transformers 4 replaces the settings by those of the LLM.
+    update_json(file, pad_token_id=tokenizer.pad_token_id, _from_model_config=None)
 
 
 def load_chat_tokenizer(source: str | Path, num_embeddings: int) -> PreTrainedTokenizerFast:
