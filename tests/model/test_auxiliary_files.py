@@ -295,13 +295,14 @@ def test_card_names_the_repository_of_the_code(base, tmp_path):
 
 
 ALIASES = "".join(f"x{i}: &x{i} [{','.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 30))
+MERGES = "".join(f"x{i}: &x{i} {{<<: [{','.join([f'*x{i - 1}'] * 9)}]}}\n" for i in range(1, 30))
 CARDS = {
     "no front matter": ("license: mit\n", {}, []),
     "list of licences": ("---\nlicense: [mit, apache-2.0]\n---\n", {"license": ["mit", "apache-2.0"]}, []),
     "one base model": ("---\nbase_model: a/b\nlicense: 'mit'\n---\nlicense: gpl\n", {"license": "mit"}, ["a/b"]),
     "Windows": ("\ufeff---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}, []),
     "path": ("---\nbase_model: /home/me/model\n---\n", {}, []),
-    "tag": ("---\nlicense: !!python/object/apply:os.system [ls]\n---\n", {}, []),
+    "tag": ("---\nlicense: !!python/object/apply:os.system [mit]\n---\n", {"license": "mit"}, []),
     "nested": ("---\nmodel-index:\n- name: x\n  license: gpl\nlicense: mit\n---\n", {"license": "mit"}, []),
     "aliases": (f"---\nx0: &x0 [1]\n{ALIASES}license: *x29\n---\n", {}, []),
     "unfinished": ("---\nlicense: mit\n", {"license": "mit"}, []),
@@ -315,8 +316,10 @@ CARDS = {
     "flow list with a comment": ("---\nlicense: ['mit', \"gpl\"] # c\n---\n", {"license": ["mit", "gpl"]}, []),
     "block list with comments": ("---\nlicense: # c\n\n# d\n  - mit # e\n---\n", {"license": "mit"}, []),
     "dots": ("---\nlicense: mit\n...\nlicense: gpl\n---\n", {"license": "mit"}, []),
-    "folded": ("---\nlicense_name: >-\n  a\n  b\nlicense: mit\n---\n", {"license": "mit"}, []),
-    "several lines": ("---\nlicense_name: a\n  b\nlicense: mit\n---\n", {"license": "mit"}, []),
+    "folded": ("---\nlicense_name: >-\n  a\n  b\n---\n", {"license_name": "a b"}, []),
+    "several lines": ("---\nlicense_name: a\n  b\n---\n", {"license_name": "a b"}, []),
+    "merge keys": (f"---\nx0: &x0 {{license: mit}}\n{MERGES}<<: *x29\n---\n", {}, []),
+    "deep": ("---\nlicense: " + "[" * 60000, {}, []),
     "null": ("---\nlicense_name: null\nlicense_link: ~\nlicense: mit\n---\n", {"license": "mit"}, []),
     "other keys": ("---\nlicense: mit\nmodel-index:\n- gpl\na key:\n- bsd\n---\n", {"license": "mit"}, []),
     "nested in the field": ("---\nlicense:\n  a:\n  - gpl\n---\n", {}, []),

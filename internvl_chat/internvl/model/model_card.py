@@ -1,26 +1,23 @@
 """The model card (README.md) of a result: what the hub reads, how it was made, how to open it."""
 
+import logging
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from huggingface_hub import ModelCardData
 
 from internvl.command_line import CHAT_MODEL_TYPE
 from internvl.regular_files import open_regular_file
 
+logger = logging.getLogger(__name__)
 CARD_FILE = "README.md"
 MAX_FRONT_MATTER_BYTES, MAX_CARD_BYTES, MAX_VALUE_LENGTH, MAX_BASE_MODELS = 2**16, 2**20, 200, 8
 LICENSE_FIELDS = ("license", "license_name", "license_link")
-# Parts of YAML: `key: value`, `- value`, `[value, value]`, and "value" or 'value'.
-CARD_FIELD = re.compile(r"""(["']?)([\w.-]+)\1\s*:(?:\s(.*))?""")
-LIST_ITEM = re.compile(r"\s*-\s(.*)")
-FLOW_LIST = re.compile(r"\[(.*)\]\s*(?:#.*)?")
-QUOTED_VALUE = re.compile(r"""(?:"([^"\\]*)"|'([^']*)')\s*(?:#.*)?""")
-NO_PLAIN_VALUE = re.compile(r"""[\[\]{}&*!|>%@`"'#,].*|[-?:](\s.*)?|null|Null|NULL|~|""")
+YAML_NULLS = ("", "~", "null", "Null", "NULL")
 HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 # The sentence that `_format_card` writes.
 ORIGIN = re.compile(r"^# (.+)\n\nMade from `([^`\n]+)` by ([^.\n]+)\. ", re.MULTILINE)
@@ -110,7 +107,7 @@ LAYOUTS = {
 def read_card_fields(content: bytes, source: str, hub_name: str | None = None) -> CardFields:
     """Read licence and base models from the front matter of an untrusted card.
 
-    Strings of one line and lists of them are read line by line, everything else is ignored. A YAML parser would follow
+    Strings and lists of strings count, everything else is ignored. YAML's `BaseLoader` follows no tags and merges no
     aliases, with which a few lines stand for gigabytes.
 
     Args:
@@ -118,9 +115,14 @@ def read_card_fields(content: bytes, source: str, hub_name: str | None = None) -
         hub_name: of the model on the hub, if known.
     """
     lines = content[:MAX_FRONT_MATTER_BYTES].decode("utf-8-sig", "replace").splitlines()
-    values: dict[str, list[str]] = {}
-    if lines and lines[0].rstrip() == "---":
-        values = _parse_fields(takewhile(lambda line: line.rstrip() not in ("---", "..."), lines[1:]))
+    has_fields = bool(lines) and lines[0].rstrip() == "---"
+    front_matter = takewhile(lambda line: line.rstrip() not in ("---", "..."), lines[1:] if has_fields else [])
+    try:
+        fields = yaml.load("\n".join(front_matter), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        logger.warning("The model card of %s is invalid, results lack its licence: %.80s", source, error)
+        fields = None
+    values = {name: _list_texts(value) for name, value in fields.items()} if isinstance(fields, dict) else {}
     base_models = [hub_name] if hub_name else list(filter(HUB_NAME.fullmatch, values.get("base_model", [])))
     return CardFields(
         source=hub_name or (source if _is_short_text(source) else "another checkpoint"),
@@ -129,38 +131,9 @@ def read_card_fields(content: bytes, source: str, hub_name: str | None = None) -
     )
 
 
-def _parse_fields(lines: Iterable[str]) -> dict[str, list[str]]:
-    """Parse the top-level fields of a YAML mapping that are strings, or lists of strings."""
-    values: dict[str, list[str]] = {}
-    key, is_list = "", False
-    for line in lines:
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        if match := CARD_FIELD.fullmatch(line):
-            key, text = match[2], (match[3] or "").strip()
-            is_list = not text or text.startswith("#")
-            items = FLOW_LIST.fullmatch(text)
-            values[key] = _parse_texts(items[1].split(",") if items else [text])
-        elif is_list and (match := LIST_ITEM.fullmatch(line)):
-            values[key] += _parse_texts([match[1]])
-        else:
-            if line[0].isspace():  # the value goes on, or is nested
-                values.pop(key, None)
-            key, is_list = "", False
-    return values
-
-
-def _parse_texts(texts: Iterable[str]) -> list[str]:
-    return [text for text in map(_parse_text, texts) if _is_short_text(text)]
-
-
-def _parse_text(text: str) -> str:
-    """Parse a string of YAML that is on one line; return "" for another value."""
-    text = text.strip()
-    if match := QUOTED_VALUE.fullmatch(text):
-        return match[1] or match[2] or ""
-    text = re.split(r"\s#", text, maxsplit=1)[0].strip()
-    return "" if NO_PLAIN_VALUE.fullmatch(text) or re.search(r":(\s|$)", text) else text
+def _list_texts(value: Any) -> list[str]:
+    texts = value if isinstance(value, list) else [value]
+    return [text for text in texts if isinstance(text, str) and text not in YAML_NULLS and _is_short_text(text)]
 
 
 def _is_short_text(text: str) -> bool:
