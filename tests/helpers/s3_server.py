@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from internvl.launchers import find_free_port
 
@@ -52,6 +53,7 @@ class S3Server:
 def serve_s3(monkeypatch) -> Iterator[S3Server]:
     """Start a server; set the environment variables of this process."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    S3FileSystem.clear_instance_cache()  # they have the address of an earlier server
     server = S3Server(int(find_free_port()))
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)

@@ -356,7 +356,10 @@ def test_a_log_that_is_no_file_is_refused(bash, tmp_path, make_fn):
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_closed_terminal_is_a_preemption_signal_unless_nohup(bash, tmp_path, nohup):
-    """SIGHUP goes to all processes, as from the kernel."""
+    """SIGHUP goes to all processes, as from the kernel.
+
+    A launcher that has it first may send SIGTERM to the ranks before SIGHUP reaches them.
+    """
     code = """
 import sys, time
 from internvl.runtime.process import prepare_rank
@@ -379,4 +382,5 @@ print("signal", preemption.signal and preemption.signal.name)
     )
     send_to_all(process, signal.SIGHUP)
     assert process.wait(60) == 0
-    assert log.read_text().count("signal None" if nohup else "signal SIGHUP") == 2, log.read_text()
+    signals = re.findall(r"^signal (\w+)$", log.read_text(), re.MULTILINE)
+    assert len(signals) == 2 and {*signals} <= ({"None"} if nohup else {"SIGHUP", "SIGTERM"}), log.read_text()
