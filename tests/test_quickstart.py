@@ -52,6 +52,7 @@ def list_scans(path: Path) -> list[int]:
     return [int(Path(record["image"]).stem.split("_")[0]) for record in read_records(path)]
 
 
+@pytest.mark.e2e
 def test_no_held_out_scan_is_in_the_training_data(data):
     assert list_scans(data / "plain_heldout.jsonl") == list_scans(data / "shifted_heldout.jsonl")
     held_out = set(list_scans(data / "plain_heldout.jsonl"))

@@ -6,6 +6,8 @@ import pytest
 from stress.checkpoint_edits import CheckpointCases, Edit
 from stress.fuzzing import make_source
 
+pytestmark = pytest.mark.stress
+
 
 @pytest.fixture(scope="module")
 def cases(goldens, tmp_path_factory):
@@ -69,6 +71,5 @@ def test_known_edits_are_one_sentence(cases, name):
     assert result.startswith("error: ") and re.search(KNOWN_EDITS[name], result), result
 
 
-@pytest.mark.stress
 def test_every_hundredth_edit(cases):
     assert not describe_findings(cases, cases.edits[50::100])

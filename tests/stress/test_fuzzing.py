@@ -9,6 +9,8 @@ import pytest
 from helpers.training_runs import TRAIN_ADAPTERS, TRAIN_LLM_AND_PROJECTOR, write_meta_file
 from stress.fuzzing import IN_PROCESS_KINDS, Case, make_case, make_source, run_case, run_case_as_process, run_cases
 
+pytestmark = pytest.mark.stress
+
 
 @pytest.fixture(scope="module")
 def source(goldens, tmp_path_factory):
@@ -27,7 +29,6 @@ def describe_findings(results: dict[int, tuple[list[str], str]]) -> list[str]:
     ]
 
 
-@pytest.mark.stress
 def test_cases_in_this_process(source):
     results = run_cases(source, seed=0, numbers=range(24))
     assert not describe_findings(results)
@@ -35,12 +36,10 @@ def test_cases_in_this_process(source):
     assert kinds.count("trained") >= 5 and kinds.count("error") >= 5, kinds
 
 
-@pytest.mark.stress
 def test_more_cases_in_this_process(source):
     assert not describe_findings(run_cases(source, seed=1, numbers=range(100)))
 
 
-@pytest.mark.stress
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("kinds", [["zero"], IN_PROCESS_KINDS], ids=["zero", "others"])
 def test_cases_as_processes(source, kinds):

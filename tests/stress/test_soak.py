@@ -13,12 +13,13 @@ import pytest
 from helpers.paths import REPO_ROOT
 from helpers.training_runs import TRAIN_ADAPTERS, train_in_process
 
+pytestmark = pytest.mark.stress
+
 STEPS, WINDOW = 2000, 100
 # Bytes that a process may grow by between steps 200-400 and the last 200. Leaking half a tile per step would be 8 MB.
 MAX_GROWTH = 8e6
 
 
-@pytest.mark.stress
 @pytest.mark.multiprocess
 def test_2000_steps_leak_nothing(tiny_inputs, tmp_path):
     output, temporary = tmp_path / "out", Path(tempfile.mkdtemp())  # a short path, as sockets in it need

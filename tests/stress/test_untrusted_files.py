@@ -10,6 +10,8 @@ from helpers.training_runs import TRAIN_ADAPTERS, train_in_process
 from stress import untrusted_files
 from stress.untrusted_files import fuzz, run_case
 
+pytestmark = pytest.mark.stress
+
 SEED, NUM_CASES = 7, 240
 
 
@@ -30,7 +32,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.stress
 def test_untrusted_files_cause_no_harm(source, tmp_path):
     assert fuzz(source, tmp_path / "fuzz", SEED, range(NUM_CASES)) == []
 
@@ -50,7 +51,6 @@ FAULTS = {
 }
 
 
-@pytest.mark.stress
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_fuzzing_sees_faults(tmp_path, monkeypatch, name):
     fault_fn, expected = FAULTS[name]
