@@ -39,9 +39,9 @@ IGNORE_INDEX = -100  # label of a token that is not a loss token
 
 
 def get_pad_id(tokenizer) -> int:
-    """Return the token that pads rows: 0, as in upstream, if the tokenizer has none.
+    """Return the id of the token that pads rows.
 
-    Padding is masked, so the choice has no effect on results.
+    It is 0, as in upstream, if the tokenizer has none. Padding is masked, so the choice has no effect on results.
     """
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 

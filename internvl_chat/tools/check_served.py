@@ -120,7 +120,7 @@ def read_questions(meta_path: str, number: int, skipped: list[str]) -> list[Ques
     """Read the first questions of a meta file.
 
     Args:
-        skipped: gets the location and the reason of each record that is passed over.
+        skipped: gets the location and the reason of each skipped record.
     """
     questions: list[Question] = []
     for location, root, record_fn in list_records(meta_path):

@@ -301,7 +301,7 @@ CARDS = {
     "list of licences": ("---\nlicense: [mit, apache-2.0]\n---\n", {"license": ["mit", "apache-2.0"]}, []),
     "one base model": ("---\nbase_model: a/b\nlicense: 'mit'\n---\nlicense: gpl\n", {"license": "mit"}, ["a/b"]),
     "Windows": ("\ufeff---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}, []),
-    "path": ("---\nbase_model: /home/me/model\n---\n", {}, []),
+    "path": ("---\nbase_model: /my/model\n---\n", {}, []),
     "tag": ("---\nlicense: !!python/object/apply:os.system [mit]\n---\n", {"license": "mit"}, []),
     "nested": ("---\nmodel-index:\n- name: x\n  license: gpl\nlicense: mit\n---\n", {"license": "mit"}, []),
     "aliases": (f"---\nx0: &x0 [1]\n{ALIASES}license: *x29\n---\n", {}, []),

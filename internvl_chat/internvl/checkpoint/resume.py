@@ -55,7 +55,10 @@ def choose_resume_checkpoint(training_args: TrainingArguments) -> str | None:
 
 
 def is_finished_without_checkpoints(training_args: TrainingArguments, run_record: RunRecord) -> bool:
-    """Check whether the output folder holds the model of this very run, which saved no checkpoint. A collective."""
+    """Check whether this very run has finished, without saving checkpoints.
+
+    A collective.
+    """
     folder = Path(str(training_args.output_dir))
     is_new_run = training_args.overwrite_output_dir or not training_args.do_train
     if is_new_run or training_args.resume_from_checkpoint not in (None, RESUME_AUTO):

@@ -147,7 +147,9 @@ class RunRecord:
         (folder / FLAGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
     def resume_from(self, checkpoint: Path) -> None:
-        """Log the flags and dataset settings that differ from those of a checkpoint's run. A collective.
+        """Log how flags and dataset settings differ from a checkpoint's.
+
+        A collective.
 
         Raises:
             ValueError: a flag differs that must equal the checkpoint's; or a setting that changes samples, without
@@ -177,7 +179,7 @@ class RunRecord:
             self.changes = [*self.changes, {"from": checkpoint.name, "flags": acting, **datasets}]
 
     def equals(self, folder: Path) -> bool:
-        """Check whether a folder was written by a run of the same flags and data settings."""
+        """Check whether a run of the same settings wrote a folder."""
         record = read_flags_file(folder)
         if record is None:
             return False

@@ -73,7 +73,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def get_extension(path: str) -> str:
-    """Return the extension of a path in lower case, of a URL without its query."""
+    """Return the extension of a path or URL, in lower case."""
     return os.path.splitext(path.partition("?")[0] if is_remote(path) else path)[1].lower()
 
 

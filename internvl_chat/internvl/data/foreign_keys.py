@@ -1,7 +1,7 @@
 """Keys of other formats in records and turns: what they mean there, and what to write instead.
 
 Most keys that a record has beside ours describe the sample (`id`, `source`, `width`) and are ignored. Those listed here
-carry content, or change what is trained. Without them something else would be trained, silently.
+carry content, or change what is trained. Without them, training would silently differ from what the record says.
 """
 
 from collections.abc import Callable, Collection
@@ -41,7 +41,7 @@ def is_content(value: object) -> bool:
 
 
 def holds(*flags: object) -> Callable[[object], bool]:
-    """Return a test whether a value is one of these flags, or a list with one of them.
+    """Return a test for these flags, or a list with one of them.
 
     Texts and objects under the same keys describe a sample: `"mask": "masks/7.png"`.
     """
@@ -140,7 +140,7 @@ TIME_KEYS = frozenset("start end starttime endtime startsec endsec timestamp tim
 
 @lru_cache
 def list_foreign_keys(known_keys: tuple[str, ...]) -> dict[str, ForeignKey]:
-    """Return FOREIGN_KEYS and the near misses of our keys: normalized key -> what to do."""
+    """Map normalized foreign keys and near misses of ours to advice."""
     advice = {key: f"use {key} instead" for key in known_keys}
     advice |= {key: f"use {key} instead, with one path or a list of all paths" for key in ("image", "images")}
     return FOREIGN_KEYS | {normalize_key(key): ForeignKey(advice[key], is_present) for key in known_keys}
@@ -182,7 +182,10 @@ def list_text_keys(record: dict, known_keys: tuple[str, ...]) -> list[str]:
 
 
 def list_unused_keys(record: dict, known_keys: tuple[str, ...], texts: Collection[str]) -> list[str]:
-    """List keys that may be meant: of a text that is in none of `texts`, or of times of a video without `clip`."""
+    """List keys whose content may be missing from the sample.
+
+    They hold a text that is in none of `texts`, or times of a video without `clip`.
+    """
     unused = [
         key
         for key in list_text_keys(record, known_keys)

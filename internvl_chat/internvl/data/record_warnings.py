@@ -78,7 +78,10 @@ RECORD_WARNINGS: dict[str, Callable[[Turns], bool]] = {
 
 
 def find_warnings(conversations: Sequence[Turns], record: dict, known_keys: tuple[str, ...]) -> list[str]:
-    """Return what is suspicious in a record: keys of RECORD_WARNINGS, and keys with content that is not used."""
+    """List what is suspicious in a record.
+
+    These are keys of RECORD_WARNINGS, and keys with content that is not used.
+    """
     warnings = [name for name, has_warning in RECORD_WARNINGS.items() if any(map(has_warning, conversations))]
     texts = [turn["value"] for turns in conversations for turn in turns]
     unused = list_unused_keys(record, known_keys, texts)

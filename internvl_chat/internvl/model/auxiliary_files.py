@@ -59,7 +59,7 @@ class AuxiliaryFiles:
     Args:
         contents: name -> content.
         named_code: more code files, written only if an `auto_map` of the result names them.
-        card: what the model card of a result takes over.
+        card: what the model card of a result keeps of it.
     """
 
     contents: dict[str, bytes] = field(default_factory=dict)
@@ -99,7 +99,7 @@ def read_auxiliary_files(source: str | Path) -> AuxiliaryFiles:
 
 
 def compose_auxiliary_files(base: AuxiliaryFiles, llm: AuxiliaryFiles) -> AuxiliaryFiles:
-    """Join the files of a model that gets its LLM and tokenizer from another checkpoint.
+    """Join the files of two checkpoints of which a model is composed.
 
     Args:
         base: of the other parts.
@@ -149,9 +149,9 @@ def read_files(folder: Path, patterns: Iterable[re.Pattern]) -> Iterator[tuple[s
 
 
 def list_inner_files(folder: Path, patterns: Iterable[re.Pattern]) -> list[Path]:
-    """List the entries of a folder whose names match, without links that lead out of it.
+    """List the entries of a folder whose names match.
 
-    The links of the hub's cache to its own files are followed. What is left out is logged.
+    Links out of the folder are left out, except those of the hub's cache to its own files. What is left out is logged.
     """
     patterns = list(patterns)
     real_folder, paths = Path(os.path.realpath(folder)), []

@@ -35,7 +35,7 @@ def convert_adapters_to_chat(
             "vLLM does not adapt the projector: leave mlp1 out of --parts and pass --write_base DIR, which merges the "
             "projector's adapters into the base model"
         )
-    if config.select_layer != -1:  # vLLM refuses the weights of layers behind it, and ignores it in the HF layout
+    if config.select_layer != -1:  # vLLM refuses the weights of later layers, and ignores it in the HF layout
         raise ValueError(f"vLLM serves only models with select_layer -1, got {config.select_layer}")
 
     def find_linear_layers(last_names: set[str]) -> set[str]:

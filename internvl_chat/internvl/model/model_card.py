@@ -25,7 +25,7 @@ ORIGIN = re.compile(r"^# (.+)\n\nMade from `([^`\n]+)` by ([^.\n]+)\. ", re.MULT
 
 @dataclass
 class CardFields:
-    """What a result's card takes over from its base.
+    """What a result's card keeps of its base's.
 
     Args:
         source: name of the base for a sentence.

@@ -59,7 +59,7 @@ def unite_adapters(
     layers = [
         (f"{part}.{layer}.weight", a, b, _get_scale(settings, len(a)))
         for part, (settings, tensors) in adapters.items()
-        for layer, (a, b) in pair_factors(tensors).items()
+        for layer, (a, b) in _pair_factors(tensors).items()
     ]
     rank, scale = max(len(a) for _, a, _, _ in layers), layers[0][3]
     state, adapted_layers = {}, set()
@@ -91,7 +91,7 @@ def list_linear_layers(model: torch.nn.Module, last_names: set[str]) -> set[str]
     return {name for name in linear_layers if name.rpartition(".")[2] in last_names}
 
 
-def pair_factors(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _pair_factors(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return layer -> A (r, in) and B (out, r).
 
     Raises:

@@ -12,16 +12,16 @@ from transformers import GenerationConfig
 from transformers.utils import cached_file
 
 from internvl.model.internvl_chat.chat import build_conversation, get_end_marker
+from internvl.model.internvl_chat.config_values import MAX_INT
 from internvl.model.internvl_chat.safe_loading import one_line_file_errors
 from internvl.model.lora import unwrap_peft
 from internvl.regular_files import read_json_object
 
 GENERATION_CONFIG_FILE = "generation_config.json"
-MAX_INT = 2**31
 
 
 def _is_int(value: Any) -> bool:
-    return type(value) is int and abs(value) < MAX_INT
+    return type(value) is int and abs(value) <= MAX_INT
 
 
 def _is_int_list(value: Any) -> bool:
