@@ -30,6 +30,8 @@ TOPICS = {
     "accept_changed_data allow_outside_root",
     "packing": "use_packed_ds max_packed_tokens num_images_expected strict_mode allow_overflow loss_reduction "
     "loss_reduction_all_gather",
+    "evaluation": "eval_meta_path eval_share eval_num_samples eval_max_new_tokens eval_base_answers "
+    "early_stopping_patience early_stopping_threshold",
     "loop": "warmup_ratio overwrite_output_dir do_train save_full_model no_smoke_save evaluation_strategy "
     "ddp_find_unused_parameters logging_nan_inf_filter log_level log_level_replica use_cpu",
     "faults": "ddp_timeout save_on_signal_seconds store_retry_seconds max_skipped_steps skip_above_grad_norm "
@@ -78,10 +80,9 @@ def format_flags(names: list[str], flags: dict[str, tuple[object, str]]) -> str:
 
 def format_unsupported() -> str:
     """Format a table of transformers' flags that are not supported."""
-    from internvl.arguments.unsupported_flags import REMOVED_FLAGS, SUPPORTED_VALUES, UNSUPPORTED
+    from internvl.arguments.unsupported_flags import REMOVED_FLAGS, UNSUPPORTED
 
     rows = [(name, reason) for name, reason in UNSUPPORTED.items()]
-    rows += [(name, f"supported: {', '.join(values)}; {reason}") for name, (values, reason) in SUPPORTED_VALUES.items()]
     rows += [(name, f"removed in transformers 5: {advice}") for name, advice in REMOVED_FLAGS.items()]
     lines = ["| flag | reason, or what to use |", "| --- | --- |"]
     return "\n".join(lines + [f"| `--{name}` | {escape(reason)} |" for name, reason in sorted(rows)])

@@ -3,7 +3,8 @@
     python tools/check_data.py META --model_name_or_path DIR [flags of training]
 
 With the flags of training the samples are the same as in training, and training reuses the measurements. Of images only
-the headers are read; --decode loads every sample as training does, with --dataloader_num_workers processes. Writes
+the headers are read; --decode loads every sample as training does, with --dataloader_num_workers processes. With
+evaluation sets, their plan is estimated for H100 GPUs, and records that are also trained are counted. Writes
 `lengths.png`, `summary.txt` and `skipped_samples.jsonl` into --report. Exit status: 1 if a sample is unusable, else 0.
 """
 
@@ -13,8 +14,9 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -26,23 +28,35 @@ from internvl.arguments.training import FINETUNE_ARGUMENTS, TrainingArguments, p
 from internvl.arguments.validate import validate_arguments, validate_preference_arguments
 from internvl.command_line import exit_on_user_error
 from internvl.constants import SPECIAL_TOKENS
+from internvl.data.images import NORMALIZATION_STATS
 from internvl.data.preference_dataset import PreferenceDataset
+from internvl.data.skipped_samples import SkippedSample, count_max_skipped_samples, describe_skipped
 from internvl.data.supervised_dataset import LazySupervisedDataset
+from internvl.evaluation.evaluation_cost import (
+    H100_SPEED,
+    count_evaluations,
+    describe_model_cost,
+    estimate_evaluation,
+    estimate_step_seconds,
+    format_evaluation_plan,
+)
+from internvl.evaluation.evaluation_data import EvaluationData, build_evaluation_data
+from internvl.evaluation.settings import EvaluationSettings
+from internvl.evaluation.shared_records import find_shared_records
 from internvl.model.internvl_chat import InternVisionConfig, InternVLChatConfig
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
 from internvl.model.new_tokens import find_new_tokens
 from internvl.model.safetensors_io import abbreviate_names
-from internvl.planning.epoch_plan import SAMPLE_LENGTHS, plan_epoch
+from internvl.planning.epoch_plan import SAMPLE_LENGTHS, EpochPlan, PlanLayout, plan_epoch
 from internvl.planning.plan_report import format_epoch_plan, summarize_truncation
-from internvl.planning.sample_cost import count_forward_flops, scale_to_training
-from internvl.planning.sample_inspection import Inspection, inspect_samples
-from internvl.train.build_data import (
-    TrainingData,
-    build_plan_layout,
-    count_max_skipped_samples,
-    describe_skipped,
-    measure_data,
+from internvl.planning.sample_cost import (
+    build_model_without_weights,
+    compute_forward_cost,
+    count_forward_flops,
+    scale_to_training,
 )
+from internvl.planning.sample_inspection import Inspection, inspect_samples
+from internvl.train.build_data import TrainingData, build_plan_layout, measure_data
 from internvl.train.build_model import build_tokenizer, chat_config_fields, load_config
 from internvl.train.trainable_parameters import find_untrained_tokens
 
@@ -53,6 +67,7 @@ MAX_RANKS = 65_536
 # Of each program: its dataclasses of flags, their validation, its dataset.
 FINETUNE_PARTS = FINETUNE_ARGUMENTS, validate_arguments, LazySupervisedDataset
 PREFERENCE_PARTS = PREFERENCE_ARGUMENTS, validate_preference_arguments, PreferenceDataset
+Data = TypeVar("Data", TrainingData, EvaluationData)
 MAX_DECODED_EPOCHS = 10  # each reads other frames of a video
 
 
@@ -82,6 +97,11 @@ def main(argv=None):
     num_image_token = count_image_tokens(config)
     data = measure_data(data_args, training_args, tokenizer, num_image_token, dataset_class, untrained_tokens)
 
+    evaluation = build_evaluation_data(
+        *(data_args, training_args, tokenizer, num_image_token, data.held_out, dataset_class, untrained_tokens),
+        is_checked=False,
+    )
+
     # As with LoRA in vision encoder and LLM and gradient checkpointing: 3 passes are forward, recomputation and
     # gradients of inputs.
     sample_cost = scale_to_training(count_forward_flops(config), vision_passes=3, llm_passes=3)
@@ -91,6 +111,10 @@ def main(argv=None):
     samples = np.unique(data.dataset.get_source_samples()[data.is_usable]).tolist()
     inspection = inspect_samples(data.dataset, samples, num_epochs, training_args.dataloader_num_workers)
     data = exclude_samples(data, inspection.unusable)
+    if evaluation and args.decode:
+        evaluated = np.flatnonzero(evaluation.lengths["tokens"]).tolist()
+        unusable = inspect_samples(evaluation.dataset, evaluated, 1, training_args.dataloader_num_workers).unusable
+        evaluation = exclude_samples(evaluation, unusable)
 
     sections = [format_datasets(data), *format_new_tokens(config, tokenizer, untrained_tokens), *format_extremes(data)]
     sections += [format_decoding(len(samples), inspection, num_epochs)]
@@ -101,8 +125,11 @@ def main(argv=None):
         table = format_epoch_plan(data.lengths, plan, layout, len(data.skipped_samples), data.lost_loss_tokens)
         sections.append(f"Epoch plan:\n{table}")
         sections += [format_histogram(name, data.lengths[name][data.is_usable]) for name in SAMPLE_LENGTHS.names or ()]
-    write_report(Path(args.report), "\n\n".join(sections), data)
-    sys.exit(1 if data.skipped_samples else 0)
+        if evaluation:
+            sections += [format_evaluation(evaluation, plan, data, layout, config, data_args, training_args)]
+    skipped_samples = [*data.skipped_samples, *(evaluation.skipped_samples if evaluation else ())]
+    write_report(Path(args.report), "\n\n".join(sections), data, skipped_samples)
+    sys.exit(1 if skipped_samples else 0)
 
 
 def load_chat_config(model_args: ModelArguments, data_args: DataTrainingArguments) -> InternVLChatConfig:
@@ -122,7 +149,7 @@ def count_decoded_epochs(args: TrainingArguments, steps_per_epoch: int) -> int:
     return min(max(1, math.ceil(num_epochs)), MAX_DECODED_EPOCHS)
 
 
-def exclude_samples(data: TrainingData, unusable: Mapping[int, str]) -> TrainingData:
+def exclude_samples(data: Data, unusable: Mapping[int, str]) -> Data:
     """Return the data with further skipped samples, and lengths of 0 for them and their pieces.
 
     Args:
@@ -139,10 +166,10 @@ def exclude_samples(data: TrainingData, unusable: Mapping[int, str]) -> Training
     )
 
 
-def write_report(report_dir: Path, summary: str, data: TrainingData) -> None:
+def write_report(report_dir: Path, summary: str, data: TrainingData, skipped_samples: Sequence[SkippedSample]) -> None:
     """Print the summary, and write it with the skipped samples and histograms."""
     report_dir.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in data.skipped_samples]
+    lines = [json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in skipped_samples]
     # Names of files that are not UTF-8 have lone surrogates; escaped by \\udcXX, the line is still JSON.
     texts = {"skipped_samples.jsonl": "".join(lines), "summary.txt": summary + "\n"}
     for name, text in texts.items():
@@ -232,11 +259,48 @@ def format_new_tokens(
     return [f"New tokens of the tokenizer: {abbreviate_names(tokens)}. These flags add rows for them, {effect}."]
 
 
-def format_skipped(data: TrainingData, max_skipped: int) -> list[str]:
+def format_evaluation(
+    evaluation: EvaluationData,
+    plan: EpochPlan,
+    data: TrainingData,
+    layout: PlanLayout,
+    config: InternVLChatConfig,
+    data_args: DataTrainingArguments,
+    args: TrainingArguments,
+) -> str:
+    """Format the unusable samples of the evaluation sets, records that are also trained, and the plan."""
+    shared = find_shared_records(evaluation, data.dataset, data.content_hashes, data.list_trained_samples())
+    max_skipped = count_max_skipped_samples(data_args, len(evaluation.lengths))
+    warnings = format_skipped(evaluation, max_skipped, "Skipped evaluation samples:")
+    warnings += [f"Evaluation data in the training data: {records}." for records in shared]
+    if not evaluation.lengths["tokens"].any():
+        return "\n\n".join(warnings)
+    model = build_model_without_weights(config)
+    bytes_per_weight = 2 if args.bf16 or args.fp16 else 4
+    cost = describe_model_cost(model, layout.sample_cost, compute_forward_cost(model), bytes_per_weight)
+    mean, std = NORMALIZATION_STATS[data_args.normalize_type]
+    settings = EvaluationSettings(
+        max_tokens=data_args.max_packed_tokens,
+        max_tiles=data_args.num_images_expected,
+        batch_size=args.per_device_eval_batch_size,
+        max_new_tokens=args.eval_max_new_tokens,
+        num_samples=args.eval_num_samples,
+        image_mean=mean,
+        image_std=std,
+    )
+    estimate = estimate_evaluation(evaluation, settings, layout.world_size, cost, H100_SPEED)
+    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(plan))
+    step_seconds = estimate_step_seconds(plan, data.lengths, cost, H100_SPEED)
+    num_evaluations = count_evaluations(args, num_steps, len(plan))
+    table = format_evaluation_plan(evaluation, estimate, num_evaluations, num_steps, step_seconds, "H100 GPUs")
+    return "\n\n".join([*warnings, f"Evaluation plan:\n{table}"])
+
+
+def format_skipped(data: TrainingData | EvaluationData, max_skipped: int, title: str = "Skipped samples:") -> list[str]:
     """List the first skipped samples; nothing if there is none."""
     if not data.skipped_samples:
         return []
-    lines = [f"Skipped samples: {len(data.skipped_samples)}"]
+    lines = [f"{title} {len(data.skipped_samples)}"]
     if len(data.skipped_samples) > max_skipped:
         lines = [f"{lines[0]}; --max_bad_samples allows {max_skipped}, so training would end"]
     lines += [f"  {sample}" for sample in data.skipped_samples[:NUM_LISTED_SKIPPED]]

@@ -102,6 +102,14 @@ def test_flags_removed_by_transformers_5_still_work(tmp_path):
     assert training.get_warmup_steps(1000) == 250
 
 
+def test_former_name_of_the_strategy_does_not_hide_the_new_one(tmp_path):
+    recipe = ["--evaluation_strategy", "no"]
+    assert parse(tmp_path, *recipe, "--eval_strategy", "steps")[2].eval_strategy == "steps"
+    assert parse(tmp_path, "--evaluation_strategy", "epoch")[2].eval_strategy == "epoch"
+    with pytest.raises(ValueError, match="^--evaluation_strategy epoch contradicts --eval_strategy steps: remove one"):
+        parse(tmp_path, "--evaluation_strategy", "epoch", "--eval_strategy", "steps")
+
+
 def test_last_of_repeated_flags_wins(tmp_path):
     model, _, training = parse(
         tmp_path, *"--use_llm_lora 16 --learning_rate 1e-4 --use_llm_lora 8 --learning_rate 3".split()

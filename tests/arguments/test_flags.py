@@ -16,10 +16,10 @@ from helpers.training_runs import build_composition_flags, build_run_flags, prep
 from internvl.arguments.data import DataTrainingArguments
 from internvl.arguments.model import ModelArguments
 from internvl.arguments.per_part import LoraArguments
+from internvl.data.skipped_samples import count_max_skipped_samples
 from internvl.model.activation_checkpointing import find_transformer_layers, get_recomputed_layer_share
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.lora import is_peft_model
-from internvl.train.build_data import count_max_skipped_samples
 from internvl.train.build_model import build_tokenizer
 
 PATH_FLAGS = {"model_name_or_path": "model", "vision_path": "vit", "llm_path": "llm", "mlp_path": "mlp_projector.pth"}

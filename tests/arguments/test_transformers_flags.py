@@ -16,11 +16,12 @@ import torch
 import transformers
 from helpers.training_runs import build_run_flags, prepare_trainer
 
+from internvl.arguments.evaluation import EvaluationArguments
 from internvl.arguments.fault_tolerance import FaultToleranceArguments
 from internvl.arguments.optimizers import SUPPORTED_OPTIMIZERS
 from internvl.arguments.per_part import PartRateArguments
 from internvl.arguments.training import TrainingArguments, parse_args
-from internvl.arguments.unsupported_flags import REMOVED_FLAGS, SUPPORTED_VALUES, UNSUPPORTED
+from internvl.arguments.unsupported_flags import REMOVED_FLAGS, UNSUPPORTED
 from internvl.checkpoint.resume import choose_resume_checkpoint
 from internvl.train.run_training import train_and_save
 
@@ -182,17 +183,14 @@ TESTED_ELSEWHERE = {
     "test_equality.py": ["deepspeed"],
     "test_signals.py, test_faults.py, test_watchdog.py": [f.name for f in fields(FaultToleranceArguments)],
     "test_killed_ranks.py": ["ddp_timeout"],
+    "test_evaluation_flags.py, test_evaluation_strategy.py, test_best_checkpoint.py": "eval_strategy eval_steps "
+    "eval_delay eval_on_start do_eval load_best_model_at_end metric_for_best_model greater_is_better save_strategy "
+    "per_device_eval_batch_size".split(),
+    "evaluation/": [f.name for f in fields(EvaluationArguments)],
 }
 
 # -- flags that transformers implements --------------------------------------------------------------------------------
 
-# unsupported flag -> flags without effect unless it is set, by transformers' documentation
-NEED_UNSUPPORTED = {
-    "eval_strategy": "eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_do_concat_batches "
-    "eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics bf16_full_eval "
-    "fp16_full_eval label_names".split(),
-    "load_best_model_at_end": ["metric_for_best_model", "greater_is_better"],
-}
 TRANSFORMERS_DIR = Path(transformers.__file__).parent
 TRANSFORMERS_SOURCES = [
     *(TRANSFORMERS_DIR / name for name in ("trainer.py", "training_args.py", "trainer_callback.py")),
@@ -214,12 +212,8 @@ READ_BY_TRANSFORMERS = """
     save_on_each_node save_total_limit push_to_hub hub_token hub_private_repo hub_model_id
     hub_strategy hub_always_push hub_revision restore_callback_states_from_checkpoint full_determinism use_cpu
     dataloader_pin_memory remove_unused_columns ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
-    ddp_static_graph debug skip_memory_metrics
+    ddp_static_graph debug skip_memory_metrics label_names
 """.split()
-
-
-def test_flags_without_effect_need_an_unsupported_flag():
-    assert NEED_UNSUPPORTED.keys() <= UNSUPPORTED.keys()
 
 
 # -- flags that are not supported --------------------------------------------------------------------------------------
@@ -230,7 +224,9 @@ INVALID_VALUES = {
     "average_tokens_across_devices": "False",
     "dataloader_in_order": "False",
     "ddp_backend": "gloo",
-    "eval_strategy": "steps",
+    "eval_accumulation_steps": "2",
+    "eval_do_concat_batches": "False",
+    "include_for_metrics": "loss",
     "fsdp": "full_shard",
     "label_smoothing_factor": "0.1",
     "train_sampling_strategy": "group_by_length",
@@ -252,11 +248,6 @@ def test_unsupported_dict_flag_is_refused(tmp_path):
 
 
 INVALID = {
-    "evaluation_strategy": (
-        ["--evaluation_strategy", "epoch"],
-        "--eval_strategy epoch is not supported: this trainer has",
-    ),
-    "save_strategy": (["--save_strategy", "best"], "--save_strategy best is not supported: this trainer has"),
     "optim": (["--optim", "lomo"], "--optim lomo is not supported"),
     "optim with DeepSpeed": (
         ["--optim", "adafactor", "--deepspeed", "zero_stage1_config.json"],
@@ -313,13 +304,11 @@ def test_every_field_has_a_check():
     assert {
         *TRAINER_FLAGS,
         *chain(*TESTED_ELSEWHERE.values()),
-        *chain(*NEED_UNSUPPORTED.values()),
         *READ_BY_TRANSFORMERS,
         *UNSUPPORTED,
-        *SUPPORTED_VALUES,
     } >= FIELDS
 
 
-@pytest.mark.parametrize("name", sorted(FIELDS & {*READ_BY_TRANSFORMERS, *chain(*NEED_UNSUPPORTED.values())}))
+@pytest.mark.parametrize("name", sorted(FIELDS & set(READ_BY_TRANSFORMERS)))
 def test_transformers_reads_the_flag(name):
     assert is_read_by_transformers(name)

@@ -16,7 +16,7 @@ from internvl.checkpoint.manifest import find_checkpoint_errors, fsync_paths
 def write(manager: CheckpointManager, step: int) -> None:
     """Write a checkpoint of a few files."""
     with manager.writing(step):
-        folder = manager.current_dir / f"checkpoint-{step}"
+        folder = manager.unfinished_dir / f"checkpoint-{step}"
         (folder / "vision_model").mkdir(parents=True)
         (folder / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
         (folder / "vision_model/adapter_model.safetensors").write_bytes(b"weights")
@@ -34,7 +34,6 @@ def test_checkpoint_is_published_with_its_manifest(tmp_path, caplog):
     assert list_names(tmp_path) == {"checkpoint-3"}
     assert find_checkpoint_errors(tmp_path / "checkpoint-3") == []
     assert manager.last_saved_step == 3 and manager.save_seconds > 0
-    assert manager.current_dir == tmp_path
     assert manager.resume_hint == "the same command resumes from checkpoint-3"
     assert re.fullmatch(r"Saved checkpoint-3 \([0-9.]+ s\)", caplog.messages[-1])
 
@@ -45,7 +44,7 @@ def test_interrupted_write_leaves_the_previous_checkpoint(tmp_path):
     message = "checkpoint-6 cannot be written: disk failure; .* bytes are free there; the same command resumes from "
     message += "checkpoint-3 once this is fixed"
     with pytest.raises(OSError, match=message), manager.writing(6):
-        (manager.current_dir / "checkpoint-6").mkdir(parents=True)
+        (manager.unfinished_dir / "checkpoint-6").mkdir(parents=True)
         raise RuntimeError("disk failure\nand a page of details")
     assert list_names(tmp_path) == {"checkpoint-3", UNFINISHED_DIR}, "an incomplete checkpoint has no checkpoint's name"
     write(manager, 6)
@@ -144,3 +143,16 @@ def test_only_errors_of_the_disk_become_os_errors():
         raise RuntimeError("gloo: connection closed by peer")
     with pytest.raises(OSError, match="^saving: KeyError$"), one_line_io_errors("saving"):
         raise KeyError
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [(1, 2, {2, 5}), (1, 5, {5}), (2, 2, {2, 5}), (3, 2, {2, 4, 5}), (1, None, {5}), (None, 2, {1, 2, 3, 4, 5})],
+)
+def test_best_checkpoint_is_not_rotated_away(tmp_path, limit, best, kept):
+    manager = CheckpointManager(tmp_path, is_writer=True, save_total_limit=limit)
+    for step in range(1, 6):
+        if step == best:
+            manager.best = tmp_path / f"checkpoint-{step}"
+        write(manager, step)
+    assert list_names(tmp_path) == {f"checkpoint-{step}" for step in kept}

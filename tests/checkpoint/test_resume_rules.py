@@ -83,6 +83,7 @@ CHANGED_SETTINGS = {
     "data_augment False -> True": {"data_augment": True},
     "max_dynamic_patch 4 -> 2": {"max_dynamic_patch": 2},
     "repeat_time 1 -> 0.5": {"repeat_time": 0.5},
+    "split train -> eval": {"split": "eval"},
 }
 
 
@@ -101,9 +102,18 @@ def test_settings_that_change_samples_must_be_accepted(resume_with_settings, tmp
     resume_with_settings(CHANGED_SETTINGS[change])  # it is the checkpoint's now
 
 
+def test_settings_of_evaluated_datasets_change_no_training_sample(resume_with_settings, tmp_path):
+    resume_with_settings({"split": "eval"}, "--accept_changed_data", "True").save(tmp_path, None)
+    resume_with_settings({"split": "eval", "repeat_time": 3, "data_augment": True, "max_dynamic_patch": 2})
+    resume_with_settings({"split": "base_answers"})
+    with pytest.raises(ValueError, match="dataset tiny: split eval -> train. --accept_changed_data True resumes"):
+        resume_with_settings({})
+
+
 def test_moved_files_and_explicit_defaults_are_accepted(resume_with_settings, caplog):
     caplog.set_level("INFO", "internvl")
-    resume_with_settings({"max_dynamic_patch": 4, "data_augment": False, "length": 9})
+    resume_with_settings({"max_dynamic_patch": 4, "data_augment": False, "length": 9, "split": "train"})
+    resume_with_settings({"metric": "anls", "scorer": "internvl"})
     assert "dataset tiny" not in caplog.text
     resume_with_settings({"root": "s3://bucket/images"})
     assert "  dataset tiny: root /" in caplog.text

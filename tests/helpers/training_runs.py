@@ -1,5 +1,6 @@
 """Run trainings of a tiny model, in new processes or this one."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,11 +20,13 @@ from internvl.arguments.validate import validate_arguments
 from internvl.checkpoint.resume import choose_resume_checkpoint
 from internvl.checkpoint.resume_rules import RunRecord
 from internvl.constants import SPECIAL_TOKENS
+from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.launchers import find_free_port
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.train.build_data import build_data
 from internvl.train.build_model import build_model, build_tokenizer
 from internvl.train.build_trainer import build_trainer
+from internvl.train.run_evaluation import build_run_evaluation, check_evaluation_flags
 from internvl.train.trainable_parameters import get_untrained_tokens
 
 TRAIN_LLM_AND_PROJECTOR = (
@@ -121,7 +124,9 @@ def build_launch_command(
 
 def build_run_environment(tiny_inputs: Path) -> dict[str, str]:
     """Return the environment of a run, with its cache beside the data."""
-    paths = os.pathsep.join([str(REPO_ROOT / "internvl_chat"), str(REPO_ROOT / "tests")])
+    paths = os.pathsep.join(
+        [str(REPO_ROOT / "internvl_chat"), str(REPO_ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    ).removesuffix(os.pathsep)
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "INTERNVL_CACHE": str(tiny_inputs / "cache")}
 
 
@@ -161,18 +166,33 @@ def prepare_trainer(argv: list[str]):
     """Build the trainer as `main` does, ready for its first step."""
     model_args, data_args, training_args = parse_args(argv)
     validate_arguments(model_args, data_args, training_args)
+    check_evaluation_flags(data_args, training_args)
     choose_resume_checkpoint(training_args)
     tokenizer = build_tokenizer(model_args, data_args)
     model = build_model(model_args, data_args, training_args, tokenizer)
     untrained_tokens = get_untrained_tokens(model, tokenizer)
     data = build_data(data_args, training_args, tokenizer, model.num_image_token, untrained_tokens=untrained_tokens)
+    evaluation = build_run_evaluation(
+        *(data, data_args, training_args, tokenizer, model, LazySupervisedDataset, untrained_tokens)
+    )
     record = RunRecord(model_args, data_args, training_args)
-    return build_trainer(model, tokenizer, data, data_args, training_args, record)
+    return build_trainer(model, tokenizer, data, data_args, training_args, record, evaluation=evaluation)
 
 
 def prepare_batch(trainer, batch: dict) -> dict:
     """Prepare a collated batch for the model as the training loop does."""
     return trainer._prepare_inputs(batch)
+
+
+def hash_trainable_parameters(trainer) -> str:
+    """Return a digest of the trainable parameters of this rank."""
+    import deepspeed
+
+    digest = hashlib.sha256()
+    for parameter in trainer.get_trainable_parameters().values():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            digest.update(parameter.detach().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def remove_image_tokens(folder: Path) -> None:

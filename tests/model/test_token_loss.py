@@ -22,7 +22,7 @@ from torch import nn
 from internvl.model import token_loss
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.documents import LOSS_REDUCTIONS, compute_label_weights
-from internvl.model.token_loss import compute_logits, compute_token_loss
+from internvl.model.token_loss import compute_logits, compute_token_loss, compute_token_losses
 
 # Heads with logit scales, and one with a bias.
 ARCHITECTURES_WITH_SCALES = ("CohereForCausalLM", "Gemma2ForCausalLM", "GraniteForCausalLM")
@@ -62,6 +62,35 @@ def compute_from_full_logits(model: InternVLChatModel, reduction: str) -> tuple:
     loss = (losses * weights).sum() / weights.sum()
     loss.backward()
     return loss, get_gradients(model.language_model)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("kind", LLM_KINDS)
+def test_losses_of_single_tokens_equal_those_of_the_full_logits(kind, head, small_chunks):
+    model = build_tiny_model(kind, HEADS[head][0]).eval()
+    model.loss_reduction = "square"  # has no effect
+    batch = {"input_ids": INPUT_IDS, "position_ids": POSITION_IDS}
+    losses, is_correct = model(**batch, labels=LABELS, per_token_loss=True)
+    assert losses.dtype == torch.float32 and not losses.requires_grad
+    logits = model(**batch).logits[:, :-1]
+    has_loss = (LABELS[:, 1:] != -100) & (POSITION_IDS[:, 1:] != 0)
+    logits, targets = logits[has_loss].detach(), LABELS[:, 1:][has_loss]
+    expected = F.cross_entropy(logits.double(), targets, reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(is_correct, logits.argmax(-1) == targets)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 25])
+def test_losses_of_single_tokens_come_from_one_call_of_the_head_in_chunks(num_tokens, monkeypatch):
+    monkeypatch.setattr(token_loss, "CHUNK_BYTES", 3 * 4 * 50)
+    head, states, labels = make_inputs(num_tokens)
+    hook_calls = []
+    head.register_forward_hook(lambda *args: hook_calls.append("forward"))
+    losses, is_correct = compute_token_losses(head, states[0, :num_tokens], labels[0, 1 : num_tokens + 1])
+    assert losses.shape == is_correct.shape == (num_tokens,) and is_correct.dtype == torch.bool
+    chunk_sizes = [size for size, _ in head.calls]
+    assert sum(chunk_sizes) == num_tokens and max(chunk_sizes) <= 3 and hook_calls == ["forward"]
+    assert not losses.requires_grad and not any(is_grad_enabled for _, is_grad_enabled in head.calls)
 
 
 class RecordingHead(nn.Linear):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from helpers.training_runs import prepare_trainer
 
-from internvl.arguments.schedulers import SUPPORTED_SCHEDULERS
+from internvl.arguments.schedulers import STEP_SCHEDULERS
 from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
 from internvl.train.run_training import exit_process_group
 
@@ -45,7 +45,7 @@ def main() -> None:
         join_process_group()
         trainer = prepare_trainer(sys.argv[1:])
         trainer.train()
-        rates = {name: list_rates(trainer, name) for name in SUPPORTED_SCHEDULERS}
+        rates = {name: list_rates(trainer, name) for name in STEP_SCHEDULERS}
         Path(trainer.args.output_dir, "rates.json").write_text(json.dumps(rates))
     exit_process_group(0)
 

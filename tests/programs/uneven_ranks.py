@@ -7,13 +7,12 @@ results of each rank, by run.
 """
 
 import gc
-import hashlib
 import json
 import os
 import sys
 from pathlib import Path
 
-from helpers.training_runs import build_run_flags, prepare_trainer
+from helpers.training_runs import build_run_flags, hash_trainable_parameters, prepare_trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from internvl.checkpoint.manager import barrier
@@ -77,17 +76,6 @@ def train(folder: Path, name: str, records: str, flags: list[str]) -> dict:
         "steps": steps,
         "digest": hash_trainable_parameters(trainer),
     }
-
-
-def hash_trainable_parameters(trainer) -> str:
-    """Return a digest of the trainable parameters of this rank."""
-    import deepspeed
-
-    digest = hashlib.sha256()
-    for parameter in trainer.get_trainable_parameters().values():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            digest.update(parameter.detach().float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def main(folder: Path, runs: dict[str, list[str]]) -> None:

@@ -21,6 +21,7 @@ from internvl.runtime.output_lock import (
     OutputLock,
     describe_this_process,
     find_running_holder,
+    is_lock_held,
 )
 
 HOLD = """
@@ -96,6 +97,20 @@ def test_stale_locks_of_other_machines_are_replaced(tmp_path, monkeypatch, lock)
     start = time.monotonic()
     OutputLock(tmp_path, "new").release()
     assert time.monotonic() - start < 2
+
+
+def test_lock_is_held_by_a_living_process_or_recent_heartbeat(tmp_path):
+    file, holder = tmp_path / LOCK_FILE, describe_this_process("run")
+    assert not is_lock_held(tmp_path)
+    for lock, is_held in {
+        holder: True,
+        replace(holder, process_start="1"): False,  # another process had this number
+        replace(holder, machine="other"): True,
+    }.items():
+        file.write_text(json.dumps(asdict(lock)))
+        assert is_lock_held(tmp_path) == is_held
+    os.utime(file, (0, 0))
+    assert not is_lock_held(tmp_path), "no heartbeat for a long time"
 
 
 def test_a_process_number_that_is_used_again_is_another_process(tmp_path):

@@ -36,7 +36,7 @@ KNOWN_EDITS = {
     "trainer_state.json global_step = 1000000000000": "global_step is 1000000000000, expected 2",
     "trainer_state.json global_step = -5": "global_step is -5, expected an integer >= 1",
     "trainer_state.json log_history.0 = 'x'": r"log_history\[0\] is 'x', expected an object with an integer step",
-    "trainer_state.json best_model_checkpoint = '../../x'": "best_model_checkpoint is .*, expected a folder beside",
+    "trainer_state.json best_model_checkpoint = '../../x'": "best_model_checkpoint is .*, expected a path of a",
     "data_state.json segments.0.num_steps = -5": "data_state.json is invalid: segments.0.*num_steps",
     "data_state.json segments.0.num_steps = 1000000000000": "data_state.json is invalid: .*steps of epoch 0, which has",
     "data_state.json epoch = 1000000000000": "epoch is 1000000000000",

@@ -346,3 +346,45 @@ def test_check_and_training_agree_on_generated_samples(check, model, folder, see
     headers, decoded = assert_agrees(check, model, folder, *FRAMES, *PACKING)
     assert all(has_damage[line - 1] for line in decoded.keys() - headers.keys()), "pixel damage only"
     assert 40 < len(decoded) < 160
+
+
+# -- evaluation sets ---------------------------------------------------------------------------------------------------
+
+
+def write_evaluation_file(folder: Path, records: list[dict], **entry) -> list[str]:
+    """Write a meta file of one evaluation set; return the flags that name it."""
+    (folder / "eval.jsonl").write_text("\n".join(map(json.dumps, records)))
+    entry = {"root": str(folder), "annotation": str(folder / "eval.jsonl"), **entry}
+    (folder / "eval.json").write_text(json.dumps({"evaluated": entry}))
+    return ["--eval_meta_path", str(folder / "eval.json")]
+
+
+def test_evaluation_is_planned_and_compared_with_the_training_data(folder, check, capsys):
+    records = [{"conversations": make_turns(f"What is {n}?", f"It is {n}.")} for n in range(40)]
+    write_records(folder, *records)
+    evaluated = [*records[:3], *({"conversations": make_turns(f"And {n}?", "No.")} for n in range(5))]
+    flags = write_evaluation_file(folder, evaluated, metric="anls")
+    flags += ["--eval_share", "0.2", "--eval_strategy", "steps", "--eval_steps", "5", "--max_steps", "20"]
+    assert check("report", *flags, "--decode") == 0
+    text = capsys.readouterr().out
+    num_shared = 3  # without those that are held out
+    lines = text.partition("Evaluation plan:\n")[2].partition("\n\n")[0].splitlines()
+    plan = {line[:22].strip(): line[22:] for line in lines}
+    assert plan["evaluation sets"] == "evaluated (anls), tiny" and plan["evaluations"].startswith("4, each as long as ")
+    assert plan["questions answered"].startswith("8, with references of ") and "H100" in plan["share of the time"]
+    num_held_out = int(plan["samples"].split()[0]) - 8
+    assert 0 < num_held_out < 20 and f"{'tiny':24}{40 - num_held_out:10,}" in text
+    (shared,) = [line for line in text.splitlines() if line.startswith("Evaluation data in the training data: ")]
+    assert 1 <= int(shared.split(": ")[1].split()[0]) <= num_shared
+    assert "records of evaluation set evaluated are also in training dataset tiny, such as evaluated line " in shared
+
+
+def test_unusable_evaluation_samples_are_listed(folder, check, capsys):
+    write_records(folder, *[{"conversations": make_turns("What?", "A.")}] * 4)
+    good = {"conversations": make_turns("Which?", "B.")}
+    flags = write_evaluation_file(folder, [good, good | {"image": "absent.png"}])
+    assert check("report", *flags) == 1
+    assert "Skipped evaluation samples: 1; --max_bad_samples allows 0, so training would end" in capsys.readouterr().out
+    (entry,) = [json.loads(line) for line in (folder / "report/skipped_samples.jsonl").read_text().splitlines()]
+    assert (entry["dataset"], entry["line"]) == ("evaluated", 2) and "absent.png does not exist" in entry["reason"]
+    assert check("none", *write_evaluation_file(folder, [good | {"image": "absent.png"}])) == 1

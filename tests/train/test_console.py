@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from internvl.train.console import format_duration, format_step
+from internvl.train.console import format_duration, format_evaluation, format_step
 
 LOGS = {
     "loss": 1.23456,
@@ -42,3 +42,21 @@ def test_missing_metrics_are_left_out():
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (127.4, "2:07"), (3727, "1:02:07"), (273900, "3d 04:05")])
 def test_durations(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_evaluation_has_a_line_per_set_and_one_for_all():
+    metrics = {
+        "eval_loss": 1.5,
+        "eval_rewards/accuracies": 0.75,
+        "eval_docvqa/loss": 1.25,
+        "eval_docvqa/anls": 0.8,
+        "eval_docvqa/anls_low": 0.75,
+        "eval_docvqa/anls_high": 0.85,
+        "eval_docvqa/hard/loss": 2.0,
+        "eval_seconds": 62.0,
+    }
+    assert format_evaluation(metrics, ["docvqa", "docvqa/hard"], 50) == [
+        "evaluation at step 50: docvqa/hard  loss 2.0000",
+        "evaluation at step 50: docvqa  loss 1.2500  anls 0.8000 [0.7500, 0.8500]",
+        "evaluation at step 50: all sets  loss 1.5000  rewards/accuracies 0.7500  took 1:02",
+    ]

@@ -47,7 +47,7 @@ def end_step(stop: GracefulStop, step: int, folders=(), **control_flags) -> Trai
 def save_checkpoint(stop: GracefulStop, step: int, control: TrainerControl) -> None:
     """Save a checkpoint as the trainer does after `end_step`."""
     with stop.checkpoints.writing(step):
-        (stop.checkpoints.current_dir / f"checkpoint-{step}").mkdir(parents=True)
+        (stop.checkpoints.unfinished_dir / f"checkpoint-{step}").mkdir(parents=True)
     stop.end_save(step, control)
 
 

@@ -5,9 +5,11 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import training_runs
+from helpers.evaluation_cases import make_settings
 from helpers.paths import FINETUNE_PROGRAM
 from helpers.training_runs import (
     TRAIN_ADAPTERS,
@@ -23,10 +25,15 @@ from internvl.arguments.preference import PREFERENCE_ARGUMENTS, DPOConfig, Prefe
 from internvl.arguments.training import parse_args
 from internvl.arguments.validate import validate_preference_arguments
 from internvl.checkpoint.resume_rules import RunRecord
+from internvl.data.images import NORMALIZATION_STATS, normalize_tiles
 from internvl.data.preference_dataset import PreferenceDataset, collate_pairs
+from internvl.evaluation.evaluation_data import EvaluationData, EvaluationSet
+from internvl.evaluation.model_mode import disabled_adapters, evaluation_mode
+from internvl.evaluation.results import read_metrics, read_predictions
 from internvl.metrics.model_flops import count_model_flops
 from internvl.metrics.step_metrics import METRICS_FILE
 from internvl.model import internvl_chat
+from internvl.planning.packed_dataset import PackedDataset
 from internvl.train import internvl_chat_mpo
 from internvl.train.build_data import build_data
 from internvl.train.build_model import build_model, build_tokenizer
@@ -72,6 +79,7 @@ INVALID_FLAGS = {
         "is not supported with --loss_type hinge",
     ),
     "packing": ("--use_packed_ds True", "--use_packed_ds True"),
+    "base answers": ("--eval_base_answers a.json", "--eval_base_answers a.json is not supported with preference"),
 }
 
 
@@ -219,6 +227,128 @@ def test_reference_gets_new_tokens_tile_size_and_adapters_of_the_checkpoint(tiny
     torch.testing.assert_close(policy(**collate_samples(trainer, 0)), reference(**collate_samples(trainer, 0)))
 
 
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def make_evaluation(trainer: MultimodalDPOTrainer) -> EvaluationData:
+    """Make two evaluation sets of the training pairs; the first pair of the second set is left out."""
+    first = trainer.train_dataset.datasets[0]
+    lengths = np.tile(trainer.schedule.lengths, 2)
+    lengths[len(first)] = 0
+    sets = [EvaluationSet(name=name) for name in ("first", "second")]
+    return EvaluationData(dataset=PackedDataset([first, first], lengths), sets=sets, lengths=lengths)
+
+
+def compute_log_probs(model: PreferenceModel, pair: dict) -> tuple[list[float], list[int]]:
+    """Compute log-probability and number of labels of both answers of a pair, from the full logits."""
+    log_probs, counts = [], []
+    for side in ("chosen", "rejected"):
+        ids, labels = pair[f"{side}_input_ids"], pair[f"{side}_labels"][1:]
+        tiles = normalize_tiles(pair["pixel_values"], *NORMALIZATION_STATS["imagenet"])
+        with torch.no_grad():
+            embeds = model.embed_inputs(ids[None], tiles, pair["image_flags"])
+            logits = model.language_model(inputs_embeds=embeds).logits[0, :-1].double()
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        log_probs.append(-loss.item())
+        counts.append(int((labels != -100).sum()))
+    return log_probs, counts
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+MEAN_REWARD = 0.3  # of the training so far
+
+
+def compute_pair_metrics(policy: list[float], reference: list[float], num_chosen: int) -> dict[str, float]:
+    """Compute the recipe's loss and metrics of a pair by their formulas."""
+    chosen, rejected = (0.1 * (p - r) for p, r in zip(policy, reference, strict=True))
+    nll = -policy[0] / num_chosen
+    bco = -log_sigmoid(chosen - MEAN_REWARD) - log_sigmoid(MEAN_REWARD - rejected)
+    return {
+        "loss": -0.8 * log_sigmoid(chosen - rejected) + 0.2 * bco + nll,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": float(chosen > rejected),
+        "logps/chosen": policy[0],
+        "logps/rejected": policy[1],
+        "nll_loss": nll,
+    }
+
+
+@pytest.fixture(params=["adapters disabled", "copy"])
+def measured_trainer(request, tiny_inputs, tmp_path, monkeypatch) -> MultimodalDPOTrainer:
+    """Prepare a trainer whose model has moved away from the reference, and which has seen some rewards."""
+    monkeypatch.setenv("INTERNVL_CACHE", str(tiny_inputs / "cache"))
+    flags = ["--freeze_mlp", "False"] if request.param == "copy" else []
+    trainer = prepare_trainer(*build_flags(tiny_inputs, tmp_path), *TRAIN_ADAPTERS, "--llm_lora_dropout", "0.5", *flags)
+    assert (trainer.reference is None) == (request.param == "adapters disabled")
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    trainer.loss.rewards_seen = torch.tensor([10 * MEAN_REWARD, 10], dtype=torch.float64)
+    trainer.model.train()
+    trainer.model.vision_model.eval()
+    return trainer
+
+
+def test_evaluation_of_pairs_equals_its_formulas(measured_trainer):
+    trainer, data = measured_trainer, make_evaluation(measured_trainer)
+    model = trainer.model
+    modes, trainable = [module.training for module in model.modules()], list_trainable(model)
+    random_state = torch.get_rng_state()
+    results = [trainer.measure_pairs(data, make_settings(batch_size=size)) for size in (1, 3)]
+    assert trainer.loss.rewards_seen.tolist() == [10 * MEAN_REWARD, 10] and not trainer.pair_metrics
+    assert [module.training for module in model.modules()] == modes and list_trainable(model) == trainable
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+    num_pairs = len(data.lengths) // 2
+    for pairs in results:
+        assert pairs["tokens"][num_pairs] == 0 and np.count_nonzero(pairs["tokens"]) == 2 * num_pairs - 1
+    with evaluation_mode(model):
+        for index in range(num_pairs):
+            pair = data.dataset[(0, index)]
+            policy, counts = compute_log_probs(model, pair)
+            with disabled_adapters(model):
+                reference, _ = compute_log_probs(model, pair)
+            expected = compute_pair_metrics(policy, reference, counts[0])
+            for pairs in results:
+                assert pairs["tokens"][index] == sum(counts)
+                values = {name: pairs[name][index] for name in expected}
+                assert values == pytest.approx(expected, rel=1e-4, abs=1e-4), index
+                others = pairs[num_pairs + index] if index else pairs[0]
+                np.testing.assert_allclose(others.tolist(), pairs[index].tolist(), rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_of_pairs_writes_means_by_set(measured_trainer, tmp_path):
+    trainer, data = measured_trainer, make_evaluation(measured_trainer)
+    pairs = trainer.measure_pairs(data, make_settings())
+    metrics = trainer.measure(data, make_settings(), tmp_path / "evaluation")
+    first, second = np.split(pairs, 2)
+    for name in pairs.dtype.names[1:]:
+        assert metrics[f"first/{name}"] == pytest.approx(np.mean(first[name]))
+        assert metrics[f"second/{name}"] == pytest.approx(np.mean(second[name][1:]))
+        assert metrics[name] == pytest.approx(np.append(first[name], second[name][1:]).mean())
+    assert len(metrics) == 3 * len(pairs.dtype.names[1:]) and {"loss", "rewards/accuracies"} <= metrics.keys()
+    content, lines = read_metrics(tmp_path / "evaluation"), read_predictions(tmp_path / "evaluation")
+    assert content["metrics"] == {f"eval/{name}": value for name, value in metrics.items()}
+    assert [entry["samples"] for entry in content["sets"].values()] == [len(first), len(first) - 1]
+    assert len(lines) == 2 * len(first) - 1 and lines[0]["chosen"] != lines[0]["rejected"]
+    assert lines[0]["rewards/margins"] == pytest.approx(first["rewards/margins"][0])
+
+
+def test_evaluation_does_not_drop_metrics_of_training_pairs(measured_trainer):
+    trainer = measured_trainer
+    trainer.pair_metrics = [{"rewards/margins": torch.tensor([1.0, 2.0])}]
+    trainer.log({"eval_loss": 1.0})
+    logs = {"loss": 1.0}
+    trainer.reports.add_step_metrics = lambda logs: None
+    trainer.log(logs)
+    assert logs["rewards/margins"] == 1.5 and not trainer.pair_metrics
+
+
 @pytest.fixture(scope="module")
 def one_rank(tiny_inputs, tmp_path_factory) -> Path:
     """Train in one rank without DeepSpeed; return the output folder."""
@@ -247,6 +377,53 @@ def test_ranks_and_zero_stage_change_no_metric(tiny_inputs, one_rank, stage, tmp
         torch.testing.assert_close(
             values, expected_values, atol=1e-4, rtol=3e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def read_evaluations(output: Path) -> list[dict]:
+    entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in entries if "eval_loss" in entry]
+
+
+@pytest.mark.multiprocess
+def test_evaluation_in_a_run_changes_nothing_and_is_the_same_under_zero3(tiny_inputs, one_rank, tmp_path):
+    """Also for BCO, whose mean reward an evaluation would change."""
+    flags = f"--eval_meta_path {tiny_inputs}/meta.json --eval_strategy steps --eval_steps 1 --eval_on_start".split()
+    flags += [*TRAIN_LLM_AND_PROJECTOR, "--per_device_eval_batch_size", "3", "--no_smoke_save", "--save_strategy", "no"]
+    run_training(tiny_inputs, tmp_path / "one", *flags, "--per_device_train_batch_size", "2")
+    assert [entry["loss"] for entry in read_step_logs(tmp_path / "one")] == [
+        entry["loss"] for entry in read_step_logs(one_rank)
+    ]
+    zero3 = ["--per_device_train_batch_size", "1", "--deepspeed", "zero_stage3_config.json"]
+    run_training(tiny_inputs, tmp_path / "two", *flags, *zero3, ranks=2)
+    expected, entries = read_evaluations(tmp_path / "one"), read_evaluations(tmp_path / "two")
+    assert len(expected) == len(entries) == 5
+    names = ["eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_tiny/nll_loss", "eval_tiny/loss"]
+    for name in names:
+        values, expected_values = ([entry[name] for entry in log] for log in (entries, expected))
+        torch.testing.assert_close(
+            values, expected_values, atol=1e-4, rtol=3e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert expected[0]["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert expected[-1]["eval_rewards/margins"] > expected[0]["eval_rewards/margins"] + 1e-3
+
+
+@pytest.mark.multiprocess
+def test_best_preference_model_is_loaded_at_the_end(tiny_inputs, tmp_path):
+    """These pairs are trained, so their margins grow: with the smallest ones, the first evaluation is the best."""
+    output = tmp_path / "out"
+    flags = (
+        f"--eval_meta_path {tiny_inputs}/meta.json --eval_strategy steps --eval_steps 1 --save_steps 1 --max_steps 4"
+    )
+    flags += (
+        " --load_best_model_at_end True --metric_for_best_model eval/tiny/rewards/margins --greater_is_better False"
+    )
+    flags += " --early_stopping_patience 2 --save_total_limit 1"
+    run_training(tiny_inputs, output, *flags.split(), *TRAIN_ADAPTERS)
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    saved, best = (
+        load_file(path / "language_model/adapter_model.safetensors") for path in (output, output / "checkpoint-1")
+    )
+    assert all(torch.equal(tensor, best[name]) for name, tensor in saved.items())
 
 
 @pytest.mark.multiprocess

@@ -7,7 +7,7 @@ import pytest
 from helpers.paths import TESTS_DIR
 from helpers.training_runs import TRAIN_ADAPTERS, ZERO_FLAGS, read_step_logs, run_training
 
-from internvl.arguments.schedulers import SUPPORTED_SCHEDULERS
+from internvl.arguments.schedulers import STEP_SCHEDULERS
 
 PROGRAM = TESTS_DIR / "programs/scheduler_rates.py"
 WAYS = {**ZERO_FLAGS, "offload": ["--deepspeed", "zero_stage3_config_100b_1e7_offload.json"]}
@@ -26,10 +26,10 @@ def expected_rates(tiny_inputs, tmp_path_factory):
 
 @pytest.mark.multiprocess
 def test_schedulers_differ_and_keep_the_ratio_of_the_parts(expected_rates):
-    assert expected_rates.keys() == set(SUPPORTED_SCHEDULERS)
+    assert expected_rates.keys() == set(STEP_SCHEDULERS)
     for rates in expected_rates.values():
         assert all(vision == pytest.approx(3 * llm) for vision, llm in rates)
-    assert len({json.dumps(rates) for rates in expected_rates.values()}) == len(SUPPORTED_SCHEDULERS)
+    assert len({json.dumps(rates) for rates in expected_rates.values()}) == len(STEP_SCHEDULERS)
     llm_rates = {name: [rate for _, rate in rates] for name, rates in expected_rates.items()}
     assert llm_rates["constant"] == [1e-3] * 10
     assert llm_rates["linear"] == pytest.approx(

@@ -6,11 +6,16 @@ import math
 import torch
 import transformers
 from transformers import get_scheduler
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 from transformers.trainer_utils import SchedulerType
 
-NEED_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # of an evaluation set
-SUPPORTED_SCHEDULERS = tuple(name.value for name in SchedulerType if name not in NEED_METRIC)
+# Schedulers that change the rate after evaluations, by the metric of the best model. Their classes have the arguments.
+NEED_METRIC = {
+    SchedulerType.REDUCE_ON_PLATEAU: torch.optim.lr_scheduler.ReduceLROnPlateau,
+    SchedulerType.GREEDY: GreedyLR,
+}
+# All others compute the rate from the number of the step.
+STEP_SCHEDULERS = tuple(name.value for name in SchedulerType if name not in NEED_METRIC)
 # transformers drops the arguments of these
 TAKE_NO_ARGUMENTS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 SET_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
@@ -42,6 +47,9 @@ def validate_scheduler(args: transformers.TrainingArguments) -> None:
         )
     given = f"--lr_scheduler_type {name.value} with --lr_scheduler_kwargs {kwargs!s:.200} is invalid"
     try:
+        if name in NEED_METRIC:
+            get_scheduler(name, make_optimizer(args), scheduler_specific_kwargs=kwargs)
+            return
         factors = compute_lr_factors(args, name, kwargs)
         invalid = [factor for factor in factors if not 0 <= factor <= 1 + 1e-9]  # nan is, too
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -54,14 +62,18 @@ def list_scheduler_arguments(name: SchedulerType) -> dict[str, inspect.Parameter
     """List what a scheduler takes in --lr_scheduler_kwargs."""
     if name in TAKE_NO_ARGUMENTS:
         return {}
-    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters
+    parameters = inspect.signature(NEED_METRIC.get(name, TYPE_TO_SCHEDULER_FUNCTION[name])).parameters
     return {key: parameter for key, parameter in parameters.items() if key not in SET_BY_TRAINER}
+
+
+def make_optimizer(args: transformers.TrainingArguments) -> torch.optim.Optimizer:
+    """Make an optimizer with one parameter."""
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
 
 
 def compute_lr_factors(args: transformers.TrainingArguments, name: SchedulerType, kwargs: dict) -> list[float]:
     """Compute the rate relative to --learning_rate, at about 100 steps of a run."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     num_steps = args.max_steps if args.max_steps > 0 else STEPS_OF_TRIAL
-    scheduler = get_scheduler(name, optimizer, args.get_warmup_steps(num_steps), num_steps, kwargs)
+    scheduler = get_scheduler(name, make_optimizer(args), args.get_warmup_steps(num_steps), num_steps, kwargs)
     (compute_factor,) = scheduler.lr_lambdas
     return [compute_factor(step) for step in (*range(0, num_steps, -(-num_steps // 100)), num_steps)]

@@ -14,6 +14,8 @@ from transformers.training_args import trainer_log_levels
 
 from internvl.arguments.data import DataTrainingArguments
 from internvl.arguments.deepspeed_config import get_zero_stage, load_deepspeed_config
+from internvl.arguments.evaluation import EvaluationArguments
+from internvl.arguments.evaluation_strategy import prepare_evaluation_flags
 from internvl.arguments.fault_tolerance import FaultToleranceArguments
 from internvl.arguments.flags import OneLineErrorParser, describe_unknown_words, option, require
 from internvl.arguments.model import ModelArguments
@@ -28,7 +30,9 @@ JSON_FLAGS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradien
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments, PartRateArguments, FaultToleranceArguments):
+class TrainingArguments(
+    transformers.TrainingArguments, PartRateArguments, FaultToleranceArguments, EvaluationArguments
+):
     """transformers' `TrainingArguments` with the flags and defaults of this trainer."""
 
     # Removed in transformers 5.
@@ -44,7 +48,9 @@ class TrainingArguments(transformers.TrainingArguments, PartRateArguments, Fault
     log_level_replica: str = option("error", "log level of transformers on ranks other than 0")
     logging_nan_inf_filter: bool = option(False, "hide non-finite losses in the log")
     use_cpu: bool = option(not torch.cuda.is_available(), "train on the CPU")
-    do_train: bool = option(True, "False: set up everything, log the trainable parameters and exit")
+    do_train: bool = option(
+        True, "False: set up everything, log the trainable parameters, evaluate if --do_eval is True, and exit"
+    )
     # Flags that only this trainer has.
     backbone_layer_decay: float | None = option(
         None, "layer-wise learning rate decay of unfrozen vision encoder layers: rate / that of the layer above"
@@ -56,8 +62,7 @@ class TrainingArguments(transformers.TrainingArguments, PartRateArguments, Fault
     no_smoke_save: bool = option(False, "do not test writing and reading a checkpoint before the first step")
 
     def __post_init__(self):
-        if self.evaluation_strategy is not None:
-            self.eval_strategy = self.evaluation_strategy
+        self.take_former_strategy()
         validate_numbers(self)
         refuse_unsupported_flags(self)
         refuse_unsupported_optimizer(self)
@@ -73,6 +78,7 @@ class TrainingArguments(transformers.TrainingArguments, PartRateArguments, Fault
             raise ValueError("--output_dir is required: the folder for checkpoints and logs.")
         for flag in JSON_FLAGS:
             setattr(self, flag, parse_json_flag(self, flag))
+        prepare_evaluation_flags(self)
         if self.deepspeed:
             self.deepspeed = load_deepspeed_config(self.deepspeed, self)
         if self.lora_fp32:
@@ -80,6 +86,18 @@ class TrainingArguments(transformers.TrainingArguments, PartRateArguments, Fault
         super().__post_init__()
         try_optimizer(self)
         validate_scheduler(self)
+
+    def take_former_strategy(self):
+        """Take `--evaluation_strategy` as `--eval_strategy`.
+
+        Recipes pass `no`, and flags after the recipe may name a strategy.
+        """
+        former, given = self.evaluation_strategy, str(getattr(self.eval_strategy, "value", self.eval_strategy))
+        if former is None or former in ("no", given):
+            return
+        if given != "no":
+            raise ValueError(f"--evaluation_strategy {former} contradicts --eval_strategy {given}: remove one of them.")
+        self.eval_strategy = former
 
     def enable_lora_fp32(self):
         """Keep trainable parameters in fp32 under DeepSpeed, by its autocast.

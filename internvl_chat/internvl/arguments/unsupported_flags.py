@@ -7,9 +7,7 @@ from dataclasses import fields
 
 import transformers
 
-from internvl.arguments.schedulers import SUPPORTED_SCHEDULERS
-
-NO_EVALUATION = "this trainer has no evaluation set"
+OWN_EVALUATION = "evaluation sets are packed, and run in the precision of training"
 OWN_DATALOADER = "the data loader reads an epoch plan that every rank computes for itself"
 SHARDED_BY_DEEPSPEED = "weights are sharded by --deepspeed zero_stage3_config.json"
 OWN_COMPILE = "use --compile True, which compiles layer by layer, for rows of any length"
@@ -18,39 +16,37 @@ OWN_COMPILE = "use --compile True, which compiles layer by layer, for rows of an
 UNSUPPORTED = {
     "accelerator_config": OWN_DATALOADER,
     "auto_find_batch_size": "the epoch plan needs --per_device_train_batch_size before the first step",
+    "batch_eval_metrics": OWN_EVALUATION,
+    "bf16_full_eval": OWN_EVALUATION,
     "average_tokens_across_devices": "all micro-batches have the same weight, as in upstream; see "
     "--loss_reduction_all_gather",
     "dataloader_drop_last": "the last step of an epoch may be smaller, and its loss is weighted accordingly",
     "dataloader_in_order": OWN_DATALOADER,
     "ddp_backend": "the process group is created before flags are parsed: nccl with CUDA, else gloo",
-    "do_eval": NO_EVALUATION,
-    "do_predict": NO_EVALUATION,
+    "do_predict": "tools/chat.py answers the questions of a file",
     "enable_jit_checkpoint": "it installs a second SIGTERM handler; SIGTERM already saves a checkpoint, within "
     "--save_on_signal_seconds",
-    "eval_on_start": NO_EVALUATION,
-    "eval_strategy": NO_EVALUATION,
+    "eval_accumulation_steps": OWN_EVALUATION,
+    "eval_do_concat_batches": OWN_EVALUATION,
+    "eval_use_gather_object": OWN_EVALUATION,
+    "fp16_full_eval": OWN_EVALUATION,
     "fsdp": SHARDED_BY_DEEPSPEED,
     "fsdp_config": SHARDED_BY_DEEPSPEED,
     "ignore_data_skip": "resuming in the middle of an epoch reads no sample twice and takes no time",
+    "include_for_metrics": OWN_EVALUATION,
     "include_num_input_tokens_seen": "the log has tokens_per_second and tiles_per_second",
     "label_smoothing_factor": "the loss is the cross entropy of the loss tokens",
     "length_column_name": "--group_by_length True measures the samples itself",
     "liger_kernel_config": "use --use_liger True",
-    "load_best_model_at_end": NO_EVALUATION,
     "optim_target_modules": "optimizers that rewrite the model are not supported",
     "parallelism_config": "training is data-parallel; --deepspeed shards the weights",
+    "prediction_loss_only": "use --eval_num_samples 0, which measures only losses",
     "torch_compile": OWN_COMPILE,
     "torch_compile_backend": OWN_COMPILE,
     "torch_compile_mode": OWN_COMPILE,
     "train_sampling_strategy": "use --group_by_length True",
     "use_cache": "training has no KV cache",
     "use_liger_kernel": "use --use_liger True",
-}
-
-# flag -> supported values, reason why others are not
-SUPPORTED_VALUES = {
-    "lr_scheduler_type": (SUPPORTED_SCHEDULERS, NO_EVALUATION),
-    "save_strategy": (("no", "steps", "epoch"), NO_EVALUATION),
 }
 
 # flag that transformers 5 removed -> replacement
@@ -76,10 +72,6 @@ def refuse_unsupported_flags(args: transformers.TrainingArguments) -> None:
         # the default is True.
         if value != default and (value or default is True):
             raise ValueError(f"--{flag} {value} is not supported: {reason}.")
-    for flag, (values, reason) in SUPPORTED_VALUES.items():
-        value = getattr(args, flag)
-        if (value := getattr(value, "value", value)) not in values:
-            raise ValueError(f"--{flag} {value} is not supported: {reason}. Supported: {', '.join(values)}.")
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         raise ValueError(
             f"--max_steps {args.max_steps} with --num_train_epochs {args.num_train_epochs} is invalid: there are no "

@@ -54,6 +54,10 @@ def validate_preference_arguments(
     for name, value in {"use_packed_ds": False, "loss_reduction": "token", "loss_reduction_all_gather": False}.items():
         if getattr(data_args, name) != value:
             raise ValueError(f"--{name} {getattr(data_args, name)} is not supported with preference data: remove it.")
+    if args.eval_base_answers:
+        raise ValueError(
+            f"--eval_base_answers {args.eval_base_answers!s:.80} is not supported with preference data: remove it."
+        )
     for name in {"sigmoid", "bco_pair"} - set(args.loss_type.split(",")):
         if (weight := getattr(data_args, f"{name}_loss_weight")) != 1:
             raise ValueError(

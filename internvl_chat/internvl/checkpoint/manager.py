@@ -33,6 +33,7 @@ class CheckpointManager:
         one_dir_per_node: each node has a separate output folder (`--save_on_each_node`).
 
     Attributes:
+        best: the best checkpoint, which is not rotated away; None without one.
         last_saved_step: step of this run's newest checkpoint; 0 before the first one.
         save_seconds: duration of the last save; 0.0 before the first one.
     """
@@ -46,14 +47,14 @@ class CheckpointManager:
     ):
         self.output_dir = Path(output_dir)
         self.is_writer, self.save_total_limit, self.one_dir_per_node = is_writer, save_total_limit, one_dir_per_node
+        self.best: Path | None = None
         self.last_saved_step = 0
         self.save_seconds = 0.0
-        self.is_writing = False
 
     @property
-    def current_dir(self) -> Path:
-        """Parent of the checkpoint that is being written, else the output folder."""
-        return self.output_dir / UNFINISHED_DIR if self.is_writing else self.output_dir
+    def unfinished_dir(self) -> Path:
+        """Parent of the checkpoint that is being written."""
+        return self.output_dir / UNFINISHED_DIR
 
     @property
     def resume_hint(self) -> str:
@@ -66,7 +67,7 @@ class CheckpointManager:
 
     @contextlib.contextmanager
     def writing(self, step: int) -> Iterator[None]:
-        """Publish what the block writes to `current_dir / checkpoint-STEP`.
+        """Publish what the block writes to `unfinished_dir / checkpoint-STEP`.
 
         Raises:
             OSError: writing failed; the message has the free space and where the run resumes.
@@ -74,23 +75,20 @@ class CheckpointManager:
         start, name = time.monotonic(), f"checkpoint-{step}"
         try:
             with one_line_io_errors(f"{name} cannot be written"):
-                self.is_writing = True
                 self._remove_unfinished()
                 yield
                 barrier()
-                write_manifest(self.current_dir / name, self.is_writer, self.one_dir_per_node)
+                write_manifest(self.unfinished_dir / name, self.is_writer, self.one_dir_per_node)
                 if self.is_writer:
                     self._publish(name)
                 barrier()
         except OSError as error:
             raise OSError(f"{error}; {self._free_space()}; {self.resume_hint} once this is fixed") from error
-        finally:
-            self.is_writing = False
         self.last_saved_step, self.save_seconds = step, time.monotonic() - start
         logger.info("Saved %s (%.1f s)", name, self.save_seconds)
 
     def _publish(self, name: str) -> None:
-        unfinished, final = self.current_dir, self.output_dir / name
+        unfinished, final = self.unfinished_dir, self.output_dir / name
         if final.exists():  # it is damaged, or belongs to a run that this one overwrites
             os.replace(final, unfinished / "replaced")
         os.replace(unfinished / name, final)
@@ -99,21 +97,23 @@ class CheckpointManager:
         self.rotate(final)
 
     def rotate(self, newest: Path) -> None:
-        """Remove checkpoints beyond `save_total_limit`, but not `newest`.
+        """Remove checkpoints beyond `save_total_limit`, but neither `newest` nor the best one.
 
-        Checkpoints of later steps, which belong to an abandoned run, are removed first, then the oldest ones.
+        With a limit of 1, two remain if the best one is not the newest. Checkpoints of later steps, which belong to an
+        abandoned run, are removed first, then the oldest ones.
         """
         if not self.save_total_limit or self.save_total_limit < 0:
             return
-        others = [path for path in list_checkpoints(newest.parent) if path != newest]
-        steps = {path: parse_checkpoint_step(path) or 0 for path in [*others, newest]}
+        checkpoints = list_checkpoints(newest.parent)
+        steps = {path: parse_checkpoint_step(path) or 0 for path in [*checkpoints, newest]}
+        others = [path for path in checkpoints if path not in (newest, self.best)]
         others.sort(key=lambda path: (steps[path] < steps[newest], steps[path]))
-        for path in others[: max(0, len(others) + 1 - self.save_total_limit)]:
+        for path in others[: max(0, len(checkpoints) - self.save_total_limit)]:
             shutil.rmtree(path, ignore_errors=True)
 
     def _remove_unfinished(self) -> None:
         if self.is_writer:
-            shutil.rmtree(self.output_dir / UNFINISHED_DIR, ignore_errors=True)
+            shutil.rmtree(self.unfinished_dir, ignore_errors=True)
         barrier()
 
     def recreate_output_dir(self) -> None:
@@ -140,7 +140,7 @@ class CheckpointManager:
             OSError: writing failed, or there is no space for the optimizer states.
             ValueError: reading failed.
         """
-        start, folder = time.monotonic(), self.output_dir / UNFINISHED_DIR
+        start, folder = time.monotonic(), self.unfinished_dir
         with one_line_io_errors(f"no checkpoint can be written to {self.output_dir}"):
             self._remove_unfinished()
             write_fn(folder / "trial")

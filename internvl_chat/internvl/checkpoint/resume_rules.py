@@ -21,7 +21,7 @@ from internvl.arguments.deepspeed_config import get_zero_stage
 from internvl.arguments.unsupported_flags import UNSUPPORTED
 from internvl.checkpoint.saved_states import one_line_state_errors
 from internvl.constants import escape_control_characters
-from internvl.data.schema import load_meta, validate_meta_entry
+from internvl.data.schema import TRAIN_SPLIT, is_trained, load_meta, validate_meta_entry
 from internvl.dist_utils import get_world_size, run_on_rank_0
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.adapter_checkpoint import is_adapter_checkpoint
@@ -31,6 +31,7 @@ from internvl.regular_files import read_json_object
 
 logger = logging.getLogger(__name__)
 FLAGS_FILE = "flags.json"
+RUN_FILE = "run.json"  # in the output folder from the start: FLAGS_FILE and more
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes")
 
 # -- rules -------------------------------------------------------------------------------------------------------------
@@ -51,14 +52,17 @@ _FLAGS_OF_RULES = {
         backbone_loraplus_lr_ratio mlp_loraplus_lr_ratio llm_loraplus_lr_ratio backbone_layer_decay
         backbone_lora_dropout mlp_lora_dropout llm_lora_dropout drop_path_rate neftune_noise_alpha
         loss_reduction loss_reduction_all_gather rpo_alpha label_smoothing sigmoid_loss_weight bco_pair_loss_weight
-        seed data_seed max_bad_samples max_skipped_steps skip_above_grad_norm save_full_model deepspeed""",
+        seed data_seed max_bad_samples max_skipped_steps skip_above_grad_norm save_full_model deepspeed
+        eval_meta_path eval_base_answers eval_num_samples eval_max_new_tokens
+        early_stopping_patience early_stopping_threshold eval_strategy eval_steps eval_delay metric_for_best_model
+        greater_is_better load_best_model_at_end""",
     PLANNED: """
         per_device_train_batch_size gradient_accumulation_steps group_by_length use_packed_ds max_packed_tokens
         num_images_expected""",
     DATA: """
         meta_path max_seq_length dynamic_image_size use_thumbnail min_dynamic_patch max_dynamic_patch min_num_frame
         max_num_frame use_data_resampling allow_overflow allow_outside_root keep_surplus_placeholders
-        max_image_pixels""",
+        max_image_pixels eval_share""",
     BASE_MODEL: "model_name_or_path vision_path llm_path mlp_path",
     ADAPTERS: """
         backbone_lora_alpha mlp_lora_alpha llm_lora_alpha backbone_lora_targets mlp_lora_targets llm_lora_targets
@@ -84,9 +88,7 @@ _FLAGS_OF_RULES = {
         save_strategy save_steps save_total_limit save_only_model save_on_each_node no_smoke_save
         restore_callback_states_from_checkpoint save_on_signal_seconds watchdog_factor watchdog_seconds
         push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision
-        evaluation_strategy eval_steps eval_delay eval_accumulation_steps eval_do_concat_batches
-        eval_use_gather_object per_device_eval_batch_size prediction_loss_only include_for_metrics batch_eval_metrics
-        bf16_full_eval fp16_full_eval metric_for_best_model greater_is_better
+        evaluation_strategy eval_on_start do_eval per_device_eval_batch_size
         max_buffer_size replacement split_annotations use_fast_tokenizer use_custom_flash_attn""",
 }
 RULES = {flag: rule for rule, names in _FLAGS_OF_RULES.items() for flag in names.split()}
@@ -105,6 +107,9 @@ DATASET_RULES = {
     "data_augment": DATA,
     "max_dynamic_patch": DATA,
     "length": NO_EFFECT,
+    "split": DATA,
+    "metric": NO_EFFECT,
+    "scorer": NO_EFFECT,
 }
 
 
@@ -142,9 +147,12 @@ class RunRecord:
         Args:
             base_checkpoint: of the model.
         """
+        (folder / FLAGS_FILE).write_text(json.dumps(self.describe(base_checkpoint), indent=2) + "\n")
+
+    def describe(self, base_checkpoint: dict | None) -> dict:
+        """Return the content of `flags.json`."""
         record = {"flags": self.flags, "datasets": self.datasets, **describe_environment()}
-        record |= {"base_model": base_checkpoint, "changes": self.changes}
-        (folder / FLAGS_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        return record | {"base_model": base_checkpoint, "changes": self.changes}
 
     def resume_from(self, checkpoint: Path) -> None:
         """Log how flags and dataset settings differ from a checkpoint's.
@@ -305,12 +313,14 @@ def find_dataset_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
         if entry_before == entry:  # --max_dynamic_patch has its own rule
             continue
         settings = [
-            {"repeat_time": 1, "data_augment": False, "max_dynamic_patch": record["flags"].get("max_dynamic_patch")}
+            {"repeat_time": 1, "data_augment": False, "split": TRAIN_SPLIT}
+            | {"max_dynamic_patch": record["flags"].get("max_dynamic_patch")}
             | settings
             for record, settings in ((before, entry_before), (now, entry))
         ]
         found = [DatasetChange(name, key, values) for key, values in find_changes(*settings).items()]
-        changes += [change for change in found if change.rule != NO_EFFECT]
+        if any(map(is_trained, settings)):
+            changes += [change for change in found if change.rule != NO_EFFECT]
     return changes
 
 

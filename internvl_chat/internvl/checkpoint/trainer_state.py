@@ -19,7 +19,7 @@ MAX_TRAINER_STATE_BYTES = 2**30  # `log_history` grows by about 1 kB for each lo
 class NumberField(NamedTuple):
     """Values of a number; None is one if `is_optional`."""
 
-    minimum: int = 0
+    minimum: float = 0
     is_integer: bool = True
     is_optional: bool = False
 
@@ -36,6 +36,8 @@ NUMBER_FIELDS = {
     "num_train_epochs": NumberField(),
     "num_input_tokens_seen": NumberField(),
     "total_flos": NumberField(is_integer=False),
+    "best_global_step": NumberField(1, is_optional=True),
+    "best_metric": NumberField(-1e300, is_integer=False, is_optional=True),
 }
 OTHER_FIELDS = {
     "log_history": list,
@@ -75,10 +77,9 @@ def read_trainer_state(checkpoint: Path) -> dict:
     step, step_in_name = state["global_step"], parse_checkpoint_step(checkpoint)
     if step_in_name not in (None, step):
         raise ValueError(f"{file} is invalid: global_step is {step}, expected {step_in_name}, the step in the name.")
-    best = state.get("best_model_checkpoint")
-    # transformers loads it at the end of the run, and removes the other checkpoints.
-    if best is not None and (not isinstance(best, str) or Path(best).resolve().parent != checkpoint.resolve().parent):
-        raise ValueError(f"{file} is invalid: best_model_checkpoint is {best!r:.80}, expected a folder beside it.")
+    best = state.get("best_model_checkpoint")  # only its name is used, see train/best_model.py
+    if best is not None and (not isinstance(best, str) or parse_checkpoint_step(Path(best)) is None):
+        raise ValueError(f"{file} is invalid: best_model_checkpoint is {best!r:.80}, expected a path of a checkpoint.")
     return state
 
 
@@ -91,6 +92,8 @@ def _find_wrong_field(state: dict) -> str | None:
         if not _is_valid_number(value := state.get(name, field.minimum), field):
             kind = "an integer" if field.is_integer else "a finite number"
             return f"{name} is {value!r:.80}, expected {kind} >= {field.minimum}"
+    if (best_step := state.get("best_global_step") or 0) > state["global_step"]:
+        return f"best_global_step is {best_step}, expected at most global_step {state['global_step']}"
     for name, expected in OTHER_FIELDS.items():
         if not isinstance(value := state.get(name, expected()), expected):
             return f"{name} is {value!r:.80}, expected a JSON {expected.__name__}"

@@ -27,6 +27,20 @@ MAX_NAME_LENGTH = 255
 MAX_PATH_BYTES = 4096  # PATH_MAX of Linux
 CONTENT_IN_PATH = re.compile(r"""data:\w+/|\[\s*["']|\{\s*["']""")  # a data URL, or a list or object as text
 
+# Use of a dataset: trained, evaluated, or evaluated as recorded answers of the base model.
+TRAIN_SPLIT, EVAL_SPLIT, BASE_ANSWERS_SPLIT = SPLITS = "train", "eval", "base_answers"
+# Metrics of generated answers, which `evaluation/scores.py` computes.
+METRIC_NAMES = tuple(
+    "exact_match vqa_accuracy anls relaxed_accuracy token_f1 multiple_choice yes_no box_iou counting number cider bleu "
+    "rouge_l cer wer".split()
+)
+SCORERS = ("internvl",)  # other readings of a metric than its benchmark's
+
+
+def describe_choices(values: Sequence[str]) -> str:
+    return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
+
+
 # Key of a meta entry -> its valid values, in words and as a check. `length` is informational and not used.
 META_KEYS = {
     "root": ("a path", lambda value: value == "" or is_path(value)),
@@ -38,6 +52,9 @@ META_KEYS = {
         lambda value: type(value) is int and 1 <= value <= MAX_TILES_PER_IMAGE,
     ),
     "length": ("anything", lambda value: True),
+    "split": (describe_choices(SPLITS), lambda value: value in SPLITS),
+    "metric": (describe_choices(METRIC_NAMES), lambda value: value in METRIC_NAMES),
+    "scorer": (describe_choices(SCORERS), lambda value: value in SCORERS),
 }
 REQUIRED_META_KEYS = ("root", "annotation")
 
@@ -87,6 +104,11 @@ def load_meta(path: str) -> dict[str, dict]:
                 "characters."
             )
     return meta
+
+
+def is_trained(meta: dict) -> bool:
+    """Return whether the dataset of a meta entry is trained, not evaluated."""
+    return meta.get("split") not in (EVAL_SPLIT, BASE_ANSWERS_SPLIT)
 
 
 def validate_meta_entry(ds_name: str, meta: dict) -> None:

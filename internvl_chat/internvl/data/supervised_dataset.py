@@ -8,8 +8,9 @@
 known before training. An unusable record raises UnusableSample; it is never replaced by another one.
 """
 
+import copy
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,10 @@ class LazySupervisedDataset(Dataset):
         untrained_tokens: id -> token, of tokens that an answer must not use, as the run does not train their rows.
 
     Attributes:
+        meta: the meta entry.
         annotations: the records.
         record_indices: the index in `annotations` of each sample.
+        frame_sampling: how the frames of a video are chosen, see `get_frame_indices`.
 
     Raises:
         ValueError: the meta entry is invalid.
@@ -79,11 +82,12 @@ class LazySupervisedDataset(Dataset):
         untrained_tokens: Mapping[int, str] | None = None,
     ):
         validate_meta_entry(ds_name, meta)
-        self.ds_name, self.tokenizer, self.num_image_token = ds_name, tokenizer, num_image_token
+        self.ds_name, self.meta, self.tokenizer, self.num_image_token = ds_name, meta, tokenizer, num_image_token
         self.data_args, self.seed, self.untrained_tokens = data_args, seed, untrained_tokens or {}
         self.root = meta["root"]
         self.image_decoding = ImageDecoding.from_flags(data_args)
         self.data_augment = meta.get("data_augment", False)
+        self.frame_sampling = "rand"
         self.max_dynamic_patch = meta.get("max_dynamic_patch", data_args.max_dynamic_patch)
         self.annotations = open_annotations(meta["annotation"])
         num_records, repeat_time = len(self.annotations), meta.get("repeat_time", 1)
@@ -102,6 +106,21 @@ class LazySupervisedDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.record_indices)
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "LazySupervisedDataset":
+        """Return a dataset of some of the samples, in this order."""
+        selected = copy.copy(self)
+        selected.record_indices = np.asarray(self.record_indices)[indices]
+        return selected
+
+    def without_randomness(self) -> "LazySupervisedDataset":
+        """Return a dataset whose samples are the same in every epoch.
+
+        It has no augmentation, and middle frames of videos. Lengths of samples do not change.
+        """
+        fixed = copy.copy(self)
+        fixed.data_augment, fixed.frame_sampling = False, "middle"
+        return fixed
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return a sample in upstream's form.
@@ -131,8 +150,7 @@ class LazySupervisedDataset(Dataset):
 
     def _load_sample(self, index: int, epoch: int) -> dict[str, torch.Tensor]:
         record = self.read_record(index)
-        # A string as seed: Python hashes it with SHA-512, which gives the same number in every process.
-        generator = random.Random(f"{self.seed} {epoch} {index}")
+        generator = self._make_generator(index, epoch)
         tiles_per_image = self._load_tiles(record, generator)
         tokens, _ = self._tokenize_record(record, [len(tiles) for tiles in tiles_per_image])
         transform = self._build_transform(generator)
@@ -142,6 +160,29 @@ class LazySupervisedDataset(Dataset):
             "pixel_values": torch.stack(pixel_values) if pixel_values else self.make_empty_tiles(),
             "image_flags": torch.ones(len(pixel_values), dtype=torch.int64),
         }
+
+    def _make_generator(self, index: int, epoch: int) -> random.Random:
+        # A string as seed: Python hashes it with SHA-512, which gives the same number in every process.
+        return random.Random(f"{self.seed} {epoch} {index}")
+
+    def load_image_tiles(self, index: int, epoch: int = 0) -> list[torch.Tensor]:
+        """Load the tiles of each image or frame, (T, 3, S, S) uint8, as `get` does.
+
+        The text of the record is not used.
+
+        Raises:
+            UnusableSample: see `get`.
+        """
+        return self._retry_during_outage(lambda: self._load_image_tiles(index, epoch))
+
+    def _load_image_tiles(self, index: int, epoch: int) -> list[torch.Tensor]:
+        generator = self._make_generator(index, epoch)
+        images, transform = self._load_tiles(self.read_record(index), generator), self._build_transform(generator)
+        return [torch.stack([transform(tile) for tile in tiles]) for tiles in images]
+
+    def count_image_tiles(self, index: int) -> list[int]:
+        """Count the tiles of each image or frame from the image headers."""
+        return self._retry_during_outage(lambda: self._count_tiles(self.read_record(index)))
 
     def measure(self, index: int) -> tuple[int, int, int, int]:
         """Count (tokens, loss tokens, tiles, lost loss tokens) of a sample without decoding images.
@@ -215,6 +256,7 @@ class LazySupervisedDataset(Dataset):
             frames = read_frames(
                 self._resolve_path(path),
                 self._choose_num_frames(path),
+                self.frame_sampling,
                 clip=record.get("clip"),
                 generator=generator,
                 check_path_fn=self._check_path,

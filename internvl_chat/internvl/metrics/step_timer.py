@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 STEP_PHASES = ("forward", "backward", "optimizer")  # reported in seconds; the others are `data` and `other`
+NOT_OF_STEP = "evaluation"  # this phase counts neither as step time nor as wait
 
 
 class StepTimer:
@@ -51,4 +52,5 @@ class StepTimer:
             self.marks[-1][1].synchronize()
             self._add_finished_phases()
         taken, self.seconds = dict(self.seconds), defaultdict(float)
+        taken.pop(NOT_OF_STEP, None)
         return taken

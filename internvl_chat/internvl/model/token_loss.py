@@ -117,6 +117,34 @@ def compute_target_log_probs(
     return _call_head_once(head, states, compute_all_chunks)
 
 
+@torch.no_grad()
+def compute_token_losses(
+    head: nn.Module,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    scale_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the cross entropy of each target, without gradients.
+
+    states (n, C), targets (n,). This is for evaluation. As for the loss, the head is called once, on chunks.
+
+    Returns:
+        The losses, (n,) float32, and whether each target has the largest logit, (n,) bool.
+    """
+    scale_fn = scale_fn or nn.Identity()
+
+    def compute_chunk(states, targets):
+        logits = scale_fn(head.forward(states)).float()  # (m, V)
+        return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+
+    def compute_all_chunks(states, num_chunks):
+        chunks = zip(states.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
+        losses, is_correct = zip(*(compute_chunk(*chunk) for chunk in chunks), strict=True)
+        return torch.cat(losses), torch.cat(is_correct)
+
+    return _call_head_once(head, states, compute_all_chunks)
+
+
 # -- one call of the head ----------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ def use_varlen_attention(llm: PreTrainedModel, packed: bool) -> None:
     Raises:
         ValueError: `packed`, and the LLM has recurrent layers or does not support the attention interface.
     """
-    is_supported = llm._supports_attention_backend and not llm._is_stateful
+    is_supported = can_pack_documents(llm)
     if is_supported and llm.config._attn_implementation != "flash_attention_2":
         llm.set_attn_implementation(VARLEN_ATTENTION)
     if packed and not is_supported:
@@ -34,6 +34,11 @@ def use_varlen_attention(llm: PreTrainedModel, packed: bool) -> None:
             f"--use_packed_ds True is not supported for LLMs of type {llm.config.model_type}: the documents of a row "
             "would attend to each other. Train with --use_packed_ds False."
         )
+
+
+def can_pack_documents(llm: PreTrainedModel) -> bool:
+    """Return whether an LLM keeps the documents of a row apart."""
+    return llm._supports_attention_backend and not llm._is_stateful
 
 
 @torch.compiler.disable  # the document boundaries of the loop are known only at run time

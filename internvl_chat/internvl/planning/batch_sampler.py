@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from internvl.planning.data_schedule import DataSchedule
+from internvl.planning.epoch_plan import EpochPlan
 
 
 def count_run_steps(
@@ -30,12 +31,15 @@ def count_run_steps(
 BYTES_PER_TOKEN = 3 * 8  # input_ids, labels and position_ids, in int64
 
 
-def compute_max_batch_bytes(schedule: DataSchedule, epoch: int, tile_size: int) -> int:
-    """Compute the size of an epoch's largest micro-batch: tiles in uint8, padded rows."""
-    plan = schedule.plan(epoch)
+def compute_max_batch_bytes(plan: EpochPlan, lengths: np.ndarray, tile_size: int) -> int:
+    """Compute the size of a plan's largest micro-batch: tiles in uint8, padded rows.
+
+    Args:
+        lengths: (N,) of SAMPLE_LENGTHS.
+    """
 
     def sum_per_row(field: str) -> np.ndarray:  # (R + 1,); the last entry, which row -1 indexes, is 0
-        return np.append(plan.sum_per_row(schedule.lengths[field].astype(np.int64)), 0)
+        return np.append(plan.sum_per_row(lengths[field].astype(np.int64)), 0)
 
     rows = plan.steps.reshape(-1, plan.steps.shape[-1])  # (micro-batches, rows)
     num_tiles = sum_per_row("tiles")[rows].sum(1)

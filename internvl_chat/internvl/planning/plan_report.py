@@ -66,7 +66,16 @@ def compute_load_imbalance(plan: EpochPlan, cost: np.ndarray) -> float:
         cost: (N,) of samples.
     """
     load = _sum_per_slot(plan, cost).sum(axis=-1, dtype=np.float64)  # (steps, gradient accumulation, ranks)
-    return 1 - load.sum() / (load.max(axis=-1) * load.shape[-1]).sum()
+    return 1 - load.sum() / (sum_slowest_costs(plan, cost) * load.shape[-1])
+
+
+def sum_slowest_costs(plan: EpochPlan, cost: np.ndarray) -> float:
+    """Add up the cost of the slowest rank over all forward passes.
+
+    Args:
+        cost: (N,) of samples.
+    """
+    return float(_sum_per_slot(plan, cost).sum(axis=-1, dtype=np.float64).max(axis=-1).sum())
 
 
 def _sum_per_slot(plan: EpochPlan, values: np.ndarray) -> np.ndarray:

@@ -25,6 +25,13 @@ def compute_sample_cost(model: InternVLChatModel) -> SampleCost:
     return scale_to_training(count_model_flops(model, backward=False, adapters=False), vision_passes, llm_passes)
 
 
+def compute_forward_cost(model: InternVLChatModel) -> SampleCost:
+    """Compute the cost of a sample in an evaluation of its loss."""
+    forward = count_model_flops(model, backward=False, adapters=False)
+    cost = scale_to_training(forward, vision_passes=1, llm_passes=1)
+    return cost._replace(per_loss_token=forward.per_loss_token)
+
+
 def count_passes(part: nn.Module) -> float:
     """Count the FLOPs of a part per step, in forward passes."""
     trainable = [name for name, parameter in part.named_parameters() if parameter.requires_grad]
@@ -50,5 +57,9 @@ def scale_to_training(forward: ModelFlops, vision_passes: float, llm_passes: flo
 
 def count_forward_flops(config: InternVLChatConfig) -> ModelFlops:
     """Count the FLOPs of a forward pass from a configuration, without weights."""
+    return count_model_flops(build_model_without_weights(config), backward=False)
+
+
+def build_model_without_weights(config: InternVLChatConfig) -> InternVLChatModel:
     with torch.device("meta"):
-        return count_model_flops(InternVLChatModel(config), backward=False)
+        return InternVLChatModel(config)

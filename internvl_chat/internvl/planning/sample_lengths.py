@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from internvl.constants import UnusableSample
 from internvl.data.disk_cache import find_cache_file, get_cache_dir, write_cache_file
 from internvl.data.file_io import get_size_and_mtime, is_remote
+from internvl.data.record_identity import hash_record
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.planning.epoch_plan import SAMPLE_LENGTHS
 from internvl.progress import Progress
 from internvl.runtime.dataloader_workers import SpawnableDataset, start_worker
 
-CACHE_VERSION = 6  # of the cached files; raise it whenever samples of the same data change
+CACHE_VERSION = 7  # of the cached files; raise it whenever samples of the same data change
 SAMPLES_PER_TASK = 256  # samples that a worker process measures at a time
 SAMPLES_PER_ROUND = 16384  # samples per rank after which results are exchanged
 SECONDS_PER_SAVE = 30  # of measuring, after which results are cached
@@ -45,9 +46,11 @@ LENGTH_FIELDS = (
     "upstream_image_decoding",
     "keep_surplus_placeholders",
 )
-# Measurement of a record. `lost_loss_tokens`: see `MeasuredDataset`. `file_stamp`: CRC-32 of sizes and modification
-# times of its media files, shifted to the range of int32; 0 without any.
-MEASUREMENT = np.dtype([*SAMPLE_LENGTHS.descr, ("lost_loss_tokens", np.int32), ("file_stamp", np.int32)])
+# Measurement of a record. `lost_loss_tokens`, `content_hash`: see `MeasuredDataset`. `file_stamp`: CRC-32 of sizes and
+# modification times of its media files, shifted to the range of int32; 0 without any.
+MEASUREMENT = np.dtype(
+    [*SAMPLE_LENGTHS.descr, ("lost_loss_tokens", np.int32), ("file_stamp", np.int32), ("content_hash", np.int64)]
+)
 # Values of the column `tokens` for samples that are not measured yet, and for unusable ones.
 NOT_MEASURED, UNUSABLE = -1, 0
 
@@ -74,12 +77,26 @@ class MeasuredDataset(NamedTuple):
         digests: (N,) int32, a checksum of each record.
         unusable: (index, reason) of each unusable sample.
         lost_loss_tokens: (N,) int32, the loss tokens of each sample that truncation to `--max_seq_length` cuts off.
+        content_hashes: (N,) int64, see `hash_record`.
     """
 
     lengths: np.ndarray
     digests: np.ndarray
     unusable: list[tuple[int, str]]
     lost_loss_tokens: np.ndarray
+    content_hashes: np.ndarray
+
+    def select(self, indices: np.ndarray) -> "MeasuredDataset":
+        """Select the measurements of some of the samples, for `LazySupervisedDataset.select`."""
+        positions = np.full(len(self.lengths), -1)
+        positions[indices] = np.arange(len(indices))
+        return MeasuredDataset(
+            lengths=self.lengths[indices],
+            digests=self.digests[indices],
+            unusable=[(int(positions[index]), reason) for index, reason in self.unusable if positions[index] >= 0],
+            lost_loss_tokens=self.lost_loss_tokens[indices],
+            content_hashes=self.content_hashes[indices],
+        )
 
 
 def measure_dataset(
@@ -131,6 +148,7 @@ def measure_dataset(
         digests=(checksums.astype(np.int64) - (1 << 31)).astype(np.int32),
         unusable=[(sample, reasons[int(row_of_sample[sample])]) for sample in unusable],
         lost_loss_tokens=np.ascontiguousarray(measurements["lost_loss_tokens"]),
+        content_hashes=np.ascontiguousarray(measurements["content_hash"]),
     )
 
 
@@ -176,7 +194,7 @@ def _describe_tokenizer(tokenizer) -> list:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 # a row of MEASUREMENT, and the reason if the sample is unusable
-Result = tuple[tuple[int, int, int, int, int], str | None]
+Result = tuple[tuple[int, int, int, int, int, int], str | None]
 
 
 def _measure_in_rounds(
@@ -235,11 +253,11 @@ class _MeasurementDataset(Dataset):
 
 
 def _measure_sample(dataset: LazySupervisedDataset, sample: int) -> Result:
-    stamp = _stamp_files(dataset, sample)
+    stamp, content_hash = _stamp_files(dataset, sample), hash_record(dataset, sample)
     try:
-        return (*dataset.measure(sample), stamp), None
+        return (*dataset.measure(sample), stamp, content_hash), None
     except UnusableSample as error:
-        return (UNUSABLE, 0, 0, 0, stamp), str(error)
+        return (UNUSABLE, 0, 0, 0, stamp, content_hash), str(error)
 
 
 def _stamp_files(dataset: LazySupervisedDataset, sample: int) -> int:

@@ -5,14 +5,15 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from internvl.launchers import count_local_ranks
 from internvl.runtime.parent import exit_with_parent
 from internvl.runtime.signals import ignore_first_sigterm
 
@@ -53,6 +54,45 @@ class SpawnableDataset(Dataset):
     def __setstate__(self, path: str) -> None:
         # As multiprocessing reads arguments. Only this user can write to the file.
         self.dataset = ForkingPickler.loads(Path(path).read_bytes())
+
+
+def build_worker_loader(
+    dataset: Dataset,
+    batches: Iterable[list],
+    collate_fn: Callable[[Sequence[dict]], dict],
+    *,
+    num_workers: int,
+    max_batch_bytes: int,
+    prefetch_factor: int = 2,
+    num_used: int = 2,
+    multiprocessing_context: str | None = None,
+    is_pinned: bool = False,
+) -> DataLoader:
+    """Build a DataLoader that draws no global random numbers.
+
+    Args:
+        batches: the keys in `dataset` of each batch.
+        num_workers: at most; there are fewer if shared memory is too small. Their number does not affect the data.
+        max_batch_bytes: upper bound of a collated batch, which workers hand over in shared memory.
+        num_used: batches that the caller still uses while workers load others.
+        is_pinned: copy batches to pinned memory.
+    """
+    local_ranks = count_local_ranks(os.environ)
+    num_workers = limit_num_workers(num_workers, prefetch_factor, num_used, max_batch_bytes, local_ranks)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=partial(collate_in_shared_memory, collate_fn),
+        num_workers=num_workers,
+        worker_init_fn=start_worker,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        multiprocessing_context=multiprocessing_context if num_workers else None,
+        # An iterator is used only once, whatever --dataloader_persistent_workers. torch 2.14 would end persistent
+        # workers only when it collects the DataLoader, after waiting 5 s for each.
+        persistent_workers=False,
+        generator=torch.Generator(),  # for the workers' seeds, instead of the global generator
+        pin_memory=is_pinned,
+    )
 
 
 def start_worker(worker_id: int) -> None:

@@ -173,6 +173,18 @@ def find_running_holder(folder: str | Path) -> str:
     return _format_in_use(path, holder)
 
 
+def is_lock_held(folder: str | Path) -> bool:
+    """Check whether a run holds a folder: on this machine, or on another one by its last heartbeat."""
+    path = Path(folder, LOCK_FILE)
+    holder = _read_holder(path)
+    if holder is not None and holder.machine == _identify_machine():
+        return not _is_process_gone(holder)
+    try:
+        return time.time() - path.stat().st_mtime < STALE_SECONDS
+    except FileNotFoundError:
+        return False
+
+
 # -- whether a holder has ended ----------------------------------------------------------------------------------------
 
 

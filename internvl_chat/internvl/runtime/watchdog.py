@@ -94,8 +94,10 @@ class Watchdog:
             return
         outer = self.phase
         self.phase = Phase(kind, outer.step, time.monotonic())
-        yield
-        self.enter(outer.kind, outer.step)
+        try:
+            yield
+        finally:
+            self.enter(outer.kind, outer.step)
 
     def enter(self, kind: str, step: int) -> None:
         """Record the duration of the current phase and begin another."""

@@ -1,7 +1,7 @@
 """Build the training data: open and measure all datasets."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,31 +10,22 @@ from transformers import PreTrainedTokenizerBase
 from internvl.arguments.data import DataTrainingArguments
 from internvl.arguments.training import TrainingArguments
 from internvl.constants import UnusableSample
-from internvl.data.schema import load_meta
+from internvl.data.schema import is_trained, load_meta
+from internvl.data.skipped_samples import SkippedSample, describe_skipped, report_skipped_samples
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.dist_utils import count_cores_per_rank, gather_objects, get_rank, get_world_size
+from internvl.evaluation.evaluation_data import EvaluationData, build_evaluation_data
+from internvl.evaluation.shared_records import find_shared_records
 from internvl.planning.epoch_plan import SAMPLE_LENGTHS, PlanLayout, SampleCost
+from internvl.planning.measured_data import MeasuredPart, hold_out, join_parts, measure_datasets
 from internvl.planning.oversized_samples import SamplePiece, find_image_spans, split_sample
 from internvl.planning.packed_dataset import PackedDataset
 from internvl.planning.plan_report import summarize_truncation
-from internvl.planning.sample_lengths import RankGroup, measure_dataset
-from internvl.train.skipped_samples import NUM_LISTED, make_too_many_skipped_error
+from internvl.planning.sample_lengths import RankGroup
 
 logger = logging.getLogger(__name__)
 MAX_TOTAL_SAMPLES = np.iinfo(np.int32).max  # plans store sample ids as int32
 MAX_UNREPORTED_SHARE = 0.01  # of truncated answers, without a warning
-
-
-class SkippedSample(NamedTuple):
-    """An unusable sample: its dataset, file, line, and the reason."""
-
-    dataset: str
-    file: str
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.dataset} line {self.line} ({self.file}): {self.reason}"
 
 
 class TrainingData(NamedTuple):
@@ -45,8 +36,10 @@ class TrainingData(NamedTuple):
     Attributes:
         lengths: (N,) of SAMPLE_LENGTHS; zeros where a sample is skipped.
         digests: (N,) int32, a checksum of each sample's record.
-        lost_loss_tokens: (N,) int32, loss tokens that are cut off at --max_seq_length, or lost by splitting the sample.
         weights: (N,) relative frequency of each sample; None: each is drawn once per epoch.
+        lost_loss_tokens: (N,) int32, loss tokens that are cut off at --max_seq_length, or lost by splitting the sample.
+        content_hashes: int64, see `hash_record`; of samples, not of pieces.
+        held_out: the records that `--eval_share` excludes from training, by dataset.
     """
 
     dataset: PackedDataset
@@ -55,11 +48,17 @@ class TrainingData(NamedTuple):
     skipped_samples: list[SkippedSample]
     weights: np.ndarray | None
     lost_loss_tokens: np.ndarray
+    content_hashes: np.ndarray | None = None
+    held_out: Sequence[MeasuredPart] = ()
 
     @property
     def is_usable(self) -> np.ndarray:
         """(N,) bool."""
         return self.lengths["tokens"] > 0
+
+    def list_trained_samples(self) -> list[int]:
+        """List the samples that are usable, as a whole or in pieces."""
+        return np.unique(self.dataset.get_source_samples()[self.is_usable]).tolist()
 
 
 def build_data(
@@ -79,11 +78,7 @@ def build_data(
             message lists them.
     """
     data = measure_data(data_args, training_args, tokenizer, num_image_token, dataset_class, untrained_tokens)
-    for sample in data.skipped_samples[:NUM_LISTED]:
-        logger.warning("Skipped sample: %s", sample)
-    max_skipped = count_max_skipped_samples(data_args, len(data.lengths))
-    if len(data.skipped_samples) > max_skipped or not data.is_usable.any():
-        raise make_too_many_skipped_error(list(map(str, data.skipped_samples)), max_skipped)
+    report_skipped_samples(data.skipped_samples, data.lengths, data_args)
     truncated = summarize_truncation(data.lengths, data.lost_loss_tokens)
     if truncated.largest_share > MAX_UNREPORTED_SHARE:
         logger.warning(
@@ -108,39 +103,48 @@ def measure_data(
     """
     assert data_args.meta_path  # validated
     datasets = [
-        dataset_class(name, meta, tokenizer, num_image_token, data_args, training_args.seed, untrained_tokens)
-        for name, meta in load_meta(data_args.meta_path).items()
+        dataset_class(name, entry, tokenizer, num_image_token, data_args, training_args.seed, untrained_tokens)
+        for name, entry in load_meta(data_args.meta_path).items()
+        if is_trained(entry)
     ]
+    if not datasets:
+        raise ValueError(f"meta file {data_args.meta_path} has no dataset to train: each has a split for evaluation.")
     if (num_samples := sum(map(len, datasets))) > MAX_TOTAL_SAMPLES:
         raise ValueError(
             f"the datasets of {data_args.meta_path} have {num_samples:,} samples, more than the supported "
             f"{MAX_TOTAL_SAMPLES:,}: lower their repeat_time."
         )
     rank_group = RankGroup(get_rank(), get_world_size(), gather_objects)
-    measured = [
-        measure_dataset(dataset, count_cores_per_rank(), show_progress=rank_group.rank == 0, rank_group=rank_group)
-        for dataset in datasets
-    ]
-    lengths = np.concatenate([measurements.lengths for measurements in measured])
-    packed_dataset = PackedDataset(datasets, lengths)
-    data = TrainingData(
-        dataset=packed_dataset,
-        lengths=lengths,
-        digests=np.concatenate([measurements.digests for measurements in measured]),
-        skipped_samples=[
-            describe_skipped(dataset, index, reason)
-            for dataset, measurements in zip(datasets, measured, strict=True)
-            for index, reason in measurements.unusable
-        ],
-        weights=compute_square_root_weights(packed_dataset, lengths) if data_args.use_data_resampling else None,
-        lost_loss_tokens=np.concatenate([measurements.lost_loss_tokens for measurements in measured]),
-    )
+    parts = measure_datasets(datasets, count_cores_per_rank(), rank_group)
+    parts, held_out = hold_out(parts, training_args.eval_share) if training_args.eval_share else (parts, [])
+    joined = join_parts(parts)
+    weights = compute_square_root_weights(joined.dataset, joined.lengths) if data_args.use_data_resampling else None
+    data = TrainingData(**joined._asdict(), weights=weights, held_out=held_out)
     return split_oversized_samples(data, data_args, rank_group) if data_args.use_packed_ds else data
 
 
-def describe_skipped(dataset: LazySupervisedDataset, index: int, reason: str) -> SkippedSample:
-    """Describe a skipped sample by its file and line."""
-    return SkippedSample(dataset.ds_name, dataset.annotations.path, dataset.line_number(index), reason)
+def build_evaluation(
+    data: TrainingData,
+    data_args: DataTrainingArguments,
+    training_args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    num_image_token: int,
+    dataset_class: type[LazySupervisedDataset] = LazySupervisedDataset,
+    untrained_tokens: Mapping[int, str] | None = None,
+    base_answers: Mapping[str, dict] | None = None,
+) -> EvaluationData | None:
+    """Open and measure the evaluation sets; warn about records that are also trained.
+
+    A collective. Arguments and errors: see `build_evaluation_data`.
+    """
+    evaluation = build_evaluation_data(
+        *(data_args, training_args, tokenizer, num_image_token),
+        *(data.held_out, dataset_class, untrained_tokens, base_answers),
+    )
+    if evaluation and get_rank() == 0:
+        for shared in find_shared_records(evaluation, data.dataset, data.content_hashes, data.list_trained_samples()):
+            logger.warning("Evaluation data in the training data: %s", shared)
+    return evaluation
 
 
 def split_oversized_samples(
@@ -186,8 +190,7 @@ def split_oversized_samples(
     digests = data.digests[source_samples]
     # The digest of a piece differs from that of its sample and of the other pieces.
     digests[data.dataset.num_unsplit :] ^= np.array([1 + piece.start for _, piece in pieces], np.int32)
-    return TrainingData(
-        dataset=data.dataset,
+    return data._replace(
         lengths=np.concatenate([lengths, piece_lengths]),
         digests=digests,
         skipped_samples=skipped_samples,
@@ -231,12 +234,6 @@ def compute_square_root_weights(dataset: PackedDataset, lengths: np.ndarray) -> 
     parts = np.split(lengths["tokens"], np.cumsum(sizes)[:-1])
     num_usable = [max(1, np.count_nonzero(tokens)) for tokens in parts]
     return np.repeat(np.array(num_usable, np.float64) ** -0.5, sizes)
-
-
-def count_max_skipped_samples(data_args: DataTrainingArguments, num_samples: int) -> int:
-    """Convert `--max_bad_samples`, a count or a share below 1, to a count."""
-    limit = data_args.max_bad_samples
-    return int(limit * num_samples) if limit < 1 else int(limit)
 
 
 def build_plan_layout(

@@ -12,6 +12,17 @@ from internvl.checkpoint.resume_rules import RunRecord
 from internvl.constants import get_pad_id
 from internvl.data.collators import collate_rows
 from internvl.data.images import NORMALIZATION_STATS
+from internvl.data.skipped_samples import SkippedSampleReport, count_max_skipped_samples
+from internvl.evaluation.evaluation_cost import (
+    count_evaluations,
+    describe_model_cost,
+    estimate_evaluation,
+    estimate_step_seconds,
+    format_evaluation_plan,
+    measure_device_speed,
+)
+from internvl.evaluation.evaluation_data import EvaluationData
+from internvl.evaluation.settings import EvaluationSettings
 from internvl.model.auxiliary_files import (
     AuxiliaryFiles,
     build_preprocessor_config,
@@ -21,11 +32,12 @@ from internvl.model.auxiliary_files import (
     update_preprocessor_config,
 )
 from internvl.model.internvl_chat import InternVLChatModel
+from internvl.planning.batch_sampler import count_run_steps
 from internvl.planning.data_schedule import DataSchedule
 from internvl.planning.plan_report import format_epoch_plan
-from internvl.planning.sample_cost import compute_sample_cost
-from internvl.train.build_data import TrainingData, build_plan_layout, count_max_skipped_samples
-from internvl.train.skipped_samples import SkippedSampleReport
+from internvl.planning.sample_cost import compute_forward_cost, compute_sample_cost
+from internvl.train.build_data import TrainingData, build_plan_layout
+from internvl.train.run_evaluation import RunEvaluation
 from internvl.train.trainer import InternVLTrainer
 
 logger = logging.getLogger(__name__)
@@ -58,9 +70,10 @@ def build_trainer(
     run_record: RunRecord,
     trainer_class: type[InternVLTrainer] = InternVLTrainer,
     collator: Callable = collate_rows,
+    evaluation: RunEvaluation | None = None,
     **kwargs,
 ) -> InternVLTrainer:
-    """Plan the first epoch, log the plan and create the trainer.
+    """Plan the first epoch and the evaluations, log the plans and create the trainer.
 
     Args:
         kwargs: passed on to `trainer_class`.
@@ -73,6 +86,8 @@ def build_trainer(
             data.lengths, schedule.plan(0), schedule.layout, len(data.skipped_samples), data.lost_loss_tokens
         ),
     )
+    if evaluation and evaluation.data:
+        log_evaluation_plan(model, evaluation.data, evaluation.settings, schedule, training_args)
     model.loss_reduction = data_args.loss_reduction
     collator = partial(collator, pad_id=get_pad_id(tokenizer))
     if data_args.use_packed_ds and data_args.strict_mode:
@@ -93,5 +108,25 @@ def build_trainer(
         run_record=run_record,
         accept_changed_data=data_args.accept_changed_data,
         all_gather_loss=data_args.loss_reduction_all_gather,
+        evaluation=evaluation,
         **kwargs,
     )
+
+
+def log_evaluation_plan(
+    model: InternVLChatModel,
+    data: EvaluationData,
+    settings: EvaluationSettings,
+    schedule: DataSchedule,
+    args: TrainingArguments,
+) -> None:
+    """Log what an evaluation runs, and the estimated time of all evaluations."""
+    cost = describe_model_cost(model, schedule.layout.sample_cost, compute_forward_cost(model))
+    dtype = next(model.language_model.parameters()).dtype
+    speed = measure_device_speed(args.device, dtype)
+    estimate = estimate_evaluation(data, settings, args.world_size, cost, speed)
+    num_steps = count_run_steps(schedule, 0, 0, args.num_train_epochs, args.max_steps)
+    step_seconds = estimate_step_seconds(schedule.plan(0), schedule.lengths, cost, speed)
+    num_evaluations = count_evaluations(args, num_steps, len(schedule.plan(0)))
+    table = format_evaluation_plan(data, estimate, num_evaluations, num_steps, step_seconds, "this device")
+    logger.info("Evaluation plan:\n%s", table)

@@ -1,8 +1,15 @@
 """Console output: one line of fixed columns per logging step."""
 
 import logging
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
+
+from internvl.arguments.evaluation_strategy import LOG_PREFIX
+from internvl.train.run_reports import EVALUATION_SECONDS, is_evaluation_metric
+
+if TYPE_CHECKING:
+    from internvl.train.trainer import InternVLTrainer
 
 logger = logging.getLogger(__name__)
 # Key of the log -> label and format of its column. Keys that a step lacks have no column.
@@ -51,11 +58,51 @@ def format_step(logs: dict, step: int, max_steps: int) -> str:
     return "  ".join(columns)
 
 
+def format_evaluation(metrics: dict, set_names: list[str], step: int) -> list[str]:
+    """Format the metrics of an evaluation: a line per evaluation set, and one for all.
+
+    A score is followed by its 95 % interval.
+
+    Args:
+        metrics: as transformers logs them, `eval_NAME/loss` and so on.
+    """
+    rest = {key.removeprefix(LOG_PREFIX): value for key, value in metrics.items() if is_evaluation_metric(key)}
+    lines = []
+    for name in [*sorted(set_names, key=len, reverse=True), ""]:  # a name may begin with another one and a slash
+        prefix = f"{name}/" if name else ""
+        values = {key.removeprefix(prefix): rest.pop(key) for key in list(rest) if key.startswith(prefix)}
+        if values:
+            columns = [f"evaluation at step {step}: {name or 'all sets'}"]
+            lines.append("  ".join(columns + format_values(values)))
+    return [*lines[:-1], f"{lines[-1]}  took {format_duration(metrics[EVALUATION_SECONDS])}"]
+
+
+def format_values(values: dict[str, float]) -> list[str]:
+    """Format metrics, each with its interval if it has one."""
+    columns, ends = [], {f"{metric}_{end}" for metric in values for end in ("low", "high")}
+    for metric, value in values.items():
+        if metric in ends:
+            continue
+        interval = [f"{values[end]:.4f}" for end in (f"{metric}_low", f"{metric}_high") if end in values]
+        columns.append(f"{metric.replace('_', ' ')} {value:.4f}" + (f" [{', '.join(interval)}]" if interval else ""))
+    return columns
+
+
 class ConsoleCallback(TrainerCallback):
     """Callback that logs one line per logging step.
 
     It replaces transformers' progress bar and printed dictionaries.
     """
+
+    def __init__(self, trainer: "InternVLTrainer"):
+        self.trainer = trainer
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        evaluation = self.trainer.evaluation
+        if state.is_world_process_zero and metrics and evaluation and evaluation.data:
+            names = [evaluation_set.name for evaluation_set in evaluation.data.sets]
+            for line in format_evaluation(metrics, names, state.global_step):
+                logger.info("%s", line)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and "loss" in logs:

@@ -22,6 +22,10 @@ from internvl.runtime.signals import preemption
 logger = logging.getLogger(__name__)
 
 
+class StoppedBySignalError(Exception):
+    """Any rank received a preemption signal; raised on all ranks."""
+
+
 class RunStatus(NamedTuple):
     """Maximum of each value over all ranks; the same on each rank."""
 
@@ -82,12 +86,25 @@ class GracefulStop:
             self._recreate_output_dir(folders)
             control.should_save = True
         if (status.signal_number or status.is_data_missing) and not is_last_step:
-            signal_name = signal.Signals(status.signal_number).name if status.signal_number else ""
-            self._reason = signal_name or "a store does not answer"
-            self.has_stopped = True
-            control.should_save = self.has_time_to_save(status.seconds_since_signal)
-            if not control.should_save:
-                self._stop(step, control)
+            self._request_stop(step, control, status)
+
+    def check_signals(self) -> None:
+        """Raise StoppedBySignalError after a signal, during work between two steps. A collective."""
+        if self._combine_ranks(False).signal_number:
+            raise StoppedBySignalError
+
+    def stop_between_steps(self, step: int, control: TrainerControl) -> None:
+        """Save and stop after `check_signals` has raised. A collective."""
+        self._request_stop(step, control, self._combine_ranks(False))
+
+    def _request_stop(self, step: int, control: TrainerControl, status: RunStatus) -> None:
+        signal_name = signal.Signals(status.signal_number).name if status.signal_number else ""
+        self._reason = signal_name or "a store does not answer"
+        self.has_stopped = True
+        control.should_save = self.has_time_to_save(status.seconds_since_signal)
+        control.should_evaluate = False
+        if not control.should_save:
+            self._stop(step, control)
 
     def end_save(self, step: int, control: TrainerControl) -> None:
         """Stop a preempted run after its checkpoint.

@@ -26,6 +26,7 @@ from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_gro
 from internvl.train.build_data import build_data
 from internvl.train.build_model import build_model, build_tokenizer
 from internvl.train.build_trainer import build_trainer
+from internvl.train.run_evaluation import build_run_evaluation, check_evaluation_flags
 from internvl.train.run_training import exit_process_group, set_up_logging, train_and_save
 from internvl.train.trainable_parameters import get_untrained_tokens
 
@@ -46,6 +47,7 @@ def train() -> int:
         model_args, data_args, training_args = parse_args()
         set_up_logging(training_args)
         validate_arguments(model_args, data_args, training_args)
+        check_evaluation_flags(data_args, training_args)
         claim_output_dir(model_args, data_args, training_args)
         run_record = RunRecord(model_args, data_args, training_args)
         if is_finished_without_checkpoints(training_args, run_record):
@@ -57,7 +59,10 @@ def train() -> int:
         model = build_model(model_args, data_args, training_args, tokenizer)
         untrained_tokens = get_untrained_tokens(model, tokenizer)
         data = build_data(data_args, training_args, tokenizer, model.num_image_token, untrained_tokens=untrained_tokens)
-        trainer = build_trainer(model, tokenizer, data, data_args, training_args, run_record)
+        evaluation = build_run_evaluation(
+            *(data, data_args, training_args, tokenizer, model, LazySupervisedDataset, untrained_tokens)
+        )
+        trainer = build_trainer(*(model, tokenizer, data, data_args, training_args, run_record), evaluation=evaluation)
         return train_and_save(trainer, data, checkpoint)
 
 

@@ -31,6 +31,7 @@ from internvl.train.build_data import build_data
 from internvl.train.build_model import build_model, build_tokenizer, load_model
 from internvl.train.build_trainer import build_trainer
 from internvl.train.preference_loss import PreferenceLoss, PreferenceModel
+from internvl.train.run_evaluation import build_run_evaluation, check_evaluation_flags
 from internvl.train.run_training import exit_process_group, set_up_logging, train_and_save
 from internvl.train.trainable_parameters import get_untrained_tokens
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
@@ -50,6 +51,8 @@ def train() -> int:
         model_args, data_args, training_args = parse_args(classes=PREFERENCE_ARGUMENTS)
         set_up_logging(training_args)
         validate_preference_arguments(model_args, data_args, training_args)
+        loss = PreferenceLoss(data_args, training_args)
+        check_evaluation_flags(data_args, training_args, ("loss", *loss.metric_names))
         claim_output_dir(model_args, data_args, training_args)
         run_record = RunRecord(model_args, data_args, training_args)
         if is_finished_without_checkpoints(training_args, run_record):
@@ -65,9 +68,13 @@ def train() -> int:
         data = build_data(
             data_args, training_args, tokenizer, model.num_image_token, PreferenceDataset, untrained_tokens
         )
+        evaluation = build_run_evaluation(
+            *(data, data_args, training_args, tokenizer, model, PreferenceDataset, untrained_tokens)
+        )
         trainer = build_trainer(
             *(model, tokenizer, data, data_args, training_args, run_record, MultimodalDPOTrainer, collate_pairs),
-            loss=PreferenceLoss(data_args, training_args),
+            evaluation=evaluation,
+            loss=loss,
             reference=reference,
         )
         return train_and_save(trainer, data, checkpoint)

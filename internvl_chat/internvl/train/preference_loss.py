@@ -7,7 +7,7 @@ The reward of an answer is beta * (log p(answer | question) - log p_reference(an
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -133,6 +133,17 @@ LOSSES: dict[str, Callable[[Rewards], torch.Tensor]] = {
 }
 
 
+# Metrics of a pair that are reported beside the loss.
+PAIR_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
 class PreferenceLoss:
     """Weighted sum of losses, and of the chosen answer's cross entropy (`rpo_alpha`).
 
@@ -148,10 +159,15 @@ class PreferenceLoss:
         self.weights = {name: getattr(data_args, f"{name}_loss_weight", 1.0) for name in args.loss_type.split(",")}
         self.rewards_seen = torch.zeros(2, dtype=torch.float64)
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics of a pair."""
+        return (*PAIR_METRICS, "nll_loss") if self.args.rpo_alpha else PAIR_METRICS
+
     def __call__(
         self, policy: torch.Tensor, reference: torch.Tensor, num_loss_tokens: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute the loss and the metrics of a micro-batch.
+        """Compute the loss and the metrics of a micro-batch, and update the mean reward.
 
         Args:
             policy, reference: (2B,) log-probabilities of the answers, chosen before rejected.
@@ -161,35 +177,53 @@ class PreferenceLoss:
             The mean loss over pairs, 0 without pairs, and one value per pair and metric. Pairs without labels (empty
             rows) are not counted.
         """
-        policy, reference, num_loss_tokens = (side.view(2, -1) for side in (policy, reference, num_loss_tokens))
-        usable = (num_loss_tokens > 0).all(0)  # (B,)
-        log_ratios = policy - reference
+        if "bco_pair" in self.weights:
+            rewards, is_usable = self._compute_rewards(policy, reference, num_loss_tokens)
+            self._update_mean_reward(rewards.detach()[:, is_usable])
+        losses, is_usable, metrics = self.measure_pairs(policy, reference, num_loss_tokens)
+        # Losses of empty rows are finite and have no gradient, so they may stay in the graph.
+        loss = (losses * is_usable).sum() / is_usable.sum().clamp(min=1)
+        return loss, {name: values.detach()[is_usable] for name, values in metrics.items()}
+
+    def measure_pairs(
+        self, policy: torch.Tensor, reference: torch.Tensor, num_loss_tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute loss and metrics of each pair with the present mean reward.
+
+        The arguments are those of a micro-batch.
+
+        Returns:
+            The losses (B,), whether each pair is usable (B,), and the metrics, each (B,).
+        """
+        rewards, is_usable = self._compute_rewards(policy, reference, num_loss_tokens)
+        chosen, rejected = rewards
+        r = Rewards(chosen, rejected, self.args.beta, self.args.label_smoothing, self.mean_reward)
+        losses: Any = sum(weight * LOSSES[name](r) for name, weight in self.weights.items())  # (B,)
+        log_probs, num_chosen = policy.view(2, -1), num_loss_tokens.view(2, -1)[0]
+        values = (chosen, rejected, (r.margin > 0).float(), r.margin, *log_probs)
+        metrics = dict(zip(PAIR_METRICS, values, strict=True))
+        if self.args.rpo_alpha:
+            metrics["nll_loss"] = nll = -log_probs[0] / num_chosen.clamp(min=1)
+            losses = losses + self.args.rpo_alpha * nll
+        return losses, is_usable, metrics
+
+    def _compute_rewards(
+        self, policy: torch.Tensor, reference: torch.Tensor, num_loss_tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute rewards (2, B), and whether each pair has labels (B,)."""
+        log_ratios, num_loss_tokens = (policy - reference).view(2, -1), num_loss_tokens.view(2, -1)
         if "ipo" in self.weights:
             log_ratios = log_ratios / num_loss_tokens.clamp(min=1)
-        rewards = self.args.beta * log_ratios
-        mean_reward = self._update_mean_reward(rewards.detach()[:, usable]) if "bco_pair" in self.weights else 0.0
-        chosen, rejected = rewards
-        r = Rewards(chosen, rejected, self.args.beta, self.args.label_smoothing, mean_reward)
-        losses = sum(weight * LOSSES[name](r) for name, weight in self.weights.items())
-        metrics = {
-            "rewards/chosen": r.chosen,
-            "rewards/rejected": r.rejected,
-            "rewards/accuracies": (r.margin > 0).float(),
-            "rewards/margins": r.margin,
-            "logps/chosen": policy[0],
-            "logps/rejected": policy[1],
-        }
-        if self.args.rpo_alpha:
-            metrics["nll_loss"] = nll = -policy[0] / num_loss_tokens[0].clamp(min=1)
-            losses = losses + self.args.rpo_alpha * nll
-        # Losses of empty rows are finite and have no gradient, so they may stay in the graph.
-        loss = (losses * usable).sum() / usable.sum().clamp(min=1)
-        return loss, {name: values.detach()[usable] for name, values in metrics.items()}
+        return self.args.beta * log_ratios, (num_loss_tokens > 0).all(0)
 
-    def _update_mean_reward(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Return the mean of all rewards so far, these included. A collective."""
+    @property
+    def mean_reward(self) -> torch.Tensor:
+        """Mean of all rewards so far, a float32 scalar; 0 before the first step."""
+        return (self.rewards_seen[0] / self.rewards_seen[1].clamp(min=1)).float()
+
+    def _update_mean_reward(self, rewards: torch.Tensor) -> None:
+        """Add the rewards of a micro-batch on all ranks to the mean. A collective."""
         new = torch.stack([rewards.sum().double(), torch.tensor(rewards.numel(), device=rewards.device).double()])
         if dist.is_initialized():
             dist.all_reduce(new)
         self.rewards_seen = self.rewards_seen.to(new.device) + new
-        return (self.rewards_seen[0] / self.rewards_seen[1].clamp(min=1)).float()

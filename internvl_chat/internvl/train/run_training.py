@@ -17,6 +17,9 @@ from internvl.model.internvl_chat.adapter_checkpoint import list_weight_files
 from internvl.runtime.shutdown import leave_rank_monitor
 from internvl.runtime.signals import PREEMPTED_EXIT_STATUS, ignore_signals
 from internvl.train.build_data import TrainingData
+from internvl.train.run_evaluation import prepare_model
+from internvl.train.run_reports import find_evaluation
+from internvl.train.run_summary import write_run_summary
 from internvl.train.trainer import InternVLTrainer
 from internvl.versions import warn_about_untested_versions
 
@@ -33,10 +36,14 @@ def train_and_save(trainer: InternVLTrainer, data: TrainingData, checkpoint: str
         The exit status: 0, or 85 if a signal has stopped the run. Then no model is saved: the run is to be resumed.
     """
     if not trainer.args.do_train:
+        if trainer.args.do_eval:
+            prepare_model(trainer)
+            trainer.save_metrics("eval", trainer.evaluate())
         logger.info("--do_train False: everything is set up, exiting without training")
         return 0
     if checkpoint and has_finished(trainer, Path(checkpoint)):
         return 0
+    write_run_summary(trainer, data, is_resumed=checkpoint is not None)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.graceful_stop.has_stopped:
         return PREEMPTED_EXIT_STATUS
@@ -45,7 +52,12 @@ def train_and_save(trainer: InternVLTrainer, data: TrainingData, checkpoint: str
         if trainer.args.should_save:  # it marks a complete model, see `has_finished`
             (output_dir / TRAINER_STATE_FILE).unlink(missing_ok=True)
         trainer.save_model()
-    logger.info("Saved the model of step %d to %s", trainer.state.global_step, output_dir)
+    step = trainer.loaded_best_step or trainer.state.global_step
+    if trainer.args.load_best_model_at_end and not trainer.loaded_best_step:
+        logger.warning("Best checkpoint: none; the model is that of the last step")
+    logger.info("Saved the model of step %d to %s", step, output_dir)
+    if evaluated := find_evaluation(trainer.state, step):
+        trainer.save_metrics("eval", {name: value for name, value in evaluated.items() if name != "step"})
     if trainer.num_trained_steps:
         logger.info(
             "Training finished: %d steps, mean loss %.4f, %.1f s",

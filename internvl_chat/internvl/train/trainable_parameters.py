@@ -142,18 +142,30 @@ def can_continue_adapters(config: InternVLChatConfig, part: str, args: ModelArgu
     return all(getattr(checkpoint_settings, name) == value for name, value in settings.items())
 
 
+def list_trainable_parts(model: InternVLChatModel, args: TrainingArguments) -> list[dict]:
+    """Count the trainable parameters of each part, with LoRA rank and learning rates as text."""
+    groups, rows = build_param_groups(model, args), []
+    for part, part_flag in PART_FLAGS.items():
+        name, parameters = PART_NAMES[part_flag], list(getattr(model, part).parameters())
+        rates = sorted({f"{group['lr']:g}" for group in groups if group["name"] == name}, key=float)
+        rows.append(
+            {
+                "part": name,
+                "parameters": sum(map(count_elements, parameters)),
+                "trainable": sum(count_elements(p) for p in parameters if p.requires_grad),
+                "lora_rank": format_lora_rank(model, part),
+                "learning_rate": " to ".join(dict.fromkeys((rates[0], rates[-1]))) if rates else "-",
+            }
+        )
+    return rows
+
+
 def format_trainable_table(model: InternVLChatModel, args: TrainingArguments) -> str:
     """Format a table of the parts with their trainable parameters."""
     rows = [("part", "parameters", "trainable", "share", "LoRA rank", "learning rate")]
-    groups = build_param_groups(model, args)
-    for part, part_flag in PART_FLAGS.items():
-        name, parameters = PART_NAMES[part_flag], list(getattr(model, part).parameters())
-        total = sum(map(count_elements, parameters))
-        trainable = sum(count_elements(p) for p in parameters if p.requires_grad)
-        rates = sorted({f"{group['lr']:g}" for group in groups if group["name"] == name}, key=float)
-        rate = " to ".join(dict.fromkeys((rates[0], rates[-1]))) if rates else "-"
-        share = f"{trainable / total:.2%}"
-        rows.append((name, f"{total:,}", f"{trainable:,}", share, format_lora_rank(model, part), rate))
+    for row in list_trainable_parts(model, args):
+        counts = f"{row['parameters']:,}", f"{row['trainable']:,}", f"{row['trainable'] / row['parameters']:.2%}"
+        rows.append((row["part"], *counts, row["lora_rank"], row["learning_rate"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 

@@ -10,16 +10,19 @@ objects that are tested separately:
     skipped steps NonFiniteStepGuard  train/step_guard.py
     preemption    GracefulStop        train/graceful_stop.py
     metrics       StepMetrics         metrics/step_metrics.py
+    reports       RunReports          train/run_reports.py
+    evaluation    RunEvaluation       train/run_evaluation.py
+    best model    BestModelRecord     train/best_model.py
     stalled steps Watchdog            runtime/watchdog.py
     console       ConsoleCallback     train/console.py
 
 For transformers a run is a single epoch. So epochs may have different numbers of steps, and a run resumes at a position
-of the plan. `LoopCallback` (train/loop_callback.py) connects transformers' hooks to `begin_run`, `begin_step` and
-`end_step`, which call the objects in a fixed order.
+of the plan. `LoopCallback` (train/loop_callback.py) calls the objects between steps, in a fixed order.
 """
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import SaveStrategy
 
 from internvl.arguments.training import TrainingArguments
 from internvl.checkpoint.deepspeed_internals import compute_grad_norm, set_grads_to_inf
@@ -39,47 +42,45 @@ from internvl.checkpoint.safe_load import refuse_unsafe_pickles, weights_only_lo
 from internvl.checkpoint.saved_states import one_line_state_errors
 from internvl.checkpoint.trainer_state import read_global_step
 from internvl.data.images import normalize_tiles
-from internvl.dist_utils import gather_objects, run_on_rank_0, set_collective_timeout
-from internvl.metrics.device_peak import get_device_peak
+from internvl.data.skipped_samples import SkippedSampleReport
+from internvl.dist_utils import run_on_rank_0, set_collective_timeout
+from internvl.evaluation.evaluation_data import EvaluationData
+from internvl.evaluation.evaluator import evaluate
+from internvl.evaluation.settings import EvaluationSettings
 from internvl.metrics.model_flops import ModelFlops, count_model_flops
-from internvl.metrics.step_metrics import (
-    METRICS_FILE,
-    StepMetrics,
-    append_metrics,
-    combine_rank_reports,
-    drop_metrics_after,
-)
-from internvl.model.auxiliary_files import AuxiliaryFiles, write_auxiliary_files
-from internvl.model.chat_template import save_tokenizer
+from internvl.metrics.step_metrics import StepMetrics
+from internvl.model.auxiliary_files import AuxiliaryFiles
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.adapter_checkpoint import (
-    gather_trained_tensors,
-    is_adapter_checkpoint,
-    load_trained_tensors,
-    save_adapter_checkpoint,
-)
 from internvl.model.lora import is_peft_model
 from internvl.planning.batch_sampler import PlanBatchSampler, compute_max_batch_bytes, count_run_steps
 from internvl.planning.data_schedule import DataSchedule
 from internvl.planning.data_state import resume_data, save_data_state
 from internvl.runtime.watchdog import Watchdog
+from internvl.train.best_model import (
+    BestModelRecord,
+    publish_best_checkpoint,
+    read_best_model,
+    update_best_checkpoint,
+)
 from internvl.train.build_dataloader import build_dataloader
 from internvl.train.console import ConsoleCallback
-from internvl.train.deepspeed_engine import HookedDeepSpeedEngine
-from internvl.train.graceful_stop import GracefulStop
+from internvl.train.graceful_stop import GracefulStop, StoppedBySignalError
 from internvl.train.gradient_check import watch_gradients
 from internvl.train.loop_callback import LoopCallback
 from internvl.train.loss_weights import MicroBatchWeights
 from internvl.train.next_batches import NextBatches
 from internvl.train.param_groups import build_param_groups
-from internvl.train.skipped_samples import SkippedSampleReport
-from internvl.train.step_guard import NonFiniteStepGuard, check_weights_finite
+from internvl.train.reporter_names import use_common_names
+from internvl.train.run_evaluation import RunEvaluation, evaluate_run
+from internvl.train.run_reports import RunReports
+from internvl.train.step_guard import NonFiniteStepGuard
 from internvl.train.training_states import (
     find_random_states,
-    load_full_checkpoint,
+    load_best_weights,
     load_training_states,
+    load_weights,
     save_engine_states,
-    write_trial_checkpoint,
+    save_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,9 @@ class InternVLTrainer(Trainer):
     """Trainer of a chat model on the rows of a data schedule.
 
     Overrides these private methods of transformers (5.22 to 5.24; a test fails with the name of one that has moved):
-    `_prepare_inputs`, `_prepare_for_training`, `_get_grad_norm`, `_save_checkpoint`, `_get_output_dir`,
-    `_save_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_rng_state`.
+    `_prepare_inputs`, `_prepare_for_training`, `_get_grad_norm`, `_evaluate`, `_determine_best_metric`,
+    `_load_best_model`, `_save_checkpoint`, `_get_output_dir`, `_save_optimizer_and_scheduler`, `_load_from_checkpoint`,
+    `_load_rng_state`.
 
     Args (beyond those of transformers.Trainer):
         schedule: the epoch plans.
@@ -100,6 +102,7 @@ class InternVLTrainer(Trainer):
         run_record: the flags of the run.
         accept_changed_data: resume even if the data has changed.
         all_gather_loss: see `MicroBatchWeights`.
+        evaluation: None without evaluation sets.
     """
 
     args: TrainingArguments
@@ -121,19 +124,22 @@ class InternVLTrainer(Trainer):
         run_record: RunRecord,
         accept_changed_data: bool = False,
         all_gather_loss: bool = False,
+        evaluation: RunEvaluation | None = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        # transformers checks only that there is an evaluation set; `evaluate` is overridden.
+        super().__init__(*args, eval_dataset=evaluation, **kwargs)  # pyrefly: ignore[bad-argument-type]
         args = self.args
         args.ignore_data_skip = True  # the batch sampler starts at the position to resume from
         self.schedule, self.skipped_samples, self.preprocessor = schedule, skipped_samples, preprocessor
+        self.evaluation, self.best_model = evaluation, BestModelRecord()
+        self.loaded_best_step: int | None = None  # with --load_best_model_at_end
         self.run_record, self.auxiliary_files = run_record, auxiliary_files
         self.accept_changed_data = accept_changed_data
         self.loss_weights = MicroBatchWeights(schedule, self.model.loss_reduction, all_gather_loss)
         self.epoch, self.steps_before_epoch = 0, 0  # the latter is the global step at which `epoch` began
         self.first_step = 0  # global step at which this process began
         self.needs_base_model = False  # although checkpoints may hold all weights
-        self.new_unusable_samples: list[str] = []  # on this rank since the last report
         self.check_gradients: Callable | None = None  # checks those of the first step
 
         adapted = any(is_peft_model(module) for module in self.model.children())
@@ -146,11 +152,14 @@ class InternVLTrainer(Trainer):
         self.graceful_stop = GracefulStop(self.checkpoints, args.save_on_signal_seconds, args.watchdog_seconds)
         self.metrics = StepMetrics(args.device)
         self.next_batches = NextBatches(self.metrics.timer)
-        self.metrics_file = output_dir / METRICS_FILE
+        self.reports = RunReports(self.metrics, self.guard, skipped_samples, output_dir, args.process_index == 0)
         self.watchdog = Watchdog(args.watchdog_factor, args.watchdog_seconds, args.process_index)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(ConsoleCallback())
+        use_common_names(self)
+        self.add_callback(ConsoleCallback(self))
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         self.add_callback(LoopCallback(self))
 
     # -- data ----------------------------------------------------------------------------------------------------------
@@ -162,10 +171,11 @@ class InternVLTrainer(Trainer):
 
     def count_steps(self) -> int:
         """Count the steps of the run, including those before a resumed checkpoint."""
-        args = self.args
-        return count_run_steps(
-            self.schedule, self.epoch, self.steps_before_epoch, args.num_train_epochs, args.max_steps
-        )
+        args, patience = self.args, self.args.early_stopping_patience
+        if patience is not None and self.best_model.num_without_improvement >= patience:
+            return self.state.global_step  # the run has stopped early
+        steps_before = self.steps_before_epoch
+        return count_run_steps(self.schedule, self.epoch, steps_before, args.num_train_epochs, args.max_steps)
 
     def get_train_dataloader(self) -> DataLoader:
         """Build the DataLoader from the current position to the run's end.
@@ -174,7 +184,8 @@ class InternVLTrainer(Trainer):
         """
         num_steps = self.count_steps() - self.state.global_step
         sampler = PlanBatchSampler(self.schedule, self.args.process_index, self.epoch, self.step_in_epoch, num_steps)
-        max_bytes = compute_max_batch_bytes(self.schedule, self.epoch, self.preprocessor["size"])
+        plan, lengths = self.schedule.plan(self.epoch), self.schedule.lengths
+        max_bytes = compute_max_batch_bytes(plan, lengths, self.preprocessor["size"])
         return build_dataloader(self.train_dataset, sampler, self.data_collator, self.args, max_bytes)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
@@ -185,7 +196,7 @@ class InternVLTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         """Count a batch, move it to the device, normalize its tiles."""
-        self.new_unusable_samples += inputs.pop("bad_samples", [])
+        self.reports.new_unusable_samples += inputs.pop("bad_samples", [])
         self.metrics.count_batch(inputs, inputs.pop("documents", []), self.flops)
         inputs = super()._prepare_inputs(inputs)
         mean, std = self.preprocessor["image_mean"], self.preprocessor["image_std"]
@@ -256,58 +267,6 @@ class InternVLTrainer(Trainer):
             model.zero_grad(set_to_none=True)  # torch's optimizers skip parameters without a gradient
         return norm
 
-    # -- hooks of the loop, called by LoopCallback ---------------------------------------------------------------------
-
-    def begin_run(self) -> None:
-        """Prepare the first step, after everything is on its device."""
-        args, state = self.args, self.state
-        state.num_train_epochs = max(1, -(-state.max_steps // max(1, self.schedule.count_epoch_steps(self.epoch))))
-        state.compute_steps(args, state.max_steps)  # the state of a checkpoint has --save_steps of its run
-        self.checkpoints.last_saved_step = state.global_step  # above 0 only after resuming
-        if self.is_deepspeed_enabled:
-            wrapped: Any = self.accelerator.deepspeed_engine_wrapped
-            engine = wrapped.engine
-            self.accelerator.deepspeed_engine_wrapped = HookedDeepSpeedEngine(engine, self.before_zero_step)
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        self.metrics.peak_flops, description = get_device_peak(args.device, dtype)
-        logger.info("MFU reference peak: %s", description)
-        if state.global_step == 0 and not args.no_smoke_save:
-            write_trial_checkpoint(self)
-        if args.process_index == 0:
-            drop_metrics_after(self.metrics_file, state.global_step)
-        for folder in self.list_output_dirs() if args.should_save else []:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.graceful_stop.begin(args.ddp_timeout_delta)
-        self.watchdog.start(state.global_step + 1)
-
-    def begin_step(self) -> None:
-        """Advance the epoch if all of its steps are done."""
-        if self.step_in_epoch == self.schedule.count_epoch_steps(self.epoch):
-            self.epoch, self.steps_before_epoch = self.epoch + 1, self.state.global_step
-
-    def end_step(self) -> None:
-        """Update counters and decide on logging, saving and stopping."""
-        args, state, control = self.args, self.state, self.control
-        self.metrics.num_steps += 1
-        self.metrics.timer.mark("other")
-        self.watchdog.begin_next_step()
-        num_steps = self.schedule.count_epoch_steps(self.epoch)
-        state.epoch = self.epoch + self.step_in_epoch / num_steps
-        if self.step_in_epoch == num_steps:  # for transformers the run is a single epoch
-            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
-            control.should_save |= args.save_strategy == SaveStrategy.EPOCH
-        is_skipped = self.guard.end_step(state.global_step, control, self.checkpoints.resume_hint)
-        if is_skipped and self.is_deepspeed_enabled and not args.fp16:
-            self.lr_scheduler.step()  # transformers does so unless DeepSpeed has skipped the step
-        is_missing = state.global_step < state.max_steps and not self.next_batches.read_ahead()
-        self.graceful_stop.end_step(state.global_step, control, self.list_output_dirs(), is_missing)
-        control.should_log |= self.graceful_stop.has_stopped and args.logging_strategy != IntervalStrategy.NO
-
-    def list_output_dirs(self) -> list[Path]:
-        """List the folders that the run writes to: output and TensorBoard."""
-        writers = filter(None, (getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks))
-        return [self.checkpoints.output_dir, *(Path(writer.get_logdir()) for writer in writers)]
-
     # -- reports -------------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -328,24 +287,70 @@ class InternVLTrainer(Trainer):
 
         A collective.
         """
-        self.report_unusable_samples()
+        self.reports.report_unusable_samples()
         if "train_loss" in logs and not self.num_trained_steps:
             return  # there is no loss
-        is_training = "loss" in logs
-        if is_training:
-            reports = gather_objects({"nonfinite_loss": self.guard.take_nonfinite_loss(), **self.metrics.take_report()})
-            logs["loss"] += sum(report["nonfinite_loss"] for report in reports)
-            logs.update(combine_rank_reports(reports))
-            if self.guard.num_skipped:
-                logs["skipped_steps"] = self.guard.num_skipped
+        if "loss" in logs:
+            self.reports.add_step_metrics(logs)
         super().log(logs, start_time)
-        if is_training and self.args.process_index == 0:
-            append_metrics(self.metrics_file, {"step": self.state.global_step, **logs})
+        self.reports.append(self.state.global_step, logs)
 
-    def report_unusable_samples(self) -> None:
-        """Report the unusable samples of all ranks since the last report. A collective."""
-        own, self.new_unusable_samples = self.new_unusable_samples, []
-        self.skipped_samples.add(sentence for sentences in gather_objects(own) for sentence in sentences)
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Evaluate the model on the evaluation sets of the run; log the metrics. A collective.
+
+        Returns:
+            Metrics with the prefix `eval_`, as in the logs of transformers.
+
+        Raises:
+            StoppedBySignalError: a preemption signal ended the evaluation.
+        """
+        metrics = evaluate_run(self)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluation_autocast(self) -> AbstractContextManager:
+        """Return the context of the precision that training has."""
+        args, has_engine = self.args, self.model_wrapped is not self.model
+        if self.is_deepspeed_enabled and (args.lora_fp32 or not has_engine):  # else the engine has cast the weights
+            dtype = torch.float16 if args.fp16 else torch.bfloat16
+            return torch.autocast(args.device.type, dtype, enabled=args.lora_fp32 or args.bf16 or args.fp16)
+        return self.accelerator.autocast()
+
+    def measure(self, data: EvaluationData, settings: EvaluationSettings, folder: Path) -> dict[str, float]:
+        """Measure the model on evaluation sets. A collective."""
+        name = self.args.run_name or self.args.output_dir
+        return evaluate(self.model, self.processing_class, data, settings, folder, self.state.global_step, name)
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False) -> dict[str, float]:
+        if skip_scheduler and self.state.global_step:  # --eval_on_start of a run that resumes
+            return {}
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except StoppedBySignalError:
+            if not skip_scheduler:  # else the first step follows, and its end handles the signal
+                self.graceful_stop.stop_between_steps(self.state.global_step, self.control)
+            return {}
+        if self.control.should_training_stop:  # early stopping: the next start must find that nothing is left to do
+            self.control.should_save |= self.args.save_strategy != SaveStrategy.NO
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """Check whether this model is the best; with --save_strategy best, whether to save it."""
+        must_save = self.control.should_save
+        is_best = bool(metrics) and super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        if not is_best and self.state.best_global_step is None:
+            self.state.best_metric = None  # transformers sets an infinity, which JSON lacks
+        return is_best or must_save
+
+    def _load_best_model(self) -> None:
+        if not self.graceful_stop.has_stopped:
+            load_best_weights(self, Path(str(self.state.best_model_checkpoint)))
+            self.loaded_best_step = self.state.best_global_step
 
     # -- writing checkpoints -------------------------------------------------------------------------------------------
 
@@ -359,28 +364,22 @@ class InternVLTrainer(Trainer):
         Raises:
             ValueError: on every rank, if a weight is not finite.
         """
-        check_weights_finite(self.get_trainable_parameters(), self.state.global_step)
         folder = Path(output_dir) if output_dir else self.checkpoints.output_dir
-        if self.saves_adapters_only:
-            tensors = gather_trained_tensors(self.model)
-            if self.args.should_save:
-                save_adapter_checkpoint(self.model, folder, tensors)
-                torch.save(self.args, folder / "training_args.bin")
-        else:
-            super().save_model(str(folder), _internal_call)
-        if self.args.should_save:
-            save_tokenizer(self.processing_class, self.model.config, folder)
-            write_auxiliary_files(self.auxiliary_files, folder, "fine-tuning")
-            self.run_record.save(folder, self.model.base_checkpoint)
+        save_weights(self, folder, partial(super().save_model, str(folder), _internal_call))
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        if self.checkpoints.last_saved_step != self.state.global_step:
-            self.report_unusable_samples()  # a resumed run does not read them again
-            with self.watchdog.during("saving"), self.checkpoints.writing(self.state.global_step):
-                super()._save_checkpoint(model, trial)
+        step = self.state.global_step
+        if self.checkpoints.last_saved_step == step:
+            update_best_checkpoint(self)
+            return
+        self.reports.report_unusable_samples()  # a resumed run does not read them again
+        with self.watchdog.during("saving"), self.checkpoints.writing(step):
+            super()._save_checkpoint(model, trial)
+            publish_best_checkpoint(self)
 
     def _get_output_dir(self, trial) -> str:
-        return str(self.checkpoints.current_dir)
+        """Return where transformers writes and rotates checkpoints; the manager publishes and rotates them."""
+        return str(self.checkpoints.unfinished_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder = Path(output_dir)
@@ -420,6 +419,7 @@ class InternVLTrainer(Trainer):
         run_on_rank_0(lambda: refuse_unsafe_pickles(checkpoint))
         check_model(checkpoint, self.model, self.needs_base_model)
         self.first_step = self.state.global_step = run_on_rank_0(lambda: read_global_step(checkpoint))
+        self.best_model = run_on_rank_0(lambda: read_best_model(checkpoint, self.args))
         self.epoch, step = resume_data(self.schedule, checkpoint, self.accept_changed_data, self.first_step)
         self.steps_before_epoch = self.first_step - step
         logger.info("Resuming from %s (epoch %d, step %d)", checkpoint.name, self.epoch, step)
@@ -427,10 +427,7 @@ class InternVLTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if any(Path(resume_from_checkpoint, name).exists() for name in (OPTIMIZER_STATE_FILE, LATEST_FILE)):
             raise ValueError(f"{resume_from_checkpoint} was written under DeepSpeed: resume with --deepspeed.")
-        if is_adapter_checkpoint(resume_from_checkpoint):
-            load_trained_tensors(self.model, resume_from_checkpoint, self.get_trainable_parameters())
-        else:
-            load_full_checkpoint(self.model, resume_from_checkpoint)
+        load_weights(self, Path(resume_from_checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint:

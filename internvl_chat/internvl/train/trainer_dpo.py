@@ -5,21 +5,28 @@ the rest of trl's interface is not supported.
 """
 
 import json
-from contextlib import ExitStack
+import time
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from internvl.arguments.preference import DPOConfig
-from internvl.dist_utils import gather_objects
+from internvl.constants import get_pad_id
+from internvl.data.preference_dataset import collate_pairs
+from internvl.dist_utils import gather_objects, run_on_rank_0
+from internvl.evaluation.evaluation_data import EvaluationData
+from internvl.evaluation.model_mode import disabled_adapters, evaluation_mode
+from internvl.evaluation.preference_pairs import make_pair_dtype, plan_pairs, summarize_pairs, write_pair_results
+from internvl.evaluation.sample_measurement import measure_samples
+from internvl.evaluation.settings import EvaluationSettings
 from internvl.metrics.model_flops import ModelFlops, count_model_flops
 from internvl.model.internvl_chat.documents import get_loss_mask
-from internvl.model.lora import is_peft_model
 from internvl.regular_files import read_json
 from internvl.train.preference_loss import PreferenceLoss, PreferenceModel
 from internvl.train.trainer import InternVLTrainer
@@ -73,13 +80,8 @@ class MultimodalDPOTrainer(InternVLTrainer):
         if self.reference is not None:
             with self.accelerator.autocast():
                 return self.reference_on_device(**batch)
-        model.eval()
-        with ExitStack() as stack:
-            for part in filter(is_peft_model, self.model.children()):
-                stack.enter_context(part.disable_adapter())
-            log_probs = model(**batch)
-        model.train()
-        return log_probs
+        with evaluation_mode(model), disabled_adapters(self.model):
+            return model(**batch)
 
     @cached_property
     def reference_on_device(self) -> nn.Module:
@@ -106,14 +108,55 @@ class MultimodalDPOTrainer(InternVLTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each metric over the pairs of all ranks."""
-        own = [{name: values.tolist() for name, values in metrics.items()} for metrics in self.pair_metrics]
-        self.pair_metrics = []
-        all_metrics = [metrics for metrics_of_rank in gather_objects(own) for metrics in metrics_of_rank]
-        if "loss" in logs and all_metrics:
-            for name in all_metrics[0]:
+        if "loss" in logs:  # otherwise these are the metrics of an evaluation, or of the whole run
+            own = [{name: values.tolist() for name, values in metrics.items()} for metrics in self.pair_metrics]
+            self.pair_metrics = []
+            all_metrics = [metrics for metrics_of_rank in gather_objects(own) for metrics in metrics_of_rank]
+            for name in all_metrics[0] if all_metrics else ():
                 values = [value for metrics in all_metrics for value in metrics[name]]
                 logs[name] = sum(values) / max(1, len(values))
         super().log(logs, start_time)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def measure(self, data: EvaluationData, settings: EvaluationSettings, folder: Path) -> dict[str, float]:
+        """Measure loss, rewards and accuracy on evaluation sets of pairs; write the files. A collective.
+
+        The mean reward stays as it is.
+        """
+        start = time.monotonic()
+        pairs = self.measure_pairs(data, settings)
+        metrics = summarize_pairs(data, pairs)
+        content = {
+            "step": self.state.global_step,
+            "model": str(self.args.run_name),
+            "seconds": {"loss": round(time.monotonic() - start, 3)},
+        }
+        run_on_rank_0(lambda: write_pair_results(data, pairs, metrics, folder, **content))
+        return metrics
+
+    def measure_pairs(self, data: EvaluationData, settings: EvaluationSettings) -> np.ndarray:
+        """Measure each pair of the evaluation sets. A collective.
+
+        Returns:
+            (N,) of `make_pair_dtype`, equal on all ranks; zeros where a pair is not evaluated.
+        """
+        dtype = make_pair_dtype(self.loss.metric_names)
+
+        def measure_batch(batch: dict) -> np.ndarray:
+            del batch["documents"]
+            num_loss_tokens = get_loss_mask(batch["labels"], batch["position_ids"]).sum(1)  # (2B,)
+            reference = self.compute_reference_log_probs(self.model, batch)
+            losses, is_usable, metrics = self.loss.measure_pairs(self.model(**batch), reference, num_loss_tokens)
+            columns = {"tokens": num_loss_tokens.view(2, -1).sum(0), "loss": losses, **metrics}
+            results = np.zeros(int(is_usable.sum()), dtype)
+            for name, values in columns.items():
+                results[name] = values[is_usable].cpu().numpy()
+            return results
+
+        plan = plan_pairs(data.lengths, settings, self.args.world_size)
+        collate_fn = partial(collate_pairs, pad_id=get_pad_id(self.processing_class))
+        return measure_samples(self.model, data, settings, plan, collate_fn, measure_batch, dtype)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

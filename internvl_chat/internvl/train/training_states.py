@@ -5,20 +5,27 @@ and so on are those of the flags (`checkpoint/resume_rules.py`). With unchanged 
 """
 
 import copy
+import logging
+import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 
+from internvl.arguments.evaluation_strategy import LOG_PREFIX
 from internvl.arguments.optimizers import ADAMW
+from internvl.arguments.schedulers import NEED_METRIC
 from internvl.arguments.training import TrainingArguments
+from internvl.checkpoint.manifest import find_checkpoint_errors, summarize_errors
 from internvl.checkpoint.optimizer_state import load_engine_states, save_optimizer_states
 from internvl.checkpoint.resume_rules import FLAGS_FILE, RULES, TAKEN, read_flags_file
+from internvl.checkpoint.safe_load import refuse_unsafe_pickles
 from internvl.checkpoint.saved_states import (
     check_optimizer_states,
     find_number_error,
@@ -26,18 +33,87 @@ from internvl.checkpoint.saved_states import (
     one_line_state_errors,
 )
 from internvl.dist_utils import run_on_rank_0
+from internvl.evaluation.results import METRIC_PREFIX
 from internvl.model.adapter_io import require_finite
+from internvl.model.auxiliary_files import write_auxiliary_files
+from internvl.model.chat_template import save_tokenizer
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.adapter_checkpoint import (
+    gather_trained_tensors,
     is_adapter_checkpoint,
     load_trained_tensors,
     read_trained_tensors,
+    save_adapter_checkpoint,
 )
+from internvl.model.internvl_chat.zero3 import gathered_parameters
 from internvl.planning.data_state import read_world_size
 from internvl.train.param_groups import build_param_groups, count_elements
+from internvl.train.step_guard import check_weights_finite
 
 if TYPE_CHECKING:
     from internvl.train.trainer import InternVLTrainer
+
+logger = logging.getLogger(__name__)
+# What a scheduler that follows a metric has counted; its other states are arguments.
+METRIC_SCHEDULER_STATES = (
+    "best",
+    "num_bad_epochs",
+    "num_good_epochs",
+    "cooldown_counter",
+    "warmup_counter",
+    "reset_start",
+    "last_epoch",
+)
+
+
+def save_weights(trainer: "InternVLTrainer", folder: Path, save_all_fn: Callable[[], None]) -> None:
+    """Save the trained weights, tokenizer and other files of a checkpoint. A collective.
+
+    Args:
+        save_all_fn: transformers' saving of all weights.
+
+    Raises:
+        ValueError: on every rank, if a weight is not finite.
+    """
+    model, is_writer = trainer.model, trainer.args.should_save
+    check_weights_finite(trainer.get_trainable_parameters(), trainer.state.global_step)
+    if trainer.saves_adapters_only:
+        tensors = gather_trained_tensors(model)
+        if is_writer:
+            save_adapter_checkpoint(model, folder, tensors)
+            torch.save(trainer.args, folder / "training_args.bin")
+    else:
+        save_all_fn()
+    if is_writer:
+        save_tokenizer(trainer.processing_class, model.config, folder)
+        write_auxiliary_files(trainer.auxiliary_files, folder, "fine-tuning")
+        trainer.run_record.save(folder, model.base_checkpoint)
+
+
+def load_weights(trainer: "InternVLTrainer", checkpoint: Path) -> None:
+    """Load the weights of a checkpoint, and no other state. A collective."""
+    if is_adapter_checkpoint(checkpoint):
+        load_trained_tensors(trainer.model, checkpoint, trainer.get_trainable_parameters())
+    else:
+        load_full_checkpoint(trainer.model, checkpoint)
+
+
+def load_best_weights(trainer: "InternVLTrainer", checkpoint: Path) -> None:
+    """Load the weights of the best checkpoint, after the last step. A collective.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    run_on_rank_0(lambda: refuse_unsafe_pickles(checkpoint))
+    if errors := find_checkpoint_errors(checkpoint):
+        raise ValueError(
+            f"The best checkpoint {checkpoint} is damaged: {summarize_errors(errors)}. --load_best_model_at_end False "
+            "saves the model of the last step."
+        )
+    load_weights(trainer, checkpoint)
+    args, metric = trainer.args, trainer.state.best_metric
+    name = METRIC_PREFIX + str(args.metric_for_best_model).removeprefix(LOG_PREFIX)
+    logger.info("Loaded the best model: %s (%s %.4f)", checkpoint.name, name, metric)
 
 
 def save_engine_states(trainer: "InternVLTrainer", folder: Path) -> None:
@@ -86,7 +162,10 @@ def load_training_states(trainer: "InternVLTrainer", checkpoint: Path) -> None:
     saved = load_saved_states(file := checkpoint / SCHEDULER_NAME)
     if type(num_steps := saved.get("last_epoch")) is not int or not 0 <= num_steps <= step:
         raise ValueError(f"{file} is invalid: last_epoch is {num_steps!r:.80}, expected an integer from 0 to {step}.")
-    set_scheduler_step(trainer.lr_scheduler, num_steps)
+    if args.lr_scheduler_type in NEED_METRIC:
+        restore_metric_scheduler(trainer, saved, file, groups)
+    else:  # a saved scheduler that followed a metric has counted evaluations
+        set_scheduler_step(trainer.lr_scheduler, step if "num_bad_epochs" in saved else num_steps)
     if (checkpoint / SCALER_NAME).is_file():
         saved = load_saved_states(file := checkpoint / SCALER_NAME)
         with one_line_state_errors(file):
@@ -106,10 +185,21 @@ def load_full_checkpoint(model: nn.Module, folder: str | Path) -> None:
         ValueError: a tensor is missing, unexpected, of another shape or not finite.
     """
     # Parameters may have different precisions in memory: float32 holds all of them.
-    saved = InternVLChatModel.from_pretrained(folder, dtype=torch.float32).state_dict()
-    require_finite(saved, folder)
+    saved = InternVLChatModel.from_pretrained(folder, dtype=torch.float32)
+    require_finite(saved.state_dict(), folder)
     with one_line_state_errors(Path(folder)):
-        model.load_state_dict(saved)
+        if is_deepspeed_zero3_enabled():  # the parameters of both models are partitioned
+            copy_partitioned_parameters(saved, model)
+        else:
+            model.load_state_dict(saved.state_dict())
+
+
+def copy_partitioned_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Copy the parameters of a model to one of the same structure, under ZeRO-3. A collective."""
+    saved = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        with gathered_parameters(parameter, saved[name]), torch.no_grad():
+            parameter.copy_(saved[name])
 
 
 def load_engine_checkpoint(trainer: "InternVLTrainer", checkpoint: Path, has_same_groups: bool) -> None:
@@ -161,6 +251,33 @@ def set_scheduler_step(scheduler: Any, num_steps: int) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         scheduler.step()
+
+
+def restore_metric_scheduler(trainer: "InternVLTrainer", saved: dict, file: Path, saved_groups: list[dict]) -> None:
+    """Restore a scheduler that changes the rates by a metric, and the rates.
+
+    With another metric, or another kind of scheduler, it starts anew; with other rates in the flags, from these.
+
+    Args:
+        saved_groups: parameter groups with the rates of the saved flags.
+    """
+    scheduler = trainer.lr_scheduler
+    own = {name: value for name, value in vars(scheduler).items() if name in METRIC_SCHEDULER_STATES}
+    if not trainer.best_model.is_comparable or saved.get("mode") != scheduler.mode or not saved.keys() >= own.keys():
+        return
+    groups, rates = scheduler.optimizer.param_groups, saved.get("_last_lr")
+    numbers, expected = {name: saved[name] for name in own}, dict(own)
+    if numbers["best"] in (math.inf, -math.inf):  # before the first evaluation
+        del numbers["best"]
+    del expected["best"]
+    if keeps_rates := [group["lr"] for group in saved_groups] == [group["lr"] for group in groups]:
+        numbers |= {f"rate {i}": rate for i, rate in enumerate(rates)} if isinstance(rates, list) else {}
+        expected |= {f"rate {i}": 0.0 for i in range(len(groups))}
+    if error := find_number_error(numbers, expected | dict.fromkeys(numbers, 0.0), "the scheduler"):
+        raise ValueError(f"{file} is invalid: {error}.")
+    for i, group in enumerate(groups if keeps_rates else []):
+        group["lr"] = numbers[f"rate {i}"]
+    scheduler.load_state_dict({name: saved[name] for name in own} | {"_last_lr": [group["lr"] for group in groups]})
 
 
 def assign_states(saved: dict, saved_groups: list[dict], optimizer: torch.optim.Optimizer) -> dict:

@@ -29,7 +29,7 @@ from internvl.model.internvl_chat.checkpoint_keys import (
 )
 from internvl.model.internvl_chat.configuration_internvl_chat import InternVLChatConfig, count_image_tokens
 from internvl.model.internvl_chat.decoder import CACHE_NAME, configured_attention, get_requested_attention, run_decoder
-from internvl.model.internvl_chat.documents import compute_label_weights, normalize_document_boundaries
+from internvl.model.internvl_chat.documents import compute_label_weights, get_loss_mask, normalize_document_boundaries
 from internvl.model.internvl_chat.generation import (
     default_generation_config,
     save_generation_config,
@@ -48,7 +48,13 @@ from internvl.model.lora import (
     unwrap_peft,
 )
 from internvl.model.phi3.modeling_phi3 import Phi3ForCausalLM
-from internvl.model.token_loss import compute_logits, compute_router_aux_loss, compute_token_loss, scale_logits
+from internvl.model.token_loss import (
+    compute_logits,
+    compute_router_aux_loss,
+    compute_token_loss,
+    compute_token_losses,
+    scale_logits,
+)
 from internvl.torch_internals import is_collective_error
 
 # LLMs implemented here; every other causal language model is the class of that name in transformers.
@@ -202,7 +208,7 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         position_ids: Any = None,
         image_flags=None,
         past_key_values=None,
-        labels=None,
+        labels: Any = None,
         use_cache=None,
         output_attentions=None,
         output_hidden_states=None,
@@ -211,7 +217,8 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         loss_weight=None,
         loss_reduction_all_gather=False,
         cu_seqlens=None,
-    ):
+        per_token_loss=False,
+    ) -> Any:
         """Compute logits, and the loss if there are labels.
 
         Args:
@@ -227,10 +234,12 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
             statistics: ignored; upstream's callers pass it.
             cu_seqlens: cumulative document lengths over the flattened rows, a list [0, ..., B * L]. They save searching
                 `position_ids`. For InternVL 3.5's callers it may be a tensor.
+            per_token_loss: for evaluation, compute only what `compute_token_losses` returns.
 
         Returns:
             CausalLMOutputWithPast, or a tuple with `return_dict=False`. In training mode with labels, `logits` is None:
-            the full logits (B, L, V) never exist.
+            the full logits (B, L, V) never exist. With `per_token_loss`, the unweighted cross entropy of each of the n
+            loss tokens of the batch, (n,) float32, and whether it has the largest logit, (n,) bool.
 
         Raises:
             ValueError: the numbers of image tokens in `input_ids` and of visual tokens differ.
@@ -249,6 +258,10 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
         states = outputs.last_hidden_state  # (B, L, C)
+        head, scale_fn = llm.get_output_embeddings(), partial(scale_logits, llm)
+        if per_token_loss:
+            loss_mask = get_loss_mask(labels, position_ids)
+            return compute_token_losses(head, states[:, :-1][loss_mask], labels[:, 1:][loss_mask], scale_fn)
         loss = logits = None
         if labels is None or not self.training:
             logits = compute_logits(llm, states)
@@ -258,7 +271,7 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
             average = loss_weight is not None and loss_reduction_all_gather
             loss_args = (labels, position_ids, loss_weight, average)
             if logits is None:  # only the states of loss tokens go through the head, in chunks
-                loss = compute_token_loss(states, llm.get_output_embeddings(), *loss_args, partial(scale_logits, llm))
+                loss = compute_token_loss(states, head, *loss_args, scale_fn)
             else:
                 loss = compute_token_loss(logits, nn.Identity(), *loss_args)
             # The LLM returns router logits if its configuration has `output_router_logits`.

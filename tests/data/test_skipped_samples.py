@@ -1,8 +1,10 @@
 """Skipped samples are reported once; too many end the run."""
 
+import json
+
 import pytest
 
-from internvl.train.skipped_samples import NUM_LISTED, SkippedSampleReport, make_too_many_skipped_error
+from internvl.data.skipped_samples import NUM_LISTED, SkippedSampleReport, make_too_many_skipped_error
 
 
 def describe(line: int) -> str:
@@ -41,3 +43,15 @@ def test_error_lists_the_first_samples(num_more):
     assert first_line == f"{len(skipped)} samples are unusable, --max_bad_samples allows 7; fix or remove them:"
     assert listed[:NUM_LISTED] == [f"  {sample}" for sample in skipped[:NUM_LISTED]]
     assert listed[NUM_LISTED:] == ([f"  ... and {num_more} more"] if num_more else [])
+
+
+def test_file_has_each_sample_also_after_resuming(tmp_path):
+    file = tmp_path / "skipped_samples.jsonl"
+    for is_resumed, new in ((False, 2), (True, 3)):
+        report = SkippedSampleReport([describe(1)], max_skipped=3)
+        report.open_file(file, is_resumed)
+        report.add([describe(1), describe(new)])
+    lines = [json.loads(line)["sample"] for line in file.read_text().splitlines()]
+    assert lines == [describe(1), describe(2), describe(1), describe(3)]
+    SkippedSampleReport([], max_skipped=3).open_file(file, is_resumed=False)
+    assert not file.exists(), "of an earlier run"

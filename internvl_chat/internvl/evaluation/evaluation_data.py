@@ -1,0 +1,247 @@
+"""Evaluation sets: opened, measured, and recognized in the training data.
+
+    --eval_meta_path FILE              every dataset of the file
+    --meta_path, "split": "eval"       datasets that are not trained
+    --eval_share 0.02                  records that are held out of each trained dataset      planning/measured_data.py
+
+Samples are those of training, without random choices: no augmentation, middle frames of videos, every record once.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from internvl.arguments.data import DataTrainingArguments
+from internvl.arguments.evaluation import EvaluationArguments
+from internvl.constants import UnusableSample
+from internvl.data.preference_dataset import PreferenceDataset
+from internvl.data.schema import BASE_ANSWERS_SPLIT, EVAL_SPLIT, is_trained, load_meta, validate_meta_entry
+from internvl.data.skipped_samples import SkippedSample, describe_skipped, report_skipped_samples
+from internvl.data.supervised_dataset import LazySupervisedDataset
+from internvl.dist_utils import count_cores_per_rank, gather_objects, get_rank, get_world_size
+from internvl.evaluation.questions import build_prediction_record, build_question
+from internvl.evaluation.scores import METRICS, find_record_error
+from internvl.planning.measured_data import MeasuredPart, join_parts, measure_datasets
+from internvl.planning.packed_dataset import PackedDataset
+from internvl.planning.sample_lengths import RankGroup
+
+BASE_ANSWERS = BASE_ANSWERS_SPLIT
+EMPTY = np.empty(0, np.int64)
+
+
+class EvaluationSet(NamedTuple):
+    """How one dataset is evaluated.
+
+    Attributes:
+        name: in the keys of metrics: `eval/NAME/loss`.
+        metric: of the generated answers, a key of `scores.METRICS`; None: only the loss is measured.
+        scorer: "internvl" for InternVL's own reading of the metric; None for the benchmark's.
+        split: "eval", or BASE_ANSWERS: its loss is `eval/forgetting`, and no answers are generated.
+    """
+
+    name: str
+    metric: str | None = None
+    scorer: str | None = None
+    split: str = EVAL_SPLIT
+
+
+class EvaluationData(NamedTuple):
+    """The samples of all evaluation sets and their measurements.
+
+    Arrays are over all samples, in the order of `dataset`.
+
+    Attributes:
+        dataset: its i-th dataset is evaluated as the i-th of `sets`.
+        lengths: (N,) of SAMPLE_LENGTHS; zeros where a sample is unusable.
+        lost_loss_tokens: (N,) int32, loss tokens that are cut off at --max_seq_length.
+        content_hashes: (N,) int64, see `hash_record`.
+    """
+
+    dataset: PackedDataset
+    sets: list[EvaluationSet]
+    lengths: np.ndarray
+    lost_loss_tokens: np.ndarray = EMPTY
+    content_hashes: np.ndarray = EMPTY
+    skipped_samples: Sequence[SkippedSample] = ()
+
+    def list_samples(self, position: int) -> list[int]:
+        """List the evaluated samples of the set at a position of `sets`."""
+        end = self.dataset.ends[position]
+        start = end - len(self.dataset.datasets[position])
+        return (start + np.flatnonzero(self.lengths["tokens"][start:end])).tolist()
+
+
+def build_evaluation_data(
+    data_args: DataTrainingArguments,
+    args: EvaluationArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    num_image_token: int,
+    held_out: Sequence[MeasuredPart] = (),
+    dataset_class: type[LazySupervisedDataset] = LazySupervisedDataset,
+    untrained_tokens: Mapping[int, str] | None = None,
+    base_answers: Mapping[str, dict] | None = None,
+    is_checked: bool = True,
+) -> EvaluationData | None:
+    """Open and measure the evaluation sets of a run.
+
+    A collective: all ranks call it.
+
+    Args:
+        held_out: records that `--eval_share` excludes from training, by dataset.
+        untrained_tokens: see `LazySupervisedDataset`.
+        base_answers: name -> meta entry of recorded answers of the base model.
+        is_checked: raise an error if too many samples are unusable.
+
+    Returns:
+        None if the flags name no evaluation set.
+
+    Raises:
+        ValueError: a meta file or a dataset is invalid, two sets have the same name, a set has no usable sample, or
+            more samples than --max_bad_samples are unusable.
+    """
+    meta = collect_evaluation_sets(data_args, args) | dict(base_answers or {})
+    if twice := [part.dataset.ds_name for part in held_out if part.dataset.ds_name in meta]:
+        raise ValueError(
+            f"dataset {twice[0]}, of which --eval_share {args.eval_share:g} holds out records, has the name of an "
+            "evaluation set: rename one of them."
+        )
+    if not meta and not held_out:
+        return None
+    data = open_evaluation_data(meta, data_args, tokenizer, num_image_token, held_out, dataset_class, untrained_tokens)
+    if is_checked:
+        check_usable_samples(data, data_args)
+    return data
+
+
+def check_usable_samples(data: EvaluationData, data_args: DataTrainingArguments) -> None:
+    """Log unusable samples.
+
+    Raises:
+        ValueError: more than --max_bad_samples are unusable, or all of a set.
+    """
+    report_skipped_samples(list(data.skipped_samples), data.lengths, data_args, "evaluation samples")
+    for position, evaluation_set in enumerate(data.sets):
+        if not data.list_samples(position):
+            raise ValueError(f"evaluation set {evaluation_set.name} has no usable sample.")
+
+
+def collect_evaluation_sets(data_args: DataTrainingArguments, args: EvaluationArguments) -> dict[str, dict]:
+    """Collect the meta entries of the evaluation sets, without those of `--eval_base_answers`.
+
+    Returns:
+        Name -> entry.
+
+    Raises:
+        ValueError: a meta file or an entry is invalid, or two sets have the same name.
+    """
+    training = load_meta(data_args.meta_path) if data_args.meta_path else {}
+    sources = {  # flag -> its sets
+        "meta_path": {name: entry for name, entry in training.items() if not is_trained(entry)},
+        "eval_meta_path": load_meta(args.eval_meta_path) if args.eval_meta_path else {},
+        "eval_base_answers": load_meta(args.eval_base_answers) if args.eval_base_answers else {},
+    }
+    source_of: dict[str, str] = {}
+    for flag, meta in sources.items():
+        for name, entry in meta.items():
+            validate_meta_entry(name, entry)
+            if name in source_of:
+                raise ValueError(
+                    f"evaluation set {name} is in --{source_of[name]} and in --{flag}: rename or remove one of them."
+                )
+            source_of[name] = flag
+    return sources["eval_meta_path"] | sources["meta_path"]
+
+
+def open_evaluation_data(
+    meta: Mapping[str, dict],
+    data_args: DataTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    num_image_token: int,
+    held_out: Sequence[MeasuredPart] = (),
+    dataset_class: type[LazySupervisedDataset] = LazySupervisedDataset,
+    untrained_tokens: Mapping[int, str] | None = None,
+) -> EvaluationData:
+    """Open and measure evaluation sets, however many samples are unusable.
+
+    A collective: all ranks call it.
+
+    Args:
+        meta: name -> meta entry; all of them are evaluated, whatever their split and `repeat_time`.
+        held_out: further sets, measured already.
+    """
+    for name, entry in meta.items():
+        validate_meta_entry(name, entry)
+    datasets = [
+        dataset_class(
+            *(name, {**entry, "repeat_time": 1}, tokenizer, num_image_token, data_args),
+            untrained_tokens=untrained_tokens,
+        ).without_randomness()
+        for name, entry in meta.items()
+    ]
+    rank_group = RankGroup(get_rank(), get_world_size(), gather_objects)
+    parts = [*measure_datasets(datasets, count_cores_per_rank(), rank_group), *held_out]
+    sets = [make_evaluation_set(part.dataset) for part in parts]
+    joined = join_parts(parts)._asdict()
+    del joined["digests"]
+    return exclude_unscorable_samples(EvaluationData(**joined, sets=sets), rank_group)
+
+
+def make_evaluation_set(dataset: LazySupervisedDataset) -> EvaluationSet:
+    """Read from the meta entry how a dataset is evaluated."""
+    metric, name = dataset.meta.get("metric"), dataset.ds_name
+    if dataset.meta.get("split") == BASE_ANSWERS:
+        return EvaluationSet(name, split=BASE_ANSWERS)
+    if metric and isinstance(dataset, PreferenceDataset):
+        raise ValueError(f"dataset {name}: metric {metric} is not supported for preference pairs: remove it.")
+    if metric and (library := METRICS[metric].library) and not is_installed(library):
+        raise ValueError(
+            f"dataset {name}: metric {metric} requires the package {library}: python3 -m pip install {library}"
+        )
+    return EvaluationSet(name, metric, dataset.meta.get("scorer"))
+
+
+def is_installed(library: str) -> bool:
+    """Return whether a distribution is installed, without importing it."""
+    try:
+        return bool(version(library))
+    except PackageNotFoundError:
+        return False
+
+
+def exclude_unscorable_samples(data: EvaluationData, rank_group: RankGroup) -> EvaluationData:
+    """Skip the samples that cannot be asked, or whose answer their metric cannot score.
+
+    A collective: each rank reads its share.
+    """
+    samples = [
+        sample for position, entry in enumerate(data.sets) if entry.metric for sample in data.list_samples(position)
+    ]
+    reasons_of_rank = {
+        sample: reason
+        for sample in samples[rank_group.rank :: rank_group.world_size]
+        if (reason := find_unscorable_reason(data, sample))
+    }
+    gathered = rank_group.gather_fn(reasons_of_rank)
+    reasons = {sample: reason for reasons in gathered for sample, reason in reasons.items()}
+    lengths, lost_loss_tokens = data.lengths.copy(), data.lost_loss_tokens.copy()
+    lengths[[*reasons]], lost_loss_tokens[[*reasons]] = 0, 0
+    skipped = [describe_skipped(*data.dataset.locate(sample), reasons[sample]) for sample in sorted(reasons)]
+    return data._replace(
+        lengths=lengths, lost_loss_tokens=lost_loss_tokens, skipped_samples=[*data.skipped_samples, *skipped]
+    )
+
+
+def find_unscorable_reason(data: EvaluationData, sample: int) -> str | None:
+    """Return why a sample has no question, or its answer no score; None if it has both."""
+    dataset, index = data.dataset.locate(sample)
+    metric = data.sets[data.dataset.datasets.index(dataset)].metric
+    assert metric
+    try:
+        build_question(dataset, index)
+        error = find_record_error(metric, build_prediction_record(data, sample))
+        return f"metric {metric} cannot score it: {error}" if error else None
+    except UnusableSample as error:
+        return str(error)
