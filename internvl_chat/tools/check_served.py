@@ -30,12 +30,12 @@ from internvl.data.file_io import join_root, require_inside_root
 from internvl.data.image_files import load_image
 from internvl.data.images import build_transform, dynamic_preprocess
 from internvl.data.schema import get_media, get_turns, load_meta, validate_meta_entry
+from internvl.evaluation.checkpoint_settings import load_chat_model
 from internvl.model.auxiliary_files import describe_ignored_by_engines, read_normalization
-from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.chat import IMAGE_PLACEHOLDER
 from internvl.model.internvl_chat.configuration_internvl_chat import get_tile_size
 from internvl.model.internvl_chat.generation import GENERATION_CONFIG_FILE
-from internvl.model.tokenizers.loading import load_tokenizer
 from internvl.regular_files import read_json_object
 
 MAX_RESPONSE_BYTES = 2**24
@@ -169,17 +169,17 @@ def build_question(location: str, root: str, record: dict) -> Question:
 
 def answer_locally(folder: str, questions: list[Question], max_new_tokens: int, dtype: str | None) -> list[Answer]:
     """Answer questions by `model.chat`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = InternVLChatModel.from_pretrained(folder, dtype=getattr(torch, dtype) if dtype else "auto")
-    model, tokenizer = model.eval().to(device), load_tokenizer(folder)
+    model, tokenizer = load_chat_model(folder, getattr(torch, dtype) if dtype else "auto")
     default_message, normalization, answers = model.system_message, read_normalization(folder), []
     for question in questions:
         tiles = load_tiles(question.image, model.config, normalization) if question.image else None
         if tiles is not None:
-            tiles = tiles.to(device, model.dtype)
+            tiles = tiles.to(model.device, model.dtype)
         model.system_message = default_message if question.system_message is None else question.system_message
         settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
-        answers.append(Answer(model.chat(tokenizer, tiles, question.text, settings)))
+        answer = model.chat(tokenizer, tiles, question.text, settings)
+        assert isinstance(answer, str)  # a pair only with `return_history`
+        answers.append(Answer(answer))
     return answers
 
 
