@@ -1,0 +1,56 @@
+"""Write the report of a run: one HTML page, also of a run in progress.
+
+    python tools/report.py OUTPUT_DIR [--output FILE] [--base DIR]
+
+The page shows the state of the run, evaluations, curves of the training, evaluation samples with their answers before
+and after, what was trainable, and the settings. It is one file, without scripts, and needs no network. Files that are
+damaged are named on the page. Writing again replaces the page.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from tools.report_page.page import GENERATOR, render_page
+from tools.report_page.run_files import read_run
+
+from internvl.command_line import exit_on_user_error
+from internvl.regular_files import open_regular_file
+
+REPORT_FILE = "report.html"
+
+
+@exit_on_user_error
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="the --output_dir of a run")
+    parser.add_argument("--output", metavar="FILE", type=Path, help=f"default: OUTPUT_DIR/{REPORT_FILE}")
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        type=Path,
+        help="folder with predictions.jsonl of the model before training, as tools/evaluate.py writes it; default: the "
+        "first evaluation of the run",
+    )
+    args = parser.parse_args(argv)
+    write_page(args.output or args.folder / REPORT_FILE, render_page(read_run(args.folder), args.base))
+
+
+def write_page(file: Path, page: str) -> None:
+    """Write a page, complete or not at all.
+
+    Raises:
+        ValueError: the file exists and is not a report.
+    """
+    if file.exists():
+        with open_regular_file(file) as opened:
+            if GENERATOR.encode() not in opened.read(1024):
+                raise ValueError(f"--output {file} exists and is not a report: choose another file.")
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.write_text(page, encoding="utf-8", errors="replace")  # texts may have lone surrogates
+    os.replace(unfinished, file)
+    print(f"Report: {file} ({len(page) / 1e6:.2f} MB)")
+
+
+if __name__ == "__main__":
+    main()
