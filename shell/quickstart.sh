@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train, evaluate and merge a vision LoRA adapter from end to end, in minutes on two CPU cores, without a download.
 # A tiny InternVL learns to read handwritten digits (the base model). Then the digits shift to another domain, and
-# shell/internvl2.5/8b_vit_lora.sh adapts the model to it. Prints a table; writes results.json and report.html.
+# shell/internvl2.5/8b_vit_lora.sh adapts the model to it, evaluates it every 50 steps and keeps the best checkpoint.
+# Prints a table; writes results.json and report.html.
 #
 #   bash shell/quickstart.sh [--compare] [--fresh]
 #     --compare    also train LoRA in the vision encoder only, and in the LLM only
@@ -35,13 +36,12 @@ mkdir -p "$WORK/done" && exec 8>>"$WORK/lock" # locked by this shell and what it
 # The last processes of an earlier quickstart may take seconds to end.
 ! command -v flock >/dev/null || flock -w 30 8 || stop "OUTPUT_DIR=$WORK is in use by another quickstart"
 # Results of other versions of these files are not reused.
-VERSION=$(cat "$ROOT/shell/quickstart.sh" "$TOOLS"/quickstart/{digits,tiny_model,evaluate}.py | cksum)
+VERSION=$(cat "$ROOT/shell/quickstart.sh" "$TOOLS"/quickstart/{digits,tiny_model}.py | cksum)
 if ((FRESH)) || [[ $(cat "$WORK/done/version" 2>/dev/null) != "$VERSION" ]]; then
-    rm -rf "$WORK"/{data,models,logs,done}
+    rm -rf "$WORK"/{data,models,results,logs,done}
 fi
 mkdir -p "$WORK"/{models,logs,done} && printf '%s' "$VERSION" >"$WORK/done/version"
-DATA=$WORK/data MODELS=$WORK/models
-HELD_OUT=("$DATA/plain_heldout.jsonl" "$DATA/shifted_heldout.jsonl")
+DATA=$WORK/data MODELS=$WORK/models RESULTS=$WORK/results
 
 # -- stages ------------------------------------------------------------------------------------------------------------
 
@@ -50,16 +50,20 @@ NUM_GPUS=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
 : "${GPUS:=$((NUM_GPUS == 1 ? 1 : 2))}"
 export GPUS BATCH_SIZE=16 PER_DEVICE_BATCH_SIZE=$((16 / GPUS)) LAUNCHER=pytorch NODES=1
 # Images have one size and the model is tiny: no grouping by length, no gradient checkpointing, tiles of 224 pixels.
-COMMON=(--overwrite_output_dir True --save_strategy no --group_by_length False --grad_checkpoint False)
-COMMON+=(--force_image_size 224)
+COMMON=(--overwrite_output_dir True --group_by_length False --grad_checkpoint False --force_image_size 224)
+# Validation digits of both domains; what the base model says about plain ones, to see what the adapters forget.
+EVALUATION=(--eval_meta_path "$DATA/validation.json" --eval_base_answers "$DATA/plain_prompts.json")
+EVALUATION+=(--eval_strategy steps --eval_steps 50 --eval_on_start True --eval_num_samples 50 --eval_max_new_tokens 12)
+EVALUATION+=(--per_device_eval_batch_size 50 --load_best_model_at_end True --metric_for_best_model eval/shifted/loss)
+EVALUATION+=(--save_strategy steps --save_steps 50 --save_total_limit 1)
 ((NUM_GPUS)) || COMMON+=(--dataloader_num_workers 0) # training needs all CPU cores
 
-run_tool() { TQDM_DISABLE=1 python3 "$TOOLS/$1" "${@:2}"; }
+run_tool() { env -u LAUNCHER TQDM_DISABLE=1 python3 "$TOOLS/$1" "${@:2}"; }
 
 train_base() { # train all parameters, with the same program as every other run
     (
         export MODEL_PATH=$MODELS/init META_PATH=$DATA/plain_train.json OUTPUT_DIR=$MODELS/base
-        FLAGS="${COMMON[*]} --num_train_epochs 2.5 --learning_rate 1e-3 --weight_decay 0.05"
+        FLAGS="${COMMON[*]} --save_strategy no --num_train_epochs 2.5 --learning_rate 1e-3 --weight_decay 0.05"
         set --
         # shellcheck source=shell/launch.sh
         source "$ROOT/shell/launch.sh"
@@ -68,7 +72,7 @@ train_base() { # train all parameters, with the same program as every other run
 
 train_lora() { # arguments: model name, flags; run the unchanged recipe of InternVL2.5-8B on the base model
     MODEL_PATH=$MODELS/base META_PATH=$DATA/shifted_train.json OUTPUT_DIR=$MODELS/$1 \
-        bash "$ROOT/shell/internvl2.5/8b_vit_lora.sh" "${COMMON[@]}" \
+        bash "$ROOT/shell/internvl2.5/8b_vit_lora.sh" "${COMMON[@]}" "${EVALUATION[@]}" \
         --num_train_epochs 2.5 --learning_rate 3e-3 "${@:2}"
 }
 
@@ -95,17 +99,17 @@ run_command() { # argument: stage
         llm_only) train_lora llm_only --use_backbone_lora 0 ;;
         *_answers)
             local model=${1%_answers}
-            run_tool quickstart/evaluate.py "$MODELS/$model" "$WORK/answers_$model.json" "${HELD_OUT[@]}"
+            run_tool evaluate.py "$MODELS/$model" "$DATA/heldout.json" --output "$RESULTS/$model" \
+                --eval_max_new_tokens 12 --per_device_eval_batch_size 50
             ;;
     esac
 }
 
 # -- running stages ----------------------------------------------------------------------------------------------------
 
-print_latest_progress() { # argument: log; print its latest "step 40/400, loss 1.23, left 2:24" (or question, accuracy)
-    tail -c 20000 "$1" | tr '\r' '\n' | grep -aE '(step|question) +[0-9]+/[0-9]+ ' | tail -n 1 |
-        grep -oE '[a-z]+_heldout|(step|question) +[0-9]+/[0-9]+|(loss|accuracy) +[^ ]+|left +.*' | tr -s ' ' |
-        paste -sd ',' | sed 's/,/, /g'
+print_latest_progress() { # argument: log; print its latest "step 40/400, loss 1.23, left 2:24"
+    tail -c 20000 "$1" | tr '\r' '\n' | grep -aE 'step +[0-9]+/[0-9]+ ' | tail -n 1 |
+        grep -oE 'step +[0-9]+/[0-9]+|loss +[^ ]+|left +.*' | tr -s ' ' | paste -sd ',' | sed 's/,/, /g'
 }
 
 show_progress() { # argument: log; refresh a line every second in a terminal, otherwise print one every half minute
@@ -150,4 +154,5 @@ echo "Output folder: $WORK"
 for ((i = 0; i < ${#STAGES[@]}; i++)); do
     run_stage $((i + 1)) "${STAGES[i]}"
 done
-run_tool quickstart/report.py "$WORK"
+run_tool quickstart/summary.py "$WORK"
+run_tool report.py "$MODELS/adapted" --output "$WORK/report.html"

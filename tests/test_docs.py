@@ -23,7 +23,7 @@ TOP_DIRS = ("shell", "tools", "internvl_chat", "internvl", "tests", "docs", "zer
 REPOSITORY_SUFFIXES = (".py", ".sh", ".md", ".sbatch")
 # Paths of users, of runs and of other projects.
 FOREIGN_PATHS = re.compile(
-    r"(/|~|\.\./work_dirs|work_dirs|runs|logs|data|pretrained|path/to|adapters|vision_model|mlp1|language_model|unfinished"
+    r"(/|~|\.\./work_dirs|work_dirs|runs|logs|data|eval|evaluation|FOLDER|pretrained|path/to|adapters|vision_model|mlp1|language_model|unfinished"
     r"|checkpoint-|check_data/|models|done|OUT|ORG|OpenGVLab|model/\.|\.venv)"
     r"|.*://|.*(modeling|tokenization)_"
 )
@@ -41,6 +41,7 @@ FOREIGN_FLAGS = {
     "--lora-modules": "vLLM",
     "--max-lora-rank": "vLLM",
     "--model-path": "SGLang",
+    "--nproc_per_node": "torchrun",
     "--ntasks-per-node": "srun",
     "--partition": "sbatch",
     "--shm-size": "docker",

@@ -2,14 +2,15 @@
 
 The seed decides every byte. Files in the output folder:
 
-    {plain,shifted}/0000_0.png ...              number of the scan, number of the copy
-    {plain,shifted}_{train,heldout}.jsonl       annotations, one conversation per line
-    {plain,shifted}_train.json                  meta files for --meta_path
+    {plain,shifted}/0000_0.png ...                      number of the scan, number of the copy
+    {plain,shifted}_{train,validation,heldout}.jsonl    annotations, one conversation per line
+    {plain,shifted}_train.json                          meta files for --meta_path
+    validation.json, heldout.json                       both domains, for --eval_meta_path and tools/evaluate.py
+    plain_prompts.json                                  for --eval_base_answers
 
 The domain "plain" is dark ink on white paper. "shifted" is the same scan as chalk on a patterned slate, rotated by 90
-degrees. Scans are split before they are drawn, so no held-out scan is in the training data of either domain. A training
-scan is drawn in several copies: the first as it is, the others moved by some pixels, each with its own question and
-pattern.
+degrees. Scans are split before they are drawn, so no scan of one split is in another, in either domain. A training scan
+is drawn in several copies: the first as it is, the others moved by some pixels, each with its own question and pattern.
 """
 
 import argparse
@@ -21,9 +22,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 SEED = 0
-NUM_HELD_OUT = 500
+NUM_HELD_OUT, NUM_VALIDATION = 500, 100  # scans; the others are for training
 IMAGE_SIZE = 112  # pixels of a side, 14 for each of the scan's 8
-NUM_COPIES = {"train": 4, "heldout": 1}
+NUM_COPIES = {"train": 4, "validation": 1, "heldout": 1}
 MAX_OFFSET = 10  # pixels by which a copy is moved at most, in each direction
 # (question, answer): the wording of the question decides the form of the answer.
 PHRASES = (
@@ -35,9 +36,10 @@ PHRASES = (
 
 
 def split_scans(num_scans: int, seed: int = SEED) -> dict[str, np.ndarray]:
-    """Split scan numbers into `train` and `heldout`, each sorted."""
+    """Split scan numbers into `heldout`, `validation` and `train`, each sorted."""
     order = np.random.default_rng(seed).permutation(num_scans)
-    return {"train": np.sort(order[NUM_HELD_OUT:]), "heldout": np.sort(order[:NUM_HELD_OUT])}
+    parts = np.split(order, [NUM_HELD_OUT, NUM_HELD_OUT + NUM_VALIDATION])
+    return dict(zip(("heldout", "validation", "train"), map(np.sort, parts), strict=True))
 
 
 def enlarge(scan: np.ndarray, right: int, down: int) -> np.ndarray:
@@ -81,10 +83,15 @@ DOMAINS = {"plain": draw_plain, "shifted": draw_shifted}
 
 
 def make_record(image: str, digit: int, rng: np.random.Generator) -> dict:
-    """Make a conversation about an image, with a random question."""
+    """Make a conversation about an image, with a random question.
+
+    Every wording with the right digit counts as correct.
+    """
     question, answer = PHRASES[rng.integers(len(PHRASES))]
     turns = [("human", f"<image>\n{question}"), ("gpt", answer.format(digit))]
-    return {"image": image, "digit": digit, "conversations": [{"from": role, "value": text} for role, text in turns]}
+    conversation = [{"from": role, "value": text} for role, text in turns]
+    answers = [f"{template.format(digit)}{end}" for template in ("{}", "The digit is {}") for end in ("", ".")]
+    return {"image": image, "conversations": conversation, "answers": answers}
 
 
 def write_sample(folder: Path, domain: str, number: int, copy: int, scan: np.ndarray, digit: int, seed: int) -> dict:
@@ -99,6 +106,20 @@ def write_sample(folder: Path, domain: str, number: int, copy: int, scan: np.nda
     pixels = DOMAINS[domain](enlarge(scan, right, down), rng)
     Image.fromarray(pixels).save(folder / image, compress_level=1)
     return record
+
+
+def write_meta_file(file: Path, sets: dict[str, str], **entry) -> None:
+    """Write a meta file.
+
+    Args:
+        sets: name -> annotation file in the same folder.
+        entry: further keys of each entry.
+    """
+    entries = {
+        name: {"root": str(file.parent), "annotation": str(file.parent / annotation), **entry}
+        for name, annotation in sets.items()
+    }
+    file.write_text(json.dumps(entries, indent=2))
 
 
 def write_dataset(folder: Path, seed: int = SEED) -> None:
@@ -116,9 +137,11 @@ def write_dataset(folder: Path, seed: int = SEED) -> None:
             ]
             (folder / f"{domain}_{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
             print(f"{domain}_{split}.jsonl: {len(records)} samples", flush=True)
-        annotation = folder / f"{domain}_train.jsonl"
-        entry = {"root": str(folder), "annotation": str(annotation), "data_augment": False, "repeat_time": 1}
-        (folder / f"{domain}_train.json").write_text(json.dumps({f"digits_{domain}": entry}, indent=2))
+        write_meta_file(folder / f"{domain}_train.json", {f"{domain}_train": f"{domain}_train.jsonl"})
+    write_meta_file(folder / "plain_prompts.json", {"plain_prompts": "plain_validation.jsonl"})
+    for split in ("validation", "heldout"):
+        files = {domain: f"{domain}_{split}.jsonl" for domain in DOMAINS}
+        write_meta_file(folder / f"{split}.json", files, metric="exact_match")
 
 
 def main() -> None:
