@@ -1,7 +1,8 @@
-"""Error reporting, input checkpoints and output folders of the command-line tools."""
+"""Messages, input checkpoints and output folders of the command-line tools."""
 
 import functools
 import io
+import logging
 import os
 import shutil
 import sys
@@ -46,6 +47,13 @@ def _silence_libraries() -> None:
     torch = sys.modules.get("torch")
     if torch and not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def log_to_console(level: int = logging.WARNING) -> None:
+    """Log this package from a level on, and libraries only at error level."""
+    console = logging.StreamHandler()
+    console.addFilter(lambda record: record.name.startswith("internvl") or record.levelno >= logging.ERROR)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=level, handlers=[console])
 
 
 def require_checkpoint_dir(path: str | Path, model_type: str | None = None) -> Path:

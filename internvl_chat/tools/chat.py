@@ -12,7 +12,6 @@ answers. Run the same command again to continue after an interruption. Exit stat
 """
 
 import argparse
-import gc
 import logging
 import math
 import os
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from transformers import TextStreamer
 
@@ -43,7 +41,7 @@ from internvl.evaluation.settings import EvaluationSettings
 from internvl.launchers import launch_environment
 from internvl.model.auxiliary_files import read_normalization
 from internvl.model.internvl_chat.chat import IMAGE_PLACEHOLDER, get_end_marker, has_channels
-from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group, leave_rank_monitor
+from internvl.runtime.shutdown import abort_all_ranks_on_error, exit_process_group, join_process_group
 
 PROMPT = "> "
 HELP = """/image PATH   attach an image to the next question
@@ -60,8 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     args.folder = find_chat_checkpoint(args.folder)
     try:
         if int(launch_environment(os.environ)["WORLD_SIZE"]) > 1:
-            sys.exit(run_as_rank(args))
-        sys.exit(answer_file(args) if args.input else answer_terminal(args))
+            exit_process_group(run_as_rank(args))
+        else:
+            sys.exit(answer_file(args) if args.input else answer_terminal(args))
     except KeyboardInterrupt:
         sys.exit("interrupted: run the same command again to continue" if args.input else 130)
 
@@ -72,11 +71,7 @@ def run_as_rank(args: argparse.Namespace) -> int:
         if not args.input:
             raise ValueError("several ranks are only supported with --input")
         join_process_group([])
-        status = answer_file(args)
-    leave_rank_monitor()
-    gc.collect()  # no object may refer to the group any more
-    dist.destroy_process_group()
-    return status
+        return answer_file(args)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -10,7 +10,6 @@ evaluation sets, their plan is estimated for H100 GPUs, and records that are als
 
 import argparse
 import json
-import logging
 import math
 import sys
 from collections import Counter
@@ -26,7 +25,7 @@ from internvl.arguments.model import ModelArguments
 from internvl.arguments.preference import PREFERENCE_ARGUMENTS
 from internvl.arguments.training import FINETUNE_ARGUMENTS, TrainingArguments, parse_args
 from internvl.arguments.validate import validate_arguments, validate_preference_arguments
-from internvl.command_line import exit_on_user_error
+from internvl.command_line import exit_on_user_error, log_to_console
 from internvl.constants import SPECIAL_TOKENS
 from internvl.data.images import NORMALIZATION_STATS
 from internvl.data.preference_dataset import PreferenceDataset
@@ -73,18 +72,8 @@ MAX_DECODED_EPOCHS = 10  # each reads other frames of a video
 
 @exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("meta", metavar="META", help="JSON file that lists the datasets")
-    parser.add_argument("--report", default="check_data", help="output folder (default: check_data)")
-    parser.add_argument("--ranks", type=int, default=1, help="number of GPUs to plan for (default: 1)")
-    parser.add_argument("--decode", action="store_true", help="also decode all images and the video frames of training")
-    parser.add_argument("--preference", action="store_true", help="the records are preference pairs")
-    args, flags = parser.parse_known_args(argv)
-    if not 1 <= args.ranks <= MAX_RANKS:
-        raise ValueError(f"--ranks {args.ranks} is invalid: expected an integer from 1 to {MAX_RANKS:,}.")
-    console = logging.StreamHandler()
-    console.addFilter(lambda record: record.name.startswith("internvl") or record.levelno >= logging.ERROR)
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, handlers=[console])
+    args, flags = parse_tool_args(argv)
+    log_to_console()
     classes, validate_fn, dataset_class = PREFERENCE_PARTS if args.preference else FINETUNE_PARTS
     argv = ["--meta_path", args.meta, "--output_dir", args.report, *flags]
     model_args, data_args, training_args = parse_args(argv, classes)
@@ -96,7 +85,6 @@ def main(argv=None):
     untrained_tokens = find_untrained_tokens(model_args, tokenizer)
     num_image_token = count_image_tokens(config)
     data = measure_data(data_args, training_args, tokenizer, num_image_token, dataset_class, untrained_tokens)
-
     evaluation = build_evaluation_data(
         *(data_args, training_args, tokenizer, num_image_token, data.held_out, dataset_class, untrained_tokens),
         is_checked=False,
@@ -108,7 +96,7 @@ def main(argv=None):
     layout = build_plan_layout(data_args, training_args, args.ranks, sample_cost)
     plan = plan_epoch(data.lengths, layout, epoch=0, weights=data.weights) if data.is_usable.any() else None
     num_epochs = count_decoded_epochs(training_args, len(plan)) if args.decode and plan else 0
-    samples = np.unique(data.dataset.get_source_samples()[data.is_usable]).tolist()
+    samples = data.list_trained_samples()
     inspection = inspect_samples(data.dataset, samples, num_epochs, training_args.dataloader_num_workers)
     data = exclude_samples(data, inspection.unusable)
     if evaluation and args.decode:
@@ -130,6 +118,20 @@ def main(argv=None):
     skipped_samples = [*data.skipped_samples, *(evaluation.skipped_samples if evaluation else ())]
     write_report(Path(args.report), "\n\n".join(sections), data, skipped_samples)
     sys.exit(1 if skipped_samples else 0)
+
+
+def parse_tool_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the flags of this tool; return the flags of training as they are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("meta", metavar="META", help="JSON file that lists the datasets")
+    parser.add_argument("--report", default="check_data", help="output folder (default: check_data)")
+    parser.add_argument("--ranks", type=int, default=1, help="number of GPUs to plan for (default: 1)")
+    parser.add_argument("--decode", action="store_true", help="also decode all images and the video frames of training")
+    parser.add_argument("--preference", action="store_true", help="the records are preference pairs")
+    args, flags = parser.parse_known_args(argv)
+    if not 1 <= args.ranks <= MAX_RANKS:
+        raise ValueError(f"--ranks {args.ranks} is invalid: expected an integer from 1 to {MAX_RANKS:,}.")
+    return args, flags
 
 
 def load_chat_config(model_args: ModelArguments, data_args: DataTrainingArguments) -> InternVLChatConfig:
@@ -278,16 +280,8 @@ def format_evaluation(
     model = build_model_without_weights(config)
     bytes_per_weight = 2 if args.bf16 or args.fp16 else 4
     cost = describe_model_cost(model, layout.sample_cost, compute_forward_cost(model), bytes_per_weight)
-    mean, std = NORMALIZATION_STATS[data_args.normalize_type]
-    settings = EvaluationSettings(
-        max_tokens=data_args.max_packed_tokens,
-        max_tiles=data_args.num_images_expected,
-        batch_size=args.per_device_eval_batch_size,
-        max_new_tokens=args.eval_max_new_tokens,
-        num_samples=args.eval_num_samples,
-        image_mean=mean,
-        image_std=std,
-    )
+    normalization = NORMALIZATION_STATS[data_args.normalize_type]
+    settings = EvaluationSettings.from_flags(data_args, args, args.per_device_eval_batch_size, normalization)
     estimate = estimate_evaluation(evaluation, settings, layout.world_size, cost, H100_SPEED)
     num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(plan))
     step_seconds = estimate_step_seconds(plan, data.lengths, cost, H100_SPEED)

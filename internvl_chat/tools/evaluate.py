@@ -34,8 +34,8 @@ from internvl.arguments.evaluation import EvaluationArguments
 from internvl.arguments.flags import option
 from internvl.arguments.number_ranges import validate_numbers
 from internvl.checkpoint.trainer_state import parse_checkpoint_step
+from internvl.command_line import log_to_console
 from internvl.data.schema import is_trained, load_meta
-from internvl.data.skipped_samples import SkippedSampleReport, count_max_skipped_samples
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.dist_utils import count_cores_per_rank, gather_objects, get_rank, get_world_size, run_on_rank_0
 from internvl.evaluation.checkpoint_settings import (
@@ -51,17 +51,23 @@ from internvl.evaluation.comparison import (
     require_equal_settings,
     write_comparison,
 )
-from internvl.evaluation.evaluation_data import EvaluationData, build_evaluation_data
+from internvl.evaluation.evaluation_data import EvaluationData, build_evaluation_data, make_skipped_report
 from internvl.evaluation.evaluator import describe_settings, evaluate
-from internvl.evaluation.results import METRICS_FILE, PREDICTIONS_FILE, format_metrics, read_metrics, read_predictions
+from internvl.evaluation.results import (
+    EVALUATION_DIR,
+    EVALUATION_METRICS_FILE,
+    PREDICTIONS_FILE,
+    format_metrics,
+    read_metrics,
+    read_predictions,
+)
 from internvl.evaluation.settings import EvaluationSettings
 from internvl.model.auxiliary_files import read_normalization
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.varlen_attention import use_varlen_attention
 from internvl.planning.measured_data import hold_out, measure_datasets
 from internvl.planning.sample_lengths import RankGroup
-from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
-from internvl.train.run_training import exit_process_group
+from internvl.runtime.shutdown import abort_all_ranks_on_error, exit_process_group, join_process_group
 
 OTHER_DIR = "other"  # in the output folder: the results of --compare
 
@@ -108,10 +114,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def set_up_logging() -> None:
     """Log warnings and progress on rank 0, and errors on all ranks."""
-    console = logging.StreamHandler()
-    console.addFilter(lambda record: record.name.startswith("internvl") or record.levelno >= logging.ERROR)
-    level = logging.WARNING if get_rank() == 0 else logging.ERROR
-    logging.basicConfig(format="%(levelname)s %(message)s", level=level, handlers=[console])
+    log_to_console(logging.WARNING if get_rank() == 0 else logging.ERROR)
     logging.getLogger(progress.__name__).setLevel(logging.INFO if get_rank() == 0 else logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -160,8 +163,6 @@ def collect_flags(args: argparse.Namespace, folder: Path) -> EvaluationFlags:
     values |= {name: getattr(args, name) for name in FLAGS_OF_RUN if getattr(args, name) is not None}
     flags = EvaluationFlags(eval_share=args.eval_share, eval_num_samples=args.eval_num_samples, **values)
     validate_numbers(flags)
-    if flags.per_device_eval_batch_size < 1:
-        raise ValueError(f"--per_device_eval_batch_size {flags.per_device_eval_batch_size} is invalid: expected >= 1.")
     return flags
 
 
@@ -178,8 +179,8 @@ def make_output_dir(args: argparse.Namespace) -> Path:
         raise ValueError(f"--output is required: {args.folder} is on the hub.")
     if parse_checkpoint_step(folder) is not None:
         folder, name = folder.parent, f"{folder.name}-{name}"
-    output = args.output or folder / "evaluation" / name
-    if (output / METRICS_FILE).exists() or (output / PREDICTIONS_FILE).exists():
+    output = args.output or folder / EVALUATION_DIR / name
+    if (output / EVALUATION_METRICS_FILE).exists() or (output / PREDICTIONS_FILE).exists():
         raise ValueError(f"{output} has the results of another evaluation: choose another folder by --output.")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -245,17 +246,9 @@ def build_settings(
     folder: Path, data_args: DataTrainingArguments, flags: EvaluationFlags, data: EvaluationData
 ) -> EvaluationSettings:
     """Build the settings that a run with these flags has."""
-    mean, std = read_normalization(folder)
-    max_skipped = count_max_skipped_samples(data_args, len(data.lengths))
-    return EvaluationSettings(
-        max_tokens=data_args.max_packed_tokens,
-        max_tiles=data_args.num_images_expected,
-        batch_size=flags.per_device_eval_batch_size,
-        max_new_tokens=flags.eval_max_new_tokens,
-        num_samples=flags.eval_num_samples,
-        image_mean=tuple(mean),
-        image_std=tuple(std),
-        report_skipped_fn=SkippedSampleReport(map(str, data.skipped_samples), max_skipped).add,
+    return EvaluationSettings.from_flags(
+        *(data_args, flags, flags.per_device_eval_batch_size, read_normalization(folder)),
+        report_skipped_fn=make_skipped_report(data, data_args).add,
         num_workers=flags.dataloader_num_workers,
     )
 

@@ -320,9 +320,8 @@ def test_prediction_records_have_question_images_and_references(make_dataset, tm
     records = [box, box | {"width": 100, "height": 50, "answers": [[1, 2, 3, 4]]}, choice]
     records.append({"video": "frames", "conversations": turns("Then?"), "answer_type": "float", "precision": 1.0})
     dataset = make_dataset(*records)
-    data = build_data(dataset, metrics=("box_iou",))
     image = str(tmp_path / "a.png")
-    assert [build_prediction_record(data, sample) for sample in range(4)] == [
+    assert [build_prediction_record(dataset, index, "box_iou") for index in range(4)] == [
         {"images": [image], "question": "Where?", "references": ["[[1, 2, 3, 4]]"], "width": 60, "height": 40},
         {"images": [image], "question": "Where?", "references": [[1, 2, 3, 4]], "width": 100, "height": 50},
         {

@@ -15,7 +15,7 @@ from internvl.data.preference_dataset import PreferenceDataset
 from internvl.data.schema import METRIC_NAMES, SCORERS, load_meta
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.evaluation import scores
-from internvl.evaluation.evaluation_data import BASE_ANSWERS, EvaluationSet, build_evaluation_data, open_evaluation_data
+from internvl.evaluation.evaluation_data import EvaluationSet, build_evaluation_data, open_evaluation_data
 from internvl.train.build_data import build_data, build_evaluation
 from internvl.train.build_model import build_tokenizer
 
@@ -95,7 +95,7 @@ def test_all_datasets_of_a_meta_file_are_opened_whatever_their_split(parse_flags
     meta = load_meta(write("eval", a=(TEXTS, {}), b=(TEXTS, {"split": other, "repeat_time": 0.1, "metric": "anls"})))
     model_args, data_args, _ = parse_flags()
     data = open_evaluation_data(meta, data_args, build_tokenizer(model_args, data_args), 4)
-    expected = EvaluationSet("b", split=BASE_ANSWERS) if other == BASE_ANSWERS else EvaluationSet("b", "anls")
+    expected = EvaluationSet("b", split="base_answers") if other == "base_answers" else EvaluationSet("b", "anls")
     assert data.sets == [EvaluationSet("a"), expected]
     assert [len(data.list_samples(n)) for n in range(2)] == [40, 40]
 

@@ -8,7 +8,7 @@ import pytest
 
 from internvl.evaluation import results
 from internvl.evaluation.results import (
-    METRICS_FILE,
+    EVALUATION_METRICS_FILE,
     PREDICTIONS_FILE,
     read_metrics,
     read_predictions,
@@ -40,7 +40,7 @@ def folder(tmp_path):
 def test_files_are_read_as_written(folder):
     assert read_predictions(folder) == [PREDICTION, PREDICTION | {"line": 4, "prediction": None}]
     assert read_metrics(folder) == CONTENT
-    assert sorted(os.listdir(folder)) == [METRICS_FILE, PREDICTIONS_FILE]
+    assert sorted(os.listdir(folder)) == [EVALUATION_METRICS_FILE, PREDICTIONS_FILE]
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
@@ -59,9 +59,10 @@ def test_an_interrupted_evaluation_leaves_no_metrics(folder):
 
     with pytest.raises(KeyboardInterrupt):
         write_results(folder, make_predictions(), CONTENT)
-    assert not (folder / METRICS_FILE).exists() and len(read_predictions(folder)) == 2  # those of before
+    assert not (folder / EVALUATION_METRICS_FILE).exists() and len(read_predictions(folder)) == 2  # those of before
     write_results(folder, [PREDICTION], CONTENT)
-    assert read_predictions(folder) == [PREDICTION] and sorted(os.listdir(folder)) == [METRICS_FILE, PREDICTIONS_FILE]
+    assert read_predictions(folder) == [PREDICTION]
+    assert sorted(os.listdir(folder)) == [EVALUATION_METRICS_FILE, PREDICTIONS_FILE]
 
 
 DAMAGED_PREDICTIONS = {
@@ -100,10 +101,10 @@ DAMAGED_METRICS = {
 
 @pytest.mark.parametrize("content, message", DAMAGED_METRICS.values(), ids=DAMAGED_METRICS)
 def test_damaged_metrics_are_reported(tmp_path, content, message):
-    (tmp_path / METRICS_FILE).write_text(content)
+    (tmp_path / EVALUATION_METRICS_FILE).write_text(content)
     with pytest.raises(ValueError) as info:
         read_metrics(tmp_path)
-    assert message in str(info.value) and METRICS_FILE in str(info.value)
+    assert message in str(info.value) and EVALUATION_METRICS_FILE in str(info.value)
 
 
 def test_only_regular_files_of_limited_size_are_read(tmp_path, monkeypatch):

@@ -17,8 +17,7 @@ from internvl.evaluation.evaluation_data import EvaluationData
 from internvl.evaluation.token_losses import measure_token_losses
 from internvl.model import token_loss
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
-from internvl.train.run_training import exit_process_group
+from internvl.runtime.shutdown import abort_all_ranks_on_error, exit_process_group, join_process_group
 
 
 def prepare(model: InternVLChatModel, config: dict) -> None:

@@ -13,8 +13,7 @@ from pathlib import Path
 from helpers.training_runs import prepare_trainer
 
 from internvl.arguments.schedulers import STEP_SCHEDULERS
-from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
-from internvl.train.run_training import exit_process_group
+from internvl.runtime.shutdown import abort_all_ranks_on_error, exit_process_group, join_process_group
 
 NUM_STEPS = 10
 # scheduler -> --lr_scheduler_kwargs

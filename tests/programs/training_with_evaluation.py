@@ -20,8 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from internvl.dist_utils import get_rank
 from internvl.evaluation.evaluation_data import EvaluationData
 from internvl.evaluation.token_losses import measure_token_losses, summarize_token_losses
-from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
-from internvl.train.run_training import exit_process_group
+from internvl.runtime.shutdown import abort_all_ranks_on_error, exit_process_group, join_process_group
 
 EVALUATED_STEPS = (0, 3, 4)
 

@@ -17,8 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from internvl.checkpoint.manager import barrier
 from internvl.dist_utils import gather_objects, get_rank
-from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
-from internvl.train.run_training import exit_process_group
+from internvl.runtime.shutdown import abort_all_ranks_on_error, exit_process_group, join_process_group
 
 TEXT_RECORD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
 

@@ -108,6 +108,8 @@ def test_lower_is_better_where_the_metrics_say_so(folder):
     content["sets"]["pets"] |= {"greater_is_better": False}
     metrics.write_text(json.dumps(content))
     assert "pets exact match ↓ 0 0 at 20 0.75" in render(folder).text
+    write_evaluation(folder, 40, [make_prediction(1)], **{"pairs/nll_loss": 0.5})  # by its name
+    assert "pairs nll loss ↓ 0.5" in render(folder).text
 
 
 def test_means_of_one_set_are_not_repeated(folder):

@@ -25,7 +25,6 @@ from internvl.dist_utils import count_cores_per_rank, gather_objects, get_rank, 
 from internvl.evaluation.evaluation_data import EvaluationData
 from internvl.evaluation.model_mode import evaluation_mode
 from internvl.evaluation.questions import Question, build_question
-from internvl.evaluation.questions import build_prediction_record as build_prediction_record
 from internvl.evaluation.sample_measurement import wait_for_batches
 from internvl.evaluation.settings import EvaluationSettings
 from internvl.model.internvl_chat import InternVLChatModel

@@ -20,14 +20,15 @@ from transformers import PreTrainedTokenizerBase
 from internvl.arguments.data import DataTrainingArguments
 from internvl.constants import UnusableSample
 from internvl.data.file_io import is_remote
-from internvl.data.schema import BASE_ANSWERS_SPLIT, get_turns, load_meta, validate_meta_entry
+from internvl.data.schema import BASE_ANSWERS_SPLIT, get_turns, load_meta
 from internvl.data.skipped_samples import SkippedSampleReport, count_max_skipped_samples
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.dist_utils import run_on_rank_0
 from internvl.evaluation.answers import answer_questions, draw_samples
+from internvl.evaluation.evaluation_data import open_datasets
 from internvl.evaluation.model_mode import disabled_adapters
 from internvl.evaluation.questions import split_reference
-from internvl.evaluation.results import format_json, write_lines
+from internvl.evaluation.results import EVALUATION_DIR, format_json, write_lines
 from internvl.evaluation.settings import EvaluationSettings
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.lora import is_adapter_parameter, is_peft_model
@@ -40,7 +41,7 @@ CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # of a multi-byte character, where 
 
 def get_base_answers_dir(output_dir: str | Path) -> Path:
     """Return where a run records the answers of its base model."""
-    return Path(output_dir) / "evaluation" / "base_answers"
+    return Path(output_dir) / EVALUATION_DIR / "base_answers"
 
 
 def prepare_base_answers(
@@ -68,8 +69,6 @@ def prepare_base_answers(
         ValueError: the meta file is invalid, or answers are missing and the base model exists no more.
     """
     entries, folder = load_meta(meta_path), get_base_answers_dir(output_dir)
-    for name, entry in entries.items():
-        validate_meta_entry(name, entry)
     recorded = {name: entry for name, entry in entries.items() if entry.get("split") == BASE_ANSWERS_SPLIT}
     prompts = {name: entry for name, entry in entries.items() if name not in recorded}
     if not prompts:
@@ -137,12 +136,7 @@ def record_base_answers(
     Raises:
         ValueError: more prompts than --max_bad_samples are unusable.
     """
-    datasets = [
-        LazySupervisedDataset(
-            name, {**entry, "repeat_time": 1}, tokenizer, model.num_image_token, data_args
-        ).without_randomness()
-        for name, entry in prompts.items()
-    ]
+    datasets = open_datasets(prompts, tokenizer, model.num_image_token, data_args)
     packed = PackedDataset(datasets)
     parts = [range(end - len(dataset), end) for dataset, end in zip(datasets, packed.ends, strict=True)]
     samples = [

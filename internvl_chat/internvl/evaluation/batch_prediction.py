@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from internvl.arguments.data import DataTrainingArguments
 from internvl.constants import UnusableSample, shorten
 from internvl.data.foreign_keys import ABSENT_VALUES, MEDIA_KINDS
-from internvl.data.schema import load_meta, validate_meta_entry
-from internvl.data.supervised_dataset import LazySupervisedDataset
+from internvl.data.schema import load_meta
 from internvl.dist_utils import get_rank, get_world_size, run_on_rank_0
 from internvl.evaluation.answers import answer_questions
-from internvl.evaluation.questions import split_reference
+from internvl.evaluation.evaluation_data import open_datasets
+from internvl.evaluation.questions import list_references, split_reference
 from internvl.evaluation.settings import EvaluationSettings
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.planning.packed_dataset import PackedDataset
@@ -75,16 +75,7 @@ def open_input(
     """Open the datasets of a meta file, or one annotation file."""
     entry = {"root": os.path.dirname(os.path.abspath(path)), "annotation": path}
     meta = load_meta(path) if path.lower().endswith(".json") else {Path(path).stem: entry}
-    for name, entry in meta.items():
-        validate_meta_entry(name, entry)
-    return PackedDataset(
-        [
-            LazySupervisedDataset(
-                name, {**entry, "repeat_time": 1}, tokenizer, num_image_token, data_args
-            ).without_randomness()
-            for name, entry in meta.items()
-        ]
-    )
+    return PackedDataset(open_datasets(meta, tokenizer, num_image_token, data_args))
 
 
 # -- output ------------------------------------------------------------------------------------------------------------
@@ -98,7 +89,7 @@ def build_line(dataset: PackedDataset, sample: int, text: str) -> dict:
     source, index = dataset.locate(sample)
     record = source.read_record(index)
     turns, reference = split_reference(source.list_conversations(record)[0])
-    references = record.get("answers", [] if reference is None else [reference])
+    references = list_references(record, reference)
     line: dict[str, Any] = dict(record)
     if paths := source.list_media_paths(index):
         [key] = [key for key in MEDIA_KINDS if record.get(key) not in ABSENT_VALUES]

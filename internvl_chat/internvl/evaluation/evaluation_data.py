@@ -8,7 +8,6 @@ Samples are those of training, without random choices: no augmentation, middle f
 """
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import numpy as np
@@ -19,16 +18,21 @@ from internvl.arguments.evaluation import EvaluationArguments
 from internvl.constants import UnusableSample
 from internvl.data.preference_dataset import PreferenceDataset
 from internvl.data.schema import BASE_ANSWERS_SPLIT, EVAL_SPLIT, is_trained, load_meta, validate_meta_entry
-from internvl.data.skipped_samples import SkippedSample, describe_skipped, report_skipped_samples
+from internvl.data.skipped_samples import (
+    SkippedSample,
+    SkippedSampleReport,
+    count_max_skipped_samples,
+    describe_skipped,
+    report_skipped_samples,
+)
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.dist_utils import count_cores_per_rank, gather_objects, get_rank, get_world_size
 from internvl.evaluation.questions import build_prediction_record, build_question
-from internvl.evaluation.scores import METRICS, find_record_error
+from internvl.evaluation.scores import find_record_error, require_library
 from internvl.planning.measured_data import MeasuredPart, join_parts, measure_datasets
 from internvl.planning.packed_dataset import PackedDataset
 from internvl.planning.sample_lengths import RankGroup
 
-BASE_ANSWERS = BASE_ANSWERS_SPLIT
 EMPTY = np.empty(0, np.int64)
 
 
@@ -39,7 +43,7 @@ class EvaluationSet(NamedTuple):
         name: in the keys of metrics: `eval/NAME/loss`.
         metric: of the generated answers, a key of `scores.METRICS`; None: only the loss is measured.
         scorer: "internvl" for InternVL's own reading of the metric; None for the benchmark's.
-        split: "eval", or BASE_ANSWERS: its loss is `eval/forgetting`, and no answers are generated.
+        split: "eval", or "base_answers": its loss is `eval/forgetting`, and no answers are generated.
     """
 
     name: str
@@ -128,6 +132,12 @@ def check_usable_samples(data: EvaluationData, data_args: DataTrainingArguments)
             raise ValueError(f"evaluation set {evaluation_set.name} has no usable sample.")
 
 
+def make_skipped_report(data: EvaluationData, data_args: DataTrainingArguments) -> SkippedSampleReport:
+    """Make a report of the skipped samples, to which those of evaluations are added."""
+    max_skipped = count_max_skipped_samples(data_args, len(data.lengths))
+    return SkippedSampleReport(map(str, data.skipped_samples), max_skipped)
+
+
 def collect_evaluation_sets(data_args: DataTrainingArguments, args: EvaluationArguments) -> dict[str, dict]:
     """Collect the meta entries of the evaluation sets, without those of `--eval_base_answers`.
 
@@ -172,43 +182,55 @@ def open_evaluation_data(
         meta: name -> meta entry; all of them are evaluated, whatever their split and `repeat_time`.
         held_out: further sets, measured already.
     """
+    datasets = open_datasets(meta, tokenizer, num_image_token, data_args, dataset_class, untrained_tokens)
+    sets = [make_evaluation_set(dataset) for dataset in (*datasets, *(part.dataset for part in held_out))]
+    rank_group = RankGroup(get_rank(), get_world_size(), gather_objects)
+    parts = [*measure_datasets(datasets, count_cores_per_rank(), rank_group), *held_out]
+    joined = join_parts(parts)._asdict()
+    del joined["digests"]
+    return exclude_unscorable_samples(EvaluationData(**joined, sets=sets), rank_group)
+
+
+def open_datasets(
+    meta: Mapping[str, dict],
+    tokenizer: PreTrainedTokenizerBase,
+    num_image_token: int,
+    data_args: DataTrainingArguments,
+    dataset_class: type[LazySupervisedDataset] = LazySupervisedDataset,
+    untrained_tokens: Mapping[int, str] | None = None,
+) -> list[LazySupervisedDataset]:
+    """Open datasets for evaluation: each record once, without random choices.
+
+    Args:
+        meta: name -> meta entry.
+
+    Raises:
+        ValueError: an entry or a dataset is invalid.
+    """
     for name, entry in meta.items():
         validate_meta_entry(name, entry)
-    datasets = [
+    return [
         dataset_class(
             *(name, {**entry, "repeat_time": 1}, tokenizer, num_image_token, data_args),
             untrained_tokens=untrained_tokens,
         ).without_randomness()
         for name, entry in meta.items()
     ]
-    rank_group = RankGroup(get_rank(), get_world_size(), gather_objects)
-    parts = [*measure_datasets(datasets, count_cores_per_rank(), rank_group), *held_out]
-    sets = [make_evaluation_set(part.dataset) for part in parts]
-    joined = join_parts(parts)._asdict()
-    del joined["digests"]
-    return exclude_unscorable_samples(EvaluationData(**joined, sets=sets), rank_group)
 
 
 def make_evaluation_set(dataset: LazySupervisedDataset) -> EvaluationSet:
     """Read from the meta entry how a dataset is evaluated."""
     metric, name = dataset.meta.get("metric"), dataset.ds_name
-    if dataset.meta.get("split") == BASE_ANSWERS:
-        return EvaluationSet(name, split=BASE_ANSWERS)
+    if dataset.meta.get("split") == BASE_ANSWERS_SPLIT:
+        return EvaluationSet(name, split=BASE_ANSWERS_SPLIT)
     if metric and isinstance(dataset, PreferenceDataset):
         raise ValueError(f"dataset {name}: metric {metric} is not supported for preference pairs: remove it.")
-    if metric and (library := METRICS[metric].library) and not is_installed(library):
-        raise ValueError(
-            f"dataset {name}: metric {metric} requires the package {library}: python3 -m pip install {library}"
-        )
+    if metric:
+        try:
+            require_library(metric)
+        except ValueError as error:
+            raise ValueError(f"dataset {name}: {error}") from error
     return EvaluationSet(name, metric, dataset.meta.get("scorer"))
-
-
-def is_installed(library: str) -> bool:
-    """Return whether a distribution is installed, without importing it."""
-    try:
-        return bool(version(library))
-    except PackageNotFoundError:
-        return False
 
 
 def exclude_unscorable_samples(data: EvaluationData, rank_group: RankGroup) -> EvaluationData:
@@ -217,12 +239,15 @@ def exclude_unscorable_samples(data: EvaluationData, rank_group: RankGroup) -> E
     A collective: each rank reads its share.
     """
     samples = [
-        sample for position, entry in enumerate(data.sets) if entry.metric for sample in data.list_samples(position)
+        (sample, entry.metric)
+        for position, entry in enumerate(data.sets)
+        if entry.metric
+        for sample in data.list_samples(position)
     ]
     reasons_of_rank = {
         sample: reason
-        for sample in samples[rank_group.rank :: rank_group.world_size]
-        if (reason := find_unscorable_reason(data, sample))
+        for sample, metric in samples[rank_group.rank :: rank_group.world_size]
+        if (reason := find_unscorable_reason(*data.dataset.locate(sample), metric))
     }
     gathered = rank_group.gather_fn(reasons_of_rank)
     reasons = {sample: reason for reasons in gathered for sample, reason in reasons.items()}
@@ -234,14 +259,11 @@ def exclude_unscorable_samples(data: EvaluationData, rank_group: RankGroup) -> E
     )
 
 
-def find_unscorable_reason(data: EvaluationData, sample: int) -> str | None:
+def find_unscorable_reason(dataset: LazySupervisedDataset, index: int, metric: str) -> str | None:
     """Return why a sample has no question, or its answer no score; None if it has both."""
-    dataset, index = data.dataset.locate(sample)
-    metric = data.sets[data.dataset.datasets.index(dataset)].metric
-    assert metric
     try:
         build_question(dataset, index)
-        error = find_record_error(metric, build_prediction_record(data, sample))
+        error = find_record_error(metric, build_prediction_record(dataset, index, metric))
         return f"metric {metric} cannot score it: {error}" if error else None
     except UnusableSample as error:
         return str(error)

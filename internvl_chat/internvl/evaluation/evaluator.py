@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from internvl.dist_utils import run_on_rank_0
 from internvl.evaluation.answers import generate_answers
 from internvl.evaluation.evaluation_data import EvaluationData, EvaluationSet
-from internvl.evaluation.model_mode import evaluation_mode
 from internvl.evaluation.questions import build_prediction_record
 from internvl.evaluation.results import METRIC_PREFIX, write_results
 from internvl.evaluation.scores import METRICS, measure
@@ -55,7 +54,7 @@ def evaluate(
         ValueError: more samples than `settings` allow have become unusable since they were measured.
     """
     seconds, start = {}, time.monotonic()
-    with preserved_random_states(), evaluation_mode(model):
+    with preserved_random_states():
         losses = measure_token_losses(model, data, settings)  # (N,)
         seconds["loss"] = round(time.monotonic() - start, 3)
         answers = generate_answers(model, tokenizer, data, settings)
@@ -122,7 +121,7 @@ def build_prediction(
         "set": entry.name,
         "line": dataset.line_number(index),
         "file": dataset.annotations.path,
-        **build_prediction_record(data, sample),
+        **build_prediction_record(dataset, index, entry.metric),
         "prediction": answers.get(sample),
         "metric": entry.metric,
         **({"scorer": entry.scorer} if entry.scorer else {}),

@@ -8,16 +8,13 @@ The prompt has the text that the same record has in training, before the last an
 
 from collections.abc import Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from internvl.constants import IMG_CONTEXT_TOKEN, UnusableSample
 from internvl.data.chat_segments import IMAGE_PLACEHOLDER, TemplateRules, get_template_rules
 from internvl.data.image_files import read_image_size
 from internvl.data.schema import get_media, insert_placeholders, require_placeholders
 from internvl.data.supervised_dataset import LazySupervisedDataset
-
-if TYPE_CHECKING:
-    from internvl.evaluation.evaluation_data import EvaluationData
 
 Turns = Sequence[dict[str, str]]
 # Keys of a record that metrics read.
@@ -108,27 +105,29 @@ def _refuse_special_texts(turns: Turns, num_images: int) -> None:
             raise UnusableSample(f"turn {number} ({role}) contains {IMG_CONTEXT_TOKEN}, which is reserved for images")
 
 
-def build_prediction_record(data: "EvaluationData", sample: int) -> dict:
+def list_references(record: dict, last_answer: str | None) -> list:
+    """List the right answers: `answers` of the record, else its last answer."""
+    answers = record.get("answers")
+    return answers if answers is not None else [] if last_answer is None else [last_answer]
+
+
+def build_prediction_record(dataset: LazySupervisedDataset, index: int, metric: str | None) -> dict:
     """Describe question, images and references of a sample, for `predictions.jsonl`.
 
-    References are `answers` of the record, else its last answer. Images are absolute paths. The keys that metrics need
-    are those of the record. `box_iou` needs the size of the image, which comes from its header where the record has
-    none.
+    Images are absolute paths. The keys that metrics need are those of the record. `box_iou` needs the size of the
+    image, which comes from its header where the record has none.
     """
-    dataset, index = data.dataset.locate(sample)
     record = dataset.read_record(index)
     kind, _ = get_media(record)
     paths = dataset.list_media_paths(index)
     turns, reference = split_reference(dataset.list_conversations(record)[0])
     *history, question = [turn["value"] for turn in turns if turn["from"] in ("human", "gpt", "pretrain")] or [""]
-    answers = record.get("answers")
     described: dict = {"video": paths[0]} if kind == "video" else {"images": paths}
     described |= {"question": question}
     if history:
         described["history"] = [list(pair) for pair in zip(history[::2], history[1::2], strict=False)]
-    described["references"] = answers if answers is not None else [] if reference is None else [reference]
+    described["references"] = list_references(record, reference)
     described |= {key: record[key] for key in METRIC_KEYS if record.get(key) is not None}
-    is_box = data.sets[data.dataset.datasets.index(dataset)].metric == "box_iou"
-    if is_box and kind == "image" and not {"width", "height"} <= described.keys():
+    if metric == "box_iou" and kind == "image" and not {"width", "height"} <= described.keys():
         described["width"], described["height"] = read_image_size(paths[0], dataset.image_decoding)
     return described

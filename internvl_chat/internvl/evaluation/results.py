@@ -18,7 +18,8 @@ from typing import Any
 from internvl.constants import shorten
 from internvl.regular_files import open_regular_file, read_json_object
 
-PREDICTIONS_FILE, METRICS_FILE = "predictions.jsonl", "metrics.json"
+EVALUATION_DIR = "evaluation"  # in the output folder of a run
+PREDICTIONS_FILE, EVALUATION_METRICS_FILE = "predictions.jsonl", "metrics.json"
 METRIC_PREFIX = "eval/"
 MAX_PREDICTIONS_BYTES, MAX_LINE_BYTES, MAX_METRICS_BYTES = 2**34, 2**26, 2**26
 # Keys that every line of PREDICTIONS_FILE has -> types of their values.
@@ -50,9 +51,9 @@ def write_results(folder: str | Path, predictions: Iterable[dict], content: dict
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / METRICS_FILE).unlink(missing_ok=True)
+    (folder / EVALUATION_METRICS_FILE).unlink(missing_ok=True)
     write_lines(folder / PREDICTIONS_FILE, map(format_json, predictions))
-    write_lines(folder / METRICS_FILE, [format_json(content, indent=2)])
+    write_lines(folder / EVALUATION_METRICS_FILE, [format_json(content, indent=2)])
 
 
 def write_lines(file: Path, lines: Iterable[str]) -> None:
@@ -153,7 +154,7 @@ def read_metrics(folder: str | Path) -> dict:
     Raises:
         ValueError, OSError: the file is missing, damaged, or no file of metrics.
     """
-    file = Path(folder) / METRICS_FILE
+    file = Path(folder) / EVALUATION_METRICS_FILE
     content = read_json_object(file, MAX_METRICS_BYTES)
     _check_keys(content, METRICS_KEYS, str(file))
     _check_keys(content["metrics"], dict.fromkeys(content["metrics"], NUMBER), f"metrics of {file}")

@@ -1,9 +1,13 @@
 """Settings of an evaluation, the same during training and afterwards."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
+
+from internvl.arguments.data import DataTrainingArguments
+from internvl.arguments.evaluation import EvaluationArguments
 
 logger = logging.getLogger(__name__)
 
@@ -44,3 +48,31 @@ class EvaluationSettings:
     report_skipped_fn: Callable[[list[str]], None] = log_skipped_samples
     num_workers: int = 0
     multiprocessing_context: str | None = None
+
+    @classmethod
+    def from_flags(
+        cls,
+        data_args: DataTrainingArguments,
+        args: EvaluationArguments,
+        batch_size: int,
+        normalization: tuple[Sequence[float], Sequence[float]],
+        **options: Any,
+    ) -> "EvaluationSettings":
+        """Build the settings of a run from its flags.
+
+        Args:
+            batch_size: `--per_device_eval_batch_size`.
+            normalization: mean and standard deviation of pixels.
+            options: the attributes that have a default.
+        """
+        mean, std = normalization
+        return cls(
+            max_tokens=data_args.max_packed_tokens,
+            max_tiles=data_args.num_images_expected,
+            batch_size=batch_size,
+            max_new_tokens=args.eval_max_new_tokens,
+            num_samples=args.eval_num_samples,
+            image_mean=tuple(mean),
+            image_std=tuple(std),
+            **options,
+        )

@@ -32,7 +32,7 @@ class SharedRecords(NamedTuple):
 
 
 def find_shared_records(
-    evaluation: EvaluationData, training: PackedDataset, content_hashes: np.ndarray | None, samples: Sequence[int]
+    evaluation: EvaluationData, training: PackedDataset, content_hashes: np.ndarray, samples: Sequence[int]
 ) -> list[SharedRecords]:
     """Find identical records, by their hashes; those of equal hash are read and compared.
 
@@ -42,7 +42,6 @@ def find_shared_records(
         content_hashes: of the training samples.
         samples: ids of the training samples to consider.
     """
-    assert evaluation.content_hashes is not None and content_hashes is not None
     # The first training sample of each hash in each dataset: others with this hash have the same content and root.
     dataset_of_sample = np.searchsorted(training.ends, samples, side="right")
     found = []

@@ -14,8 +14,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from internvl.constants import get_pad_id
+from internvl.data.schema import BASE_ANSWERS_SPLIT
 from internvl.dist_utils import get_world_size
-from internvl.evaluation.evaluation_data import BASE_ANSWERS, EvaluationData
+from internvl.evaluation.evaluation_data import EvaluationData
 from internvl.evaluation.evaluation_plan import plan_evaluation
 from internvl.evaluation.sample_measurement import collate_packed, measure_samples
 from internvl.evaluation.settings import EvaluationSettings
@@ -99,7 +100,7 @@ def summarize_token_losses(data: EvaluationData, losses: np.ndarray) -> dict[str
         metrics |= {f"{entry.name}/{name}": value for name, value in compute_loss_metrics(part).items()}
     groups = {True: [losses[:0]], False: [losses[:0]]}  # whether these are the base model's answers
     for entry, part in zip(data.sets, parts, strict=True):
-        groups[entry.split == BASE_ANSWERS].append(part)
+        groups[entry.split == BASE_ANSWERS_SPLIT].append(part)
     of_base_answers = compute_loss_metrics(np.concatenate(groups[True]))
     metrics |= {"forgetting": of_base_answers["loss"]} if of_base_answers else {}
     return metrics | compute_loss_metrics(np.concatenate(groups[False]))

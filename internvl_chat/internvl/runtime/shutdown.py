@@ -6,6 +6,7 @@ an OSError and are printed in one line. Any other error is a bug and is printed 
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from internvl.data.outages import StoreUnavailableError
 from internvl.dist_utils import get_world_size, init_dist, is_collective_error, timeout
 from internvl.runtime.rank_monitor import RankMonitorClient, reports_for_rank_0
 from internvl.runtime.rank_monitor_server import ExitReport, format_error, write_stderr
-from internvl.runtime.signals import PREEMPTED_EXIT_STATUS, kill_workers, preemption
+from internvl.runtime.signals import PREEMPTED_EXIT_STATUS, ignore_signals, kill_workers, preemption
 from internvl.torch_internals import is_raised_in_dataloader_wait
 
 # Errors that are not bugs, by class -> advice.
@@ -181,3 +182,16 @@ def leave_rank_monitor() -> None:
     """Report that this rank has finished without an error."""
     if monitor_client is not None:
         monitor_client.leave()
+
+
+def exit_process_group(status: int) -> None:
+    """Destroy the process group and exit.
+
+    While threads of the group are alive, the exit of Python occasionally aborts.
+    """
+    leave_rank_monitor()
+    gc.collect()  # no object may refer to the group any more
+    dist.destroy_process_group()
+    if status:
+        ignore_signals()
+        sys.exit(status)

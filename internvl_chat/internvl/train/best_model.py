@@ -60,8 +60,8 @@ def read_patience_counter(checkpoint: Path, state: dict) -> int:
     counter = attributes.get("early_stopping_patience_counter") if isinstance(attributes, dict) else None
     if type(counter) is not int or not 0 <= counter <= state["global_step"]:
         raise ValueError(
-            f"{checkpoint}/trainer_state.json is invalid: {EarlyStoppingCallback.__name__} is {saved!r:.80}, expected "
-            "an early_stopping_patience_counter."
+            f"{checkpoint / TRAINER_STATE_FILE} is invalid: {EarlyStoppingCallback.__name__} is {saved!r:.80}, "
+            "expected an early_stopping_patience_counter."
         )
     return counter
 

@@ -25,6 +25,7 @@ from internvl.planning.sample_lengths import RankGroup
 
 logger = logging.getLogger(__name__)
 MAX_TOTAL_SAMPLES = np.iinfo(np.int32).max  # plans store sample ids as int32
+EMPTY = np.empty(0, np.int64)
 MAX_UNREPORTED_SHARE = 0.01  # of truncated answers, without a warning
 
 
@@ -48,7 +49,7 @@ class TrainingData(NamedTuple):
     skipped_samples: list[SkippedSample]
     weights: np.ndarray | None
     lost_loss_tokens: np.ndarray
-    content_hashes: np.ndarray | None = None
+    content_hashes: np.ndarray = EMPTY
     held_out: Sequence[MeasuredPart] = ()
 
     @property
@@ -131,15 +132,13 @@ def build_evaluation(
     num_image_token: int,
     dataset_class: type[LazySupervisedDataset] = LazySupervisedDataset,
     untrained_tokens: Mapping[int, str] | None = None,
-    base_answers: Mapping[str, dict] | None = None,
 ) -> EvaluationData | None:
     """Open and measure the evaluation sets; warn about records that are also trained.
 
     A collective. Arguments and errors: see `build_evaluation_data`.
     """
     evaluation = build_evaluation_data(
-        *(data_args, training_args, tokenizer, num_image_token),
-        *(data.held_out, dataset_class, untrained_tokens, base_answers),
+        data_args, training_args, tokenizer, num_image_token, data.held_out, dataset_class, untrained_tokens
     )
     if evaluation and get_rank() == 0:
         for shared in find_shared_records(evaluation, data.dataset, data.content_hashes, data.list_trained_samples()):

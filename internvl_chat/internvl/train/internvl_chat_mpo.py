@@ -26,13 +26,13 @@ from internvl.data.preference_dataset import PreferenceDataset as LazySupervised
 from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.lora import LORA_RANK_FIELDS
 from internvl.runtime.output_dir import claim_output_dir
-from internvl.runtime.shutdown import abort_all_ranks_on_error, join_process_group
+from internvl.runtime.shutdown import abort_all_ranks_on_error, exit_process_group, join_process_group
 from internvl.train.build_data import build_data
 from internvl.train.build_model import build_model, build_tokenizer, load_model
 from internvl.train.build_trainer import build_trainer
 from internvl.train.preference_loss import PreferenceLoss, PreferenceModel
 from internvl.train.run_evaluation import build_run_evaluation, check_evaluation_flags
-from internvl.train.run_training import exit_process_group, set_up_logging, train_and_save
+from internvl.train.run_training import set_up_logging, train_and_save
 from internvl.train.trainable_parameters import get_untrained_tokens
 from internvl.train.trainer_dpo import MultimodalDPOTrainer
 

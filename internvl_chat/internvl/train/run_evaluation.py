@@ -16,14 +16,20 @@ from internvl.arguments.evaluation_strategy import LOG_PREFIX
 from internvl.arguments.training import TrainingArguments
 from internvl.data.images import NORMALIZATION_STATS
 from internvl.data.schema import BASE_ANSWERS_SPLIT, is_trained, load_meta
-from internvl.data.skipped_samples import SkippedSampleReport, count_max_skipped_samples
+from internvl.data.skipped_samples import SkippedSampleReport
 from internvl.evaluation.base_answers import prepare_base_answers
-from internvl.evaluation.evaluation_data import EvaluationData, build_evaluation_data, collect_evaluation_sets
+from internvl.evaluation.evaluation_data import (
+    EvaluationData,
+    build_evaluation_data,
+    collect_evaluation_sets,
+    make_skipped_report,
+)
+from internvl.evaluation.results import EVALUATION_DIR
 from internvl.evaluation.settings import EvaluationSettings
 from internvl.metrics.step_timer import NOT_OF_STEP
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.train.build_data import TrainingData, build_evaluation
-from internvl.train.run_reports import EVALUATION_DIR, EVALUATION_SECONDS
+from internvl.train.run_reports import EVALUATION_SECONDS
 
 if TYPE_CHECKING:
     from internvl.train.trainer import InternVLTrainer
@@ -128,19 +134,9 @@ def build_run_evaluation(
     evaluation_data = build_evaluation(data, data_args, args, tokenizer, model.num_image_token, *dataset_options)
     if evaluation_data is None and not args.eval_base_answers:
         return None
-    skipped = SkippedSampleReport([], 0)
-    if evaluation_data:
-        max_skipped = count_max_skipped_samples(data_args, len(evaluation_data.lengths))
-        skipped = SkippedSampleReport(map(str, evaluation_data.skipped_samples), max_skipped)
-    mean, std = NORMALIZATION_STATS[data_args.normalize_type]
-    settings = EvaluationSettings(
-        max_tokens=data_args.max_packed_tokens,
-        max_tiles=data_args.num_images_expected,
-        batch_size=args.per_device_eval_batch_size,
-        max_new_tokens=args.eval_max_new_tokens,
-        num_samples=args.eval_num_samples,
-        image_mean=tuple(mean),
-        image_std=tuple(std),
+    skipped = make_skipped_report(evaluation_data, data_args) if evaluation_data else SkippedSampleReport([], 0)
+    settings = EvaluationSettings.from_flags(
+        *(data_args, args, args.per_device_eval_batch_size, NORMALIZATION_STATS[data_args.normalize_type]),
         report_skipped_fn=skipped.add,
         num_workers=args.dataloader_num_workers,
         multiprocessing_context=args.dataloader_multiprocessing_context,
@@ -172,7 +168,10 @@ def add_base_answers(trainer: "InternVLTrainer") -> None:
         *(trainer.model, trainer.processing_class, args.eval_base_answers, trainer.checkpoints.output_dir),
         *(evaluation.data_args, settings, trainer.state.global_step > 0),
     )
-    evaluation.data = evaluation.open_fn(base_answers=base_answers)
+    evaluation.data = data = evaluation.open_fn(base_answers=base_answers)
+    assert data is not None  # the base answers are a set
+    skipped = make_skipped_report(data, evaluation.data_args)
+    evaluation.settings = replace(evaluation.settings, report_skipped_fn=skipped.add)
 
 
 def evaluate_run(trainer: "InternVLTrainer") -> dict[str, float]:

@@ -8,7 +8,7 @@ from transformers import TrainerState
 from internvl.arguments.evaluation_strategy import LOG_PREFIX
 from internvl.data.skipped_samples import SkippedSampleReport
 from internvl.dist_utils import gather_objects
-from internvl.evaluation.results import METRIC_PREFIX
+from internvl.evaluation.results import EVALUATION_DIR, METRIC_PREFIX
 from internvl.metrics.step_metrics import (
     METRICS_FILE,
     StepMetrics,
@@ -19,7 +19,6 @@ from internvl.metrics.step_metrics import (
 from internvl.train.step_guard import NonFiniteStepGuard
 
 EVALUATION_SECONDS = f"{LOG_PREFIX}seconds"
-EVALUATION_DIR = "evaluation"  # in the output folder: results of step 50 are in `step-50/`
 
 
 class RunReports:
@@ -71,7 +70,7 @@ class RunReports:
 
 
 def drop_evaluations_after(folder: Path, step: int) -> None:
-    """Remove the folders `step-N` of steps after `step`."""
+    """Remove the results of steps after `step`; those of step N are in `step-N`."""
     for path in folder.glob("step-*"):
         number = path.name.removeprefix("step-")
         if number.isdecimal() and int(number) > step:

@@ -46,8 +46,7 @@ def count_samples(data: TrainingData) -> dict[str, dict[str, int]]:
     sources, lengths = data.dataset.get_source_samples(), data.lengths
     dataset_of_sample = np.searchsorted(data.dataset.ends, sources, side="right")
     num_datasets = len(data.dataset.datasets)
-    usable = np.unique(sources[data.is_usable])
-    num_usable = np.bincount(dataset_of_sample[usable], minlength=num_datasets)
+    num_usable = np.bincount(dataset_of_sample[data.list_trained_samples()], minlength=num_datasets)
     tokens, loss_tokens = (
         np.bincount(dataset_of_sample, lengths[name], minlength=num_datasets) for name in ("tokens", "loss_tokens")
     )

@@ -1,12 +1,10 @@
-"""Logging, training, saving and exit of every training program."""
+"""Logging, training and saving of every training program."""
 
-import gc
 import logging
 import sys
 import warnings
 from pathlib import Path
 
-import torch.distributed as dist
 import transformers
 
 from internvl.arguments.training import TrainingArguments
@@ -14,8 +12,7 @@ from internvl.checkpoint.manager import one_line_io_errors
 from internvl.checkpoint.trainer_state import TRAINER_STATE_FILE, read_global_step
 from internvl.dist_utils import run_on_rank_0
 from internvl.model.internvl_chat.adapter_checkpoint import list_weight_files
-from internvl.runtime.shutdown import leave_rank_monitor
-from internvl.runtime.signals import PREEMPTED_EXIT_STATUS, ignore_signals
+from internvl.runtime.signals import PREEMPTED_EXIT_STATUS
 from internvl.train.build_data import TrainingData
 from internvl.train.run_evaluation import prepare_model
 from internvl.train.run_reports import find_evaluation
@@ -39,6 +36,7 @@ def train_and_save(trainer: InternVLTrainer, data: TrainingData, checkpoint: str
         if trainer.args.do_eval:
             prepare_model(trainer)
             trainer.save_metrics("eval", trainer.evaluate())
+            return 0
         logger.info("--do_train False: everything is set up, exiting without training")
         return 0
     if checkpoint and has_finished(trainer, Path(checkpoint)):
@@ -90,19 +88,6 @@ def find_saved_step(output_dir: Path, checkpoint: Path) -> int | None:
         return read_global_step(output_dir)
     except (OSError, ValueError):  # it is written after the model
         return None
-
-
-def exit_process_group(status: int) -> None:
-    """Destroy the process group and exit.
-
-    While threads of the group are alive, the exit of Python occasionally aborts.
-    """
-    leave_rank_monitor()
-    gc.collect()  # no object may refer to the group any more
-    dist.destroy_process_group()
-    if status:
-        ignore_signals()
-        sys.exit(status)
 
 
 def set_up_logging(args: TrainingArguments) -> None:

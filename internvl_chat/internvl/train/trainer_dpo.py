@@ -129,7 +129,7 @@ class MultimodalDPOTrainer(InternVLTrainer):
         metrics = summarize_pairs(data, pairs)
         content = {
             "step": self.state.global_step,
-            "model": str(self.args.run_name),
+            "model": self.args.run_name or self.args.output_dir,
             "seconds": {"loss": round(time.monotonic() - start, 3)},
         }
         run_on_rank_0(lambda: write_pair_results(data, pairs, metrics, folder, **content))

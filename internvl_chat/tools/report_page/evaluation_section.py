@@ -7,6 +7,7 @@ from tools.report_page.charts import Chart, Line
 from tools.report_page.run_files import Run
 from tools.report_page.text import clean, format_number, render_table
 
+from internvl.arguments.evaluation_strategy import is_greater_better
 from internvl.data.schema import BASE_ANSWERS_SPLIT
 
 ALL_SETS = "all sets"
@@ -16,7 +17,6 @@ TITLES = {
     "token_accuracy": ("Token accuracy", "share of loss tokens"),
     "forgetting": ("Forgetting", "loss on the base model's answers"),
 }
-LOWER_IS_BETTER = {"loss", "perplexity", "forgetting", "cer", "wer"}  # where `metrics.json` does not say it
 WITHOUT_CHART = {"perplexity"}  # the exponential of the loss
 PREFERENCE_GROUPS = ("rewards", "logps")  # of quantities such as `rewards/accuracies`
 BOUNDS = ("_low", "_high")
@@ -51,12 +51,12 @@ def split_key(key: str, sets: dict[str, dict]) -> tuple[str, str]:
     return "/".join(names) or ALL_SETS, quantity
 
 
-def is_greater_better(run: Run, set_name: str, quantity: str) -> bool:
-    """Return the direction of a quantity: that of its set's metric, if it is that."""
+def is_greater_better_in_set(run: Run, set_name: str, quantity: str) -> bool:
+    """Check whether a greater value is better; `metrics.json` knows it of its set's metric."""
     entry = run.sets.get(set_name, {})
     if entry.get("metric") == quantity and isinstance(entry.get("greater_is_better"), bool):
         return entry["greater_is_better"]
-    return quantity not in LOWER_IS_BETTER
+    return is_greater_better(quantity)
 
 
 def list_curves(run: Run) -> list[Curve]:
@@ -73,7 +73,8 @@ def list_curves(run: Run) -> list[Curve]:
         )
         set_name, quantity = split_key(key, run.sets)
         steps = np.array([step for step, _ in points], np.int64)
-        curves.append(Curve(set_name, quantity, steps, values, low, high, is_greater_better(run, set_name, quantity)))
+        is_greater = is_greater_better_in_set(run, set_name, quantity)
+        curves.append(Curve(set_name, quantity, steps, values, low, high, is_greater))
     names = list(dict.fromkeys(curve.set_name for curve in curves))
     curves.sort(key=lambda curve: (curve.set_name == ALL_SETS, names.index(curve.set_name)))
     return drop_repeated_curves(run, curves)

@@ -16,11 +16,16 @@ from internvl.checkpoint.manifest import list_checkpoints
 from internvl.checkpoint.resume_rules import FLAGS_FILE, RUN_FILE
 from internvl.checkpoint.trainer_state import MAX_TRAINER_STATE_BYTES, TRAINER_STATE_FILE
 from internvl.data.skipped_samples import SKIPPED_SAMPLES_FILE
-from internvl.evaluation.results import METRIC_PREFIX, PREDICTIONS_FILE, read_metrics
+from internvl.evaluation.results import (
+    EVALUATION_DIR,
+    EVALUATION_METRICS_FILE,
+    METRIC_PREFIX,
+    PREDICTIONS_FILE,
+    read_metrics,
+)
 from internvl.metrics.step_metrics import METRICS_FILE
 from internvl.regular_files import open_regular_file, read_json_object
 from internvl.runtime.output_lock import is_lock_held
-from internvl.train.run_reports import EVALUATION_DIR
 
 MAX_LINE_BYTES = 2**20
 MAX_NUMBER = 1e100  # larger values are drawn as not finite
@@ -185,7 +190,7 @@ def read_evaluations(run: Run) -> None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            run.add_problem(path / "metrics.json", error)
+            run.add_problem(path / EVALUATION_METRICS_FILE, error)
             continue
         metrics = {key.removeprefix(METRIC_PREFIX): value for key, value in keep_numbers(content["metrics"]).items()}
         run.evaluations[step] = metrics | run.evaluations.get(step, {})

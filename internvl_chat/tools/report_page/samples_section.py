@@ -175,10 +175,9 @@ def summarize_changes(samples: list[Sample]) -> str:
 def render_card(sample: Sample, thumbnails: Thumbnails) -> str:
     """Render a sample."""
     line = sample.after
-    question = re.sub(r"^(<image>\s*)+", "", str(line.get("question") or ""))
+    question = re.sub(r"^(<image>\s*)+", "", line["question"])
     rows = [("question", "", fold(question))]
-    references = line.get("references")
-    references = references if isinstance(references, list) else []
+    references = line["references"]
     texts = [fold(reference) for reference in references[:MAX_REFERENCES]]
     if len(references) > MAX_REFERENCES:
         texts.append(f'<span class="soft">and {len(references) - MAX_REFERENCES} more</span>')
@@ -187,11 +186,11 @@ def render_card(sample: Sample, thumbnails: Thumbnails) -> str:
         if prediction is not None and prediction["prediction"] is not None:
             rows.append((name, rate(sample, prediction), fold(prediction["prediction"])))
     items = "".join(f'<dt>{name}</dt><dd class="{css}">{text}</dd>' for name, css, text in rows if text)
-    turns = line.get("history")
-    if isinstance(turns, list) and turns:
-        earlier = "".join(f"<li>{clean(turn)}</li>" for turn in turns[:20])
+    if turns := line.get("history"):
+        pairs = [pair if isinstance(pair, list) else [pair] for pair in turns[:20]]
+        earlier = "".join(f"<li>{clean(' / '.join(map(str, pair)))}</li>" for pair in pairs)
         items = (
-            f"<dt></dt><dd><details><summary>{len(turns)} earlier turns</summary><ol>{earlier}</ol></details></dd>"
+            f"<dt></dt><dd><details><summary>{len(turns)} earlier questions and answers</summary><ol>{earlier}</ol></details></dd>"
             + items
         )
     values = [describe_value(sample, key) for key in ("score", "loss")]
@@ -223,10 +222,9 @@ def describe_value(sample: Sample, key: str) -> str:
 
 def render_media(line: dict[str, Any], thumbnails: Thumbnails) -> str:
     """Render the images of a sample, or the first frame of its video."""
-    images, video = line.get("images"), line.get("video")
-    paths = [path for path in images if isinstance(path, str)] if isinstance(images, list) else []
-    if isinstance(video, str):
-        return f'<div class="media">{thumbnails.render_video(video)}</div>'
+    if "video" in line:
+        return f'<div class="media">{thumbnails.render_video(line["video"])}</div>'
+    paths = [path for path in line.get("images", []) if isinstance(path, str)]
     if not paths:
         return ""
     css_class = "media several" if len(paths) > 1 else "media"
