@@ -37,6 +37,7 @@ from internvl.dist_utils import get_rank
 from internvl.evaluation.answers import extract_final_answer
 from internvl.evaluation.batch_prediction import predict_file
 from internvl.evaluation.checkpoint_settings import build_data_arguments, find_chat_checkpoint, load_chat_model
+from internvl.evaluation.questions import refuse_reserved_token
 from internvl.evaluation.settings import EvaluationSettings
 from internvl.launchers import launch_environment
 from internvl.model.auxiliary_files import read_normalization
@@ -103,9 +104,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError("--input and --output are required together")
     if args.input and (args.question or args.image or args.video or args.temperature):
         raise ValueError("--input does not support a question, --image, --video or --temperature: records have them")
+    if args.system is not None:
+        validate_text(args.system, "--system")
     if args.output and args.output.exists() and args.output.samefile(args.input):
         raise ValueError(f"--output {args.output} is the input: choose another file")
     return args
+
+
+def validate_text(text: str, name: str) -> None:
+    """Require text that a model can be given.
+
+    Raises:
+        UnusableSample: it has the token that stands for images, or bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Python keeps such bytes of arguments and terminals as surrogates
+        raise UnusableSample(f"{name} is not valid UTF-8") from error
+    refuse_reserved_token(text, name)
 
 
 def load_chat(args: argparse.Namespace) -> tuple[Any, Any, DataTrainingArguments]:
@@ -177,13 +193,17 @@ def read_single_question(question: str | None) -> str | None:
     """Return the question of the command line or a pipe; None in a terminal.
 
     Raises:
-        ValueError: it is empty.
+        ValueError: it is empty, or not text for a model.
     """
     if question is None and sys.stdin.isatty():
         return None
-    question = (sys.stdin.read() if question is None else question).strip()
+    try:
+        question = (sys.stdin.read() if question is None else question).strip()
+    except UnicodeDecodeError as error:
+        raise ValueError("the question is not valid UTF-8") from error
     if not question:
         raise ValueError("the question is empty: pass it as an argument, or through a pipe")
+    validate_text(question, "the question")
     return question
 
 
@@ -248,12 +268,16 @@ class ChatSession:
         Returns:
             The answer; the rest of it, "", if it was shown.
         """
+        validate_text(question, "the question")
         images = self.attached_video or [
             self._load_tiles(path, len(self.attached_images)) for path in self.attached_images
         ]
         kind = "video" if self.attached_video else "image" if images else "text"
         if question.count(IMAGE_PLACEHOLDER) not in (0, len(images)) and kind == "image":
-            raise UnusableSample(f"{question.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} for {len(images)} images")
+            raise UnusableSample(
+                f"{question.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} for {len(images)} images: remove an "
+                f"{IMAGE_PLACEHOLDER}, or add an image with --image (in a session, /image)"
+            )
         [turn] = insert_placeholders([{"from": "human", "value": question}], kind, len(images))
         tiles = [*self.tiles, *images]
         streamer = AnswerStreamer(self.model, self.tokenizer, show_fn)
@@ -326,6 +350,9 @@ def run_session(session: ChatSession, input_fn: Callable[[str], str] = input) ->
     while True:
         try:
             line = input_fn(PROMPT).strip()
+        except UnicodeDecodeError:
+            print("error: the question is not valid UTF-8")
+            continue
         except EOFError:
             print()
             return

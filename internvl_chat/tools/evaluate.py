@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import string_to_bool
 
 from internvl import progress
 from internvl.arguments.data import DataTrainingArguments
@@ -83,6 +84,7 @@ class EvaluationFlags(EvaluationArguments):
 
 # Flags whose default is the value of the run that wrote the checkpoint.
 FLAGS_OF_RUN = ("eval_max_new_tokens", *EvaluationFlags.__annotations__)
+DATA_FLAGS_OF_RUN = {"max_bad_samples": float, "allow_outside_root": string_to_bool}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,11 +106,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the run's)"
     )
-    helps = {field.name: field.metadata["help"] for field in fields(EvaluationFlags)}
+    helps = {field.name: field.metadata["help"] for field in (*fields(EvaluationFlags), *fields(DataTrainingArguments))}
     parser.add_argument("--eval_share", type=float, default=0.0, help=helps["eval_share"])
     parser.add_argument("--eval_num_samples", type=int, help=helps["eval_num_samples"])
-    for name in FLAGS_OF_RUN:
-        parser.add_argument(f"--{name}", type=int, help=f"{helps[name].partition(';')[0]} (default: the run's)")
+    for name, value_type in (dict.fromkeys(FLAGS_OF_RUN, int) | DATA_FLAGS_OF_RUN).items():
+        parser.add_argument(f"--{name}", type=value_type, help=f"{helps[name].partition(';')[0]} (default: the run's)")
     return parser.parse_args(argv)
 
 
@@ -127,7 +129,7 @@ def evaluate_folders(args: argparse.Namespace) -> None:
     What is wrong with the inputs is reported before the first model is loaded.
     """
     load_meta(args.meta)
-    folder = find_checkpoint(args.folder, args.meta)
+    folder = find_checkpoint(args.folder, args)
     flags = collect_flags(args, folder)
     other, other_results = None, args.compare and Path(args.compare)
     if args.compare and (other_results / PREDICTIONS_FILE).is_file():
@@ -135,7 +137,7 @@ def evaluate_folders(args: argparse.Namespace) -> None:
         require_equal_settings(settings, read_metrics(other_results).get("settings"), other_results)
         run_on_rank_0(lambda: bool(read_predictions(other_results)))
     elif args.compare:
-        other = find_checkpoint(args.compare, args.meta)
+        other = find_checkpoint(args.compare, args)
     output = run_on_rank_0(lambda: make_output_dir(args))
     evaluate_folder(folder, args, flags, output)
     if other:
@@ -145,12 +147,24 @@ def evaluate_folders(args: argparse.Namespace) -> None:
         run_on_rank_0(lambda: compare(output, other_results, names=(args.folder, args.compare)))
 
 
-def find_checkpoint(path: str, meta_path: str) -> Path:
+def find_checkpoint(path: str, args: argparse.Namespace) -> Path:
     """Return the folder of a checkpoint whose settings are valid. A collective."""
     run_on_rank_0(lambda: find_chat_checkpoint(path))
     folder = find_chat_checkpoint(path)
-    build_data_arguments(folder, meta_path)
+    collect_data_flags(args, folder)
     return folder
+
+
+def collect_data_flags(args: argparse.Namespace, folder: Path) -> DataTrainingArguments:
+    """Collect the data flags of the run, replaced by those that are given.
+
+    Raises:
+        ValueError: a value is not valid.
+    """
+    given = {name: getattr(args, name) for name in DATA_FLAGS_OF_RUN if getattr(args, name) is not None}
+    data_args = replace(build_data_arguments(folder, args.meta), **given)
+    validate_numbers(data_args)
+    return data_args
 
 
 def collect_flags(args: argparse.Namespace, folder: Path) -> EvaluationFlags:
@@ -198,7 +212,7 @@ def make_output_dir(args: argparse.Namespace) -> Path:
 
 def evaluate_folder(folder: Path, args: argparse.Namespace, flags: EvaluationFlags, output: Path) -> None:
     """Evaluate a checkpoint, write the results and print them. A collective."""
-    data_args = build_data_arguments(folder, args.meta)
+    data_args = collect_data_flags(args, folder)
     model, tokenizer = load_chat_model(folder, args.dtype and getattr(torch, args.dtype))
     tokenizer.model_max_length = data_args.max_seq_length
     use_varlen_attention(model.language_model, data_args.use_packed_ds)  # as training

@@ -15,6 +15,7 @@ from tools.report_page.page import GENERATOR, render_page
 from tools.report_page.run_files import read_run
 
 from internvl.command_line import exit_on_user_error
+from internvl.evaluation.results import PREDICTIONS_FILE
 from internvl.regular_files import open_regular_file
 
 REPORT_FILE = "report.html"
@@ -33,6 +34,8 @@ def main(argv=None):
         "first evaluation of the run",
     )
     args = parser.parse_args(argv)
+    if args.base and not (args.base / PREDICTIONS_FILE).is_file():
+        raise ValueError(f"--base {args.base} has no {PREDICTIONS_FILE}: expected the results of tools/evaluate.py.")
     write_page(args.output or args.folder / REPORT_FILE, render_page(read_run(args.folder), args.base))
 
 
@@ -40,8 +43,12 @@ def write_page(file: Path, page: str) -> None:
     """Write a page, complete or not at all.
 
     Raises:
-        ValueError: the file exists and is not a report.
+        ValueError: the file exists and is not a report, or its folder does not exist.
     """
+    if file.is_dir():
+        raise ValueError(f"--output {file} is a folder: expected a file such as {file / REPORT_FILE}.")
+    if not file.parent.is_dir():
+        raise ValueError(f"--output {file}: the folder {file.parent} does not exist.")
     if file.exists():
         with open_regular_file(file) as opened:
             if GENERATOR.encode() not in opened.read(1024):

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.metric_records import read_records
 
 from internvl.arguments.evaluation_strategy import is_greater_better
 from internvl.arguments.training import parse_args
-from internvl.evaluation.scores import METRICS
-from internvl.train.run_evaluation import check_evaluation_flags
+from internvl.evaluation.scores import METRICS, compute_details
+from internvl.train.run_evaluation import check_evaluation_flags, list_answer_metrics
 
 STEPS = "--eval_strategy steps --eval_steps 50 --save_steps 100"
 BEST = f"{STEPS} --load_best_model_at_end True"
@@ -78,6 +79,14 @@ def test_greater_is_better_is_known_by_the_metric(name):
     assert args.greater_is_better == METRICS[name].greater_is_better
 
 
+@pytest.mark.parametrize("metric", ["cer", "wer", "yes_no", "box_iou", "bleu"])
+def test_greater_is_better_is_known_of_further_numbers(metric):
+    for number in compute_details(metric, read_records(metric)):
+        args = parse(f"{STEPS} --metric_for_best_model eval/set/{metric}_{number}")
+        assert args.greater_is_better == METRICS[metric].greater_is_better == (metric not in ("cer", "wer"))
+    assert is_greater_better("eval_cer_mean/anls") and is_greater_better("eval_certainty")
+
+
 def test_loss_is_the_default_metric():
     for flags in ("--load_best_model_at_end True", "--save_strategy best", "--early_stopping_patience 1"):
         args = parse(f"{STEPS} {flags}")
@@ -131,8 +140,9 @@ MISMATCHES = {
     "--meta_path {both}": "evaluation sets .held. are not evaluated",
     "--meta_path {train} --eval_share 0.1": "evaluation sets .--eval_share. are not evaluated",
     f"--meta_path {{train}} --eval_meta_path {{eval}} {METRIC} docvqa/cider": "--metric_for_best_model "
-    "eval/docvqa/cider is invalid: expected one of eval/loss, .* eval/docvqa/anls, eval/plain/loss",
+    "eval/docvqa/cider is invalid: expected one of eval/loss, .* eval/docvqa/anls, .* eval/plain/loss",
     f"--meta_path {{train}} --eval_meta_path {{eval}} {METRIC} forgetting": "eval/forgetting is invalid",
+    f"--meta_path {{train}} --eval_meta_path {{eval}} {METRIC} docvqa/anls_hgih": "eval/docvqa/anls_hgih is invalid",
     f"--meta_path {{train}} --eval_share 0.1 {METRIC} held/loss": "expected one of .*, eval/caption/loss",
 }
 
@@ -155,3 +165,10 @@ MATCHES = [
 @pytest.mark.parametrize("flags", MATCHES)
 def test_matching_evaluation_sets_are_accepted(meta_files, flags):
     check(meta_files, flags)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_all_numbers_of_a_metric_are_known(metric):
+    details = compute_details(metric, read_records(metric))
+    expected = [metric, *(f"{metric}_{name}" for name in ("low", "high", *details))]
+    assert list_answer_metrics(metric) == expected

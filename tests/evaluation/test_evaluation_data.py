@@ -66,11 +66,11 @@ def test_metrics_of_the_schema_are_those_that_are_computed():
 
 def test_sets_come_from_three_sources(build, write):
     train = write("train", a=(TEXTS, {"metric": "anls", "repeat_time": 2}), b=(TEXTS[:5], {"split": "eval"}))
-    evaluated = write("eval", c=(TEXTS[5:8], {"metric": "anls", "scorer": "internvl"}), d=(TEXTS[:2], {}))
+    evaluated = write("eval", c=(TEXTS[5:8], {"metric": "relaxed_accuracy", "scorer": "internvl"}), d=(TEXTS[:2], {}))
     data, evaluation = build("--meta_path", train, "--eval_meta_path", evaluated, "--eval_share", "0.3")
     held_out = len(data.held_out[0].dataset)
     assert evaluation.sets == [
-        EvaluationSet("c", "anls", "internvl"),
+        EvaluationSet("c", "relaxed_accuracy", "internvl"),
         EvaluationSet("d"),
         EvaluationSet("b"),
         EvaluationSet("a", "anls"),
@@ -105,7 +105,7 @@ def test_all_datasets_of_a_meta_file_are_opened_whatever_their_split(parse_flags
     [
         ("eval", "--eval_meta_path", "evaluation set a is in --meta_path and in --eval_meta_path: rename or remove"),
         ("eval", "--eval_base_answers", "evaluation set a is in --meta_path and in --eval_base_answers: rename or"),
-        ("train", "--eval_meta_path", "dataset a, of which --eval_share 0.3 holds out records, has the name of an"),
+        ("train", "--eval_meta_path", "evaluation set a is in --eval_meta_path and in --eval_share: rename or remove"),
     ],
 )
 def test_two_sets_of_one_name_are_refused(build, write, split, flag, message):
@@ -219,6 +219,14 @@ def test_invalid_meta_keys(build, write, entry, expected, flag):
     files = {"--meta_path": write("train", a=(TEXTS, {})), flag: write("eval", b=(TEXTS, entry))}
     with pytest.raises(ValueError, match=f"dataset b: {expected}"):
         build(*chain(*files.items()))
+
+
+@pytest.mark.parametrize("metric", ["anls", "cider", "cer"])
+def test_scorer_of_a_metric_with_one_reading_is_refused(build, write, metric):
+    evaluated = write("eval", b=(TEXTS, {"metric": metric, "scorer": "internvl"}))
+    message = f"dataset b: scorer internvl is not supported with metric {metric}, whose only reading is .*: remove it."
+    with pytest.raises(ValueError, match=message):
+        build("--meta_path", write("train", a=(TEXTS, {})), "--eval_meta_path", evaluated)
 
 
 def test_preference_pairs_have_no_metric(build, write):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers.metric_records import read_aggregate, read_records
 
+from internvl.constants import shorten
 from internvl.data.schema import METRIC_NAMES, SCORERS
 from internvl.evaluation.metrics.box_scores import compute_record_iou, parse_box
 from internvl.evaluation.metrics.caption_scores import tokenize_caption
@@ -163,6 +164,14 @@ def test_scorer_of_the_record_counts_where_it_is_internvl():
         score("yes_no", record, "vlmevalkit")
 
 
+def test_each_record_is_read_by_its_own_scorer():
+    records = [{"prediction": "no.5", "references": ["no"]} | extra for extra in ({}, {"scorer": "internvl"})]
+    for mixed in (records, records[::-1]):
+        assert score_all("yes_no", mixed) == [score("yes_no", record) for record in mixed]
+        assert aggregate("yes_no", mixed) == 0.5
+    assert aggregate("yes_no", records, "internvl") == 1
+
+
 def test_names_of_metrics_are_those_of_the_meta_file():
     assert tuple(METRICS) == METRIC_NAMES
     assert (INTERNVL_SCORER,) == SCORERS
@@ -222,13 +231,68 @@ def test_rouge_l_warns_of_letters_that_it_ignores(caplog):
     assert not caplog.text
 
 
+INVALID_VALUES = {
+    "prediction as number": ("anls", {"prediction": 3}, "prediction 3 is not a text"),
+    "prediction as list": ("cider", {"prediction": ["cat"]}, "prediction ['cat'] is not a text"),
+    "references as text": ("exact_match", {"references": "cat"}, "expected a list of references, got 'cat'"),
+    "references as object": ("bleu", {"references": {"a": 1}}, "expected a list of references, got {'a': 1}"),
+    "reference as number": ("wer", {"references": ["cat", 3]}, "reference 3 is not a text"),
+    "count as number": ("counting", {"references": [3]}, "reference 3 is not a text"),
+    "number as number": (
+        "number",
+        {"references": [3], "answer_type": "integer"},
+        "reference 3 is not the text of a number",
+    ),
+    "precision as text": (
+        "number",
+        {"references": ["0.5"], "answer_type": "float", "precision": "1"},
+        "precision '1' is invalid: expected the number of decimals",
+    ),
+    "another letter": (
+        "multiple_choice",
+        {"references": ["C"], "choices": {"A": "cat", "B": "dog"}},
+        "reference 'C' is not one of the choices A, B",
+    ),
+    "three sides": (
+        "box_iou",
+        {"references": [[1, 2, 3]], "width": 9, "height": 9},
+        "reference [1, 2, 3] is not a box [x1, y1, x2, y2]",
+    ),
+    "width 0": (
+        "box_iou",
+        {"references": [[1, 2, 3, 4]], "width": 0, "height": 9},
+        "width 0 is invalid: expected the width of the image in pixels",
+    ),
+    "maybe": ("yes_no", {"references": ["maybe"]}, "reference 'maybe' is neither yes nor no"),
+}
+
+
+@pytest.mark.parametrize("compute_fn", [score, score_all, aggregate, compute_details])
+@pytest.mark.parametrize("case", INVALID_VALUES)
+def test_invalid_values_are_named(case, compute_fn):
+    metric, values, error = INVALID_VALUES[case]
+    record = {"id": 7, "prediction": "cat", "references": ["cat"]} | values
+    with pytest.raises(ValueError) as caught:
+        compute_fn(metric, record if compute_fn is score else [record])
+    assert str(caught.value) == f"Record 7 cannot be scored by {metric}: {error}."
+
+
 # -- records before there is a prediction ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", [name for name in METRICS if name not in ("counting",)])
+@pytest.mark.parametrize("metric", [name for name in METRICS if name not in ("counting", "number")])
 def test_recorded_records_have_no_error(metric):
+    assert list_record_errors(metric) == []
+
+
+def test_recorded_numbers_that_no_answer_matches_have_an_error():
+    errors = list_record_errors("number")
+    assert len(errors) == 3 and all("matches no answer: write it as" in error for error in errors)
+
+
+def list_record_errors(metric: str) -> list[str]:
     records = [record for record in read_records(metric) if record["references"]]
-    assert [error for record in records if (error := find_record_error(metric, record))] == []
+    return [error for record in records if (error := find_record_error(metric, record))]
 
 
 BOX = {"references": [[1, 2, 30, 40]], "width": 100, "height": 50}
@@ -257,6 +321,11 @@ RECORD_ERRORS = {
     ),
     "maybe": ("yes_no", {"references": ["maybe"]}, "reference 'maybe' is neither yes nor no"),
     "no width": ("box_iou", BOX | {"width": None}, "lacks 'width'"),
+    "width beyond floats": (
+        "box_iou",
+        BOX | {"width": 10**400},
+        f"width {shorten(10**400)} is invalid: expected the width of the image in pixels",
+    ),
     "height 0": ("box_iou", BOX | {"height": 0}, "height 0 is invalid: expected the height of the image in pixels"),
     "three numbers": (
         "box_iou",
@@ -279,6 +348,36 @@ RECORD_ERRORS = {
         "number",
         NUMBER | {"precision": None},
         "precision None is invalid: expected the number of decimals",
+    ),
+    "infinite precision": (
+        "number",
+        NUMBER | {"precision": float("inf")},
+        "precision inf is invalid: expected the number of decimals",
+    ),
+    "half a decimal": (
+        "number",
+        NUMBER | {"precision": 0.5},
+        "precision 0.5 is invalid: expected the number of decimals",
+    ),
+    "negative precision": (
+        "number",
+        NUMBER | {"precision": -1},
+        "precision -1 is invalid: expected the number of decimals",
+    ),
+    "truth as precision": (
+        "number",
+        NUMBER | {"precision": True},
+        "precision True is invalid: expected the number of decimals",
+    ),
+    "trailing zero": (
+        "number",
+        NUMBER | {"references": ["0.50"], "precision": 2},
+        "reference '0.50' matches no answer: write it as '0.5'",
+    ),
+    "decimals of an integer": (
+        "number",
+        {"references": ["18.0"], "answer_type": "integer"},
+        "reference '18.0' matches no answer: write it as '18'",
     ),
     "no number": ("number", NUMBER | {"references": ["much"]}, "reference 'much' is not the text of a number"),
 }

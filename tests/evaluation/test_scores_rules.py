@@ -255,6 +255,7 @@ def test_numbers():
     assert score_number("inf", "inf", "float", 1) == 1
     assert score_number("2.5", "2.0", "float", 0) == 1  # half to even
     assert score_number("3", "3.0", "float", 2.0) == 1
+    assert score_number("0.50", "0.50", "float", 2) == 0  # read as 0.5
 
 
 # -- captions ----------------------------------------------------------------------------------------------------------

@@ -103,7 +103,11 @@ def test_frames_of_a_video_are_numbered(folder, loaded, capsys):
     [
         (["model", ""], "the question is empty"),
         (["model", "Q?", "--image", "gone.png"], "gone.png"),
-        (["gone", "Q?"], "config.json is missing"),
+        (["gone", "Q?"], "the folder gone does not exist"),
+        (["/nothere"], "the folder /nothere does not exist"),
+        (["model", "caf\udce9"], "the question is not valid UTF-8"),
+        (["model", "Q?", "--system", "caf\udce9"], "--system is not valid UTF-8"),
+        (["model", "<IMG_CONTEXT>?"], "the question contains <IMG_CONTEXT>, which is reserved for images"),
         (["model", "Q?", "--temperature", "-1"], "--temperature -1.0 is invalid: expected a number >= 0"),
         (["model", "Q?", "--temperature", "nan"], "--temperature nan is invalid"),
         (["model", "Q?", "--batch_size", "0"], "--batch_size 0 is invalid"),
@@ -111,7 +115,7 @@ def test_frames_of_a_video_are_numbered(folder, loaded, capsys):
         (["model", "--input", "in.jsonl", "--output", "o.jsonl", "--image", "a.png"], "--input does not support"),
         (["model", "--input", "gone.jsonl", "--output", "o.jsonl"], "gone.jsonl"),
         (["model", "--input", "model/config.json", "--output", "o.jsonl"], "config.json is invalid"),
-        (["model", "<image> <image>", "--image", "small.png"], "2 <image> for 1 images"),
+        (["model", "<image> <image>", "--image", "small.png"], "2 <image> for 1 images: remove an <image>, or add"),
     ],
 )
 def test_user_errors_are_one_sentence(folder, argv, part, monkeypatch):
@@ -128,7 +132,7 @@ def session(folder, loaded):
     return ChatSession(*loaded, build_data_arguments(folder / "model"), (MEAN, STD), CONFIG)
 
 
-def feed(session: ChatSession, *lines: str | type[BaseException]) -> None:
+def feed(session: ChatSession, *lines: str | BaseException | type[BaseException]) -> None:
     """Run a session with these lines, or exceptions in place of a line, then Ctrl-D."""
     remaining = iter([*lines, EOFError])
 
@@ -168,6 +172,20 @@ def test_a_session_goes_on_after_errors_and_ctrl_c(session, capsys):
     printed = capsys.readouterr().out
     assert "error: " in printed and "gone.png" in printed and "error: /imag is no command" in printed
     assert "/video PATH" in printed and "Ctrl-D ends the session" in printed
+    assert [question for question, _ in session.history] == ["Hm?"]
+
+
+def test_a_pipe_that_is_not_utf8_is_an_error(folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?"), "utf-8"))
+    assert run(folder / "model") == "error: the question is not valid UTF-8"
+
+
+def test_a_session_goes_on_after_texts_that_are_refused(session, capsys):
+    damaged = UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid")
+    feed(session, damaged, "caf\udce9", "<IMG_CONTEXT>?", "Hm?")
+    printed = capsys.readouterr().out
+    assert printed.count("error: the question is not valid UTF-8") == 2
+    assert "error: the question contains <IMG_CONTEXT>, which is reserved" in printed
     assert [question for question, _ in session.history] == ["Hm?"]
 
 

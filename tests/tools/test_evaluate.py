@@ -9,7 +9,7 @@ from helpers.forked_ranks import ForkedRanks
 from helpers.paths import REPO_ROOT
 from helpers.tiny_models import make_tiny_checkpoint
 from helpers.training_runs import TRAIN_ADAPTERS, build_run_environment, run_training
-from tools.evaluate import evaluate_folders, parse_args
+from tools.evaluate import collect_data_flags, evaluate_folders, parse_args
 from tools.internvl_custom2hf import main as custom2hf
 
 from internvl.checkpoint.manifest import find_checkpoint_errors
@@ -142,6 +142,14 @@ def test_datasets_that_are_trained_are_left_out_if_others_are_not(base, meta, ru
     assert content["settings"] == {"max_new_tokens": 128, "num_samples": 1}
 
 
+def test_flags_that_messages_advise_are_those_of_the_data(base, meta):
+    argv = [str(base), str(meta)]
+    data_args = collect_data_flags(parse_args([*argv, "--max_bad_samples", "3", "--allow_outside_root", "True"]), base)
+    assert (data_args.max_bad_samples, data_args.allow_outside_root) == (3, True)
+    data_args = collect_data_flags(parse_args(argv), base)
+    assert (data_args.max_bad_samples, data_args.allow_outside_root) == (0.01, False)
+
+
 # -- wrong inputs ------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +177,7 @@ WRONG_INPUTS = {
     "damaged line": ({"line": "1"}, (), "predictions.jsonl line 1 is invalid: 'line' must be int, got '1'"),
     "negative number": ({}, ("--eval_num_samples", -1), "--eval_num_samples -1 is invalid"),
     "no batch": ({}, ("--per_device_eval_batch_size", 0), "--per_device_eval_batch_size 0 is invalid"),
+    "negative share": ({}, ("--max_bad_samples", -1), "--max_bad_samples -1.0 is invalid"),
     "share of 1": ({}, ("--eval_share", 1), "--eval_share 1.0 is invalid"),
 }
 
@@ -186,7 +195,7 @@ def test_wrong_folders(base, meta, run_tool, tmp_path):
     custom2hf(["--custom_path", str(base), "--save_path", str(tmp_path / "hf")])
     for folder, message in (
         (tmp_path / "hf", r"tools/internvl_hf2custom.py"),
-        (tmp_path / "absent", r"no checkpoint in .*absent': config.json is missing"),
+        (tmp_path / "absent", r"the folder .*absent does not exist"),
     ):
         with pytest.raises(ValueError, match=message):
             run_tool(folder, meta, "--output", tmp_path / "out")

@@ -102,6 +102,16 @@ def test_best_evaluation_is_that_of_the_chosen_metric(folder):
     assert "stopped step 40 of 60" in page.text and "40 s left" in page.text
 
 
+def test_best_evaluation_by_a_name_without_a_set_is_over_all_sets(folder):
+    values = {"pets/loss": 0.5, "more/loss": 1.0, "evals/loss": 2.25, "loss": 1.25}
+    write_evaluation(folder, 40, [make_prediction(1)], **values)
+    for metric in ("eval/loss", "eval_loss", "loss", None):
+        (folder / "run.json").write_text(json.dumps({"flags": {"metric_for_best_model": metric}}))
+        assert "Best loss 1.25 step 40" in render(folder).text
+    (folder / "run.json").write_text(json.dumps({"flags": {"metric_for_best_model": "evals/loss"}}))
+    assert "Best loss, evals 2.25 step 40" in render(folder).text
+
+
 def test_lower_is_better_where_the_metrics_say_so(folder):
     metrics = folder / "evaluation/step-40/metrics.json"
     content = json.loads(metrics.read_text())
@@ -110,6 +120,8 @@ def test_lower_is_better_where_the_metrics_say_so(folder):
     assert "pets exact match ↓ 0 0 at 20 0.75" in render(folder).text
     write_evaluation(folder, 40, [make_prediction(1)], **{"pairs/nll_loss": 0.5})  # by its name
     assert "pairs nll loss ↓ 0.5" in render(folder).text
+    write_evaluation(folder, 40, [make_prediction(1)], **{"text/cer": 0.5, "text/cer_mean": 0.25})
+    assert "text cer mean ↓ 0.25" in render(folder).text
 
 
 def test_means_of_one_set_are_not_repeated(folder):
@@ -263,6 +275,12 @@ def test_no_run(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_output_that_cannot_be_a_file(folder, tmp_path):
+    for path, message in {tmp_path: "is a folder", tmp_path / "no/x.html": "the folder .*no does not exist"}.items():
+        with pytest.raises(SystemExit, match=f"error: --output {path}.*{message}"):
+            write_report([str(folder), "--output", str(path)])
+
+
 def test_other_files_are_not_overwritten(folder, tmp_path):
     for _ in range(2):
         write_report([str(folder), "--output", str(tmp_path / "page.html")])
@@ -349,8 +367,9 @@ def test_answers_before_and_after(folder, tmp_path):
     shutil.copytree(folder / "evaluation/step-40", base)
     page = render(folder, "--base", base)
     assert "0 improved, 0 worsened" in page.text and f"Before: {base}. After: step 40." in page.text
-    page = render(folder, "--base", tmp_path / "gone")
-    assert "gone/predictions.jsonl is left out" in page.text and "reference a cat after a cat" in page.text
+    (base / "predictions.jsonl").unlink()
+    with pytest.raises(SystemExit, match="--base .*base has no predictions.jsonl"):
+        render(folder, "--base", base)
 
 
 def test_tabs_show_worst_changed_and_random_samples(folder):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from internvl.arguments.training import parse_args
-from internvl.train.best_model import BestModelRecord, read_best_model
+from internvl.train.best_model import COMPARED_FLAGS, BestModelRecord, read_best_model
 
 FLAGS = "--eval_strategy steps --eval_steps 1 --metric_for_best_model loss --early_stopping_patience 3".split()
 STATE = {
@@ -21,7 +21,8 @@ STATE = {
 def checkpoint(tmp_path) -> Path:
     for step in (2, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    flags = {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+    args = parse_args(["--output_dir", str(tmp_path), *FLAGS])[2]
+    flags = {name: getattr(args, name) for name in COMPARED_FLAGS}
     record = {"flags": flags, "world_size": 1, "versions": {}, "changes": []}
     (tmp_path / "checkpoint-4/flags.json").write_text(json.dumps(record))
     return tmp_path / "checkpoint-4"
@@ -50,8 +51,10 @@ def test_removed_best_checkpoint_is_reported(checkpoint, caplog):
     assert "checkpoint-2 of step 2 does not exist any more" in caplog.text
 
 
-@pytest.mark.parametrize("flags", [["--greater_is_better", "True"], ["--metric_for_best_model", "perplexity"]])
-def test_another_metric_is_not_comparable(checkpoint, flags):
+@pytest.mark.parametrize(
+    "flags", [["--greater_is_better", "True"], ["--metric_for_best_model", "perplexity"], ["--eval_share", "0.1"]]
+)
+def test_another_metric_or_evaluation_set_is_not_comparable(checkpoint, flags):
     assert read(checkpoint, count(2), *flags) == BestModelRecord(None, 0, is_comparable=False)
 
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from internvl.arguments.training import TrainingArguments
 
 LOG_PREFIX = "eval_"  # of evaluation metrics in transformers' logs; its reporters show `eval/`, as this package does
-SMALLER_IS_BETTER = ("loss", "nll_loss", "perplexity", "forgetting", "cer", "wer")  # last parts of metrics' names
+# Last parts of metrics' names, and how those of their further numbers and intervals begin: `cer_mean`, `cer_low`.
+SMALLER_IS_BETTER = ("loss", "nll_loss", "perplexity", "forgetting", "cer", "wer")
 
 
 def normalize_metric(name: str) -> str:
@@ -25,7 +26,7 @@ def normalize_metric(name: str) -> str:
 def is_greater_better(metric: str) -> bool:
     """Check whether a greater value of a metric is better."""
     name = metric.removeprefix(LOG_PREFIX).rpartition("/")[2]
-    return name.removesuffix("_low").removesuffix("_high") not in SMALLER_IS_BETTER
+    return not any(name == smaller or name.startswith(f"{smaller}_") for smaller in SMALLER_IS_BETTER)
 
 
 def prepare_evaluation_flags(args: "TrainingArguments") -> None:

@@ -42,9 +42,14 @@ def find_chat_checkpoint(path: str | Path) -> Path:
 
     Args:
         path: a folder, or ORG/NAME on the hub.
+
+    Raises:
+        ValueError: the folder does not exist, or cannot be downloaded.
     """
-    if Path(path).exists() or str(path).count("/") != 1:
+    if Path(path).exists():
         return Path(path)
+    if str(path).count("/") != 1 or Path(path).is_absolute():
+        raise ValueError(f"the folder {path} does not exist")
     try:
         return Path(snapshot_download(str(path), allow_patterns=HUB_PATTERNS))
     except (OSError, ValueError) as error:
@@ -61,6 +66,8 @@ def load_chat_config(folder: str | Path) -> InternVLChatConfig:
         ValueError: the folder holds no chat checkpoint; the message has what to pass or convert instead.
     """
     folder = Path(folder)
+    if not folder.exists():
+        raise ValueError(f"the folder {folder} does not exist")
     if not (folder / "config.json").is_file() and (checkpoints := list_checkpoints(folder)):
         raise ValueError(f"no checkpoint in {str(folder)!r}, only below it: pass {checkpoints[0]}")
     return InternVLChatConfig.from_pretrained(require_checkpoint_dir(folder))

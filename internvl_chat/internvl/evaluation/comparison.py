@@ -251,7 +251,9 @@ def _describe_set(entry: SetComparison) -> dict:
 
 def format_comparison(comparison: Comparison, names: tuple[str, str]) -> str:
     """Format a comparison as a table of differences and the first changed samples."""
-    rows = [["set", "samples", "number", "first", "second", "difference", "95 % interval", "p", "better", "worse"]]
+    rows = [
+        ["set", "samples", "number", "first", "second", "difference", "95 % interval", "p", "test", "better", "worse"]
+    ]
     for entry in comparison.sets:
         label = [entry.name, f"{entry.num_samples:,}"]
         if entry.score:
@@ -260,10 +262,8 @@ def format_comparison(comparison: Comparison, names: tuple[str, str]) -> str:
         if entry.loss:
             rows.append([*label, "loss", *_format_number(entry.loss)])
     lines = [f"Comparison of {names[0]} (first) with {names[1]} (second):", format_table(rows)]
-    tests = dict.fromkeys(
-        value.paired.test for entry in comparison.sets for value in (entry.score, entry.loss) if value
-    )
-    lines.append(f"p: {', '.join(tests)}" if tests else "Nothing to compare: no sample has a score or a loss in both.")
+    if len(rows) == 1:
+        lines.append("Nothing to compare: no sample has a score or a loss in both.")
     if num_only_one := sum(entry.num_only_one for entry in comparison.sets):
         lines.append(f"Samples that one of the two has skipped: {num_only_one:,}")
     lines.append(f"Changed answers: {len(comparison.changed):,}")
@@ -274,7 +274,7 @@ def format_comparison(comparison: Comparison, names: tuple[str, str]) -> str:
 def _format_number(number: ComparedNumber) -> list[str]:
     paired = number.paired
     cells = [f"{number.value:.4f}", f"{number.other:.4f}", f"{paired.difference:+.4f}"]
-    return [*cells, f"{paired.low:+.4f} to {paired.high:+.4f}", f"{paired.p_value:.3g}"]
+    return [*cells, f"{paired.low:+.4f} to {paired.high:+.4f}", f"{paired.p_value:.3g}", paired.test]
 
 
 def _format_change(change: dict) -> str:

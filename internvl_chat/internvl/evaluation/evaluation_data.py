@@ -28,7 +28,7 @@ from internvl.data.skipped_samples import (
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.dist_utils import count_cores_per_rank, gather_objects, get_rank, get_world_size
 from internvl.evaluation.questions import build_prediction_record, build_question
-from internvl.evaluation.scores import find_record_error, require_library
+from internvl.evaluation.scores import find_record_error, get_metric, require_library
 from internvl.planning.measured_data import MeasuredPart, join_parts, measure_datasets
 from internvl.planning.packed_dataset import PackedDataset
 from internvl.planning.sample_lengths import RankGroup
@@ -107,11 +107,6 @@ def build_evaluation_data(
             more samples than --max_bad_samples are unusable.
     """
     meta = collect_evaluation_sets(data_args, args) | dict(base_answers or {})
-    if twice := [part.dataset.ds_name for part in held_out if part.dataset.ds_name in meta]:
-        raise ValueError(
-            f"dataset {twice[0]}, of which --eval_share {args.eval_share:g} holds out records, has the name of an "
-            "evaluation set: rename one of them."
-        )
     if not meta and not held_out:
         return None
     data = open_evaluation_data(meta, data_args, tokenizer, num_image_token, held_out, dataset_class, untrained_tokens)
@@ -126,10 +121,11 @@ def check_usable_samples(data: EvaluationData, data_args: DataTrainingArguments)
     Raises:
         ValueError: more than --max_bad_samples are unusable, or all of a set.
     """
-    report_skipped_samples(list(data.skipped_samples), data.lengths, data_args, "evaluation samples")
-    for position, evaluation_set in enumerate(data.sets):
+    for position, entry in enumerate(data.sets):
         if not data.list_samples(position):
-            raise ValueError(f"evaluation set {evaluation_set.name} has no usable sample.")
+            reasons = [str(sample) for sample in data.skipped_samples if sample.dataset == entry.name]
+            raise ValueError(f"evaluation set {entry.name} has no usable sample: {'; '.join(reasons[:3]) or 'none'}.")
+    report_skipped_samples(list(data.skipped_samples), data.lengths, data_args, "evaluation samples")
 
 
 def make_skipped_report(data: EvaluationData, data_args: DataTrainingArguments) -> SkippedSampleReport:
@@ -152,6 +148,7 @@ def collect_evaluation_sets(data_args: DataTrainingArguments, args: EvaluationAr
         "meta_path": {name: entry for name, entry in training.items() if not is_trained(entry)},
         "eval_meta_path": load_meta(args.eval_meta_path) if args.eval_meta_path else {},
         "eval_base_answers": load_meta(args.eval_base_answers) if args.eval_base_answers else {},
+        "eval_share": {name: entry for name, entry in training.items() if is_trained(entry) and args.eval_share},
     }
     source_of: dict[str, str] = {}
     for flag, meta in sources.items():
@@ -220,7 +217,7 @@ def open_datasets(
 
 def make_evaluation_set(dataset: LazySupervisedDataset) -> EvaluationSet:
     """Read from the meta entry how a dataset is evaluated."""
-    metric, name = dataset.meta.get("metric"), dataset.ds_name
+    metric, scorer, name = dataset.meta.get("metric"), dataset.meta.get("scorer"), dataset.ds_name
     if dataset.meta.get("split") == BASE_ANSWERS_SPLIT:
         return EvaluationSet(name, split=BASE_ANSWERS_SPLIT)
     if metric and isinstance(dataset, PreferenceDataset):
@@ -230,7 +227,12 @@ def make_evaluation_set(dataset: LazySupervisedDataset) -> EvaluationSet:
             require_library(metric)
         except ValueError as error:
             raise ValueError(f"dataset {name}: {error}") from error
-    return EvaluationSet(name, metric, dataset.meta.get("scorer"))
+        if scorer and get_metric(metric).internvl_measure_fn is None:
+            raise ValueError(
+                f"dataset {name}: scorer {scorer} is not supported with metric {metric}, whose only reading is that of "
+                "its benchmark: remove it."
+            )
+    return EvaluationSet(name, metric, scorer)
 
 
 def exclude_unscorable_samples(data: EvaluationData, rank_group: RankGroup) -> EvaluationData:

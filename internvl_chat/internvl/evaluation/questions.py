@@ -101,8 +101,13 @@ def _refuse_special_texts(turns: Turns, num_images: int) -> None:
             raise UnusableSample(
                 f"turn {number} ({role}) contains {IMAGE_PLACEHOLDER}, in whose place the question would get an image"
             )
-        if IMG_CONTEXT_TOKEN in text:
-            raise UnusableSample(f"turn {number} ({role}) contains {IMG_CONTEXT_TOKEN}, which is reserved for images")
+        refuse_reserved_token(text, f"turn {number} ({role})")
+
+
+def refuse_reserved_token(text: str, name: str) -> None:
+    """Raise UnusableSample if a text has the token that stands for images."""
+    if IMG_CONTEXT_TOKEN in text:
+        raise UnusableSample(f"{name} contains {IMG_CONTEXT_TOKEN}, which is reserved for images")
 
 
 def list_references(record: dict, last_answer: str | None) -> list:

@@ -32,6 +32,7 @@ from internvl.evaluation.metrics.library_scores import (
 from internvl.evaluation.metrics.number_scores import (
     find_count_error,
     find_number_error,
+    find_number_type_error,
     score_counting,
     score_number,
     score_relaxed_accuracy,
@@ -74,6 +75,7 @@ class Metric(NamedTuple):
         summarize_fn: sums of terms (..., K) and number of records -> values (...) by name. The first is the headline.
         internvl_measure_fn: the same with the reading of InternVL's evaluation, where it differs.
         find_error_fn: what is wrong with a record without its prediction, in a few words; None: nothing.
+        find_type_error_fn: the part of it that cannot be scored, where the rest has a score (0: no answer matches).
         required_keys: of a record, beside `prediction` and `references`.
         is_binary: whether every score is 0 or 1.
         library: package that computes it, imported on use.
@@ -83,6 +85,7 @@ class Metric(NamedTuple):
     summarize_fn: Callable[[np.ndarray, int], dict[str, np.ndarray]] = average
     internvl_measure_fn: MeasureFn | None = None
     find_error_fn: Callable[[dict], str | None] = find_text_error
+    find_type_error_fn: Callable[[dict], str | None] | None = None
     required_keys: tuple[str, ...] = ()
     is_binary: bool = False
     greater_is_better: bool = True
@@ -112,9 +115,15 @@ METRICS = {
     "box_iou": Metric(
         measure_boxes, summarize_boxes, find_error_fn=find_box_error, required_keys=("width", "height"), is_binary=True
     ),
-    "counting": Metric(per_record(score_counting), find_error_fn=find_count_error, is_binary=True),
+    "counting": Metric(
+        per_record(score_counting), find_error_fn=find_count_error, find_type_error_fn=find_text_error, is_binary=True
+    ),
     "number": Metric(
-        per_record(score_number), find_error_fn=find_number_error, required_keys=("answer_type",), is_binary=True
+        per_record(score_number),
+        find_error_fn=find_number_error,
+        find_type_error_fn=find_number_type_error,
+        required_keys=("answer_type",),
+        is_binary=True,
     ),
     "cider": Metric(measure_cider),
     "bleu": Metric(measure_bleu, summarize_bleu, library="sacrebleu"),
@@ -133,7 +142,8 @@ def score(metric: str, record: dict, scorer: str | None = None) -> float:
         scorer: "internvl" for the reading of InternVL's evaluation. None: what the record says under this key.
 
     Raises:
-        ValueError: the record has no references or lacks what its metric requires, or a library is missing.
+        ValueError: the record has no references or lacks what its metric requires, its prediction or another value is
+            invalid, or a library is missing.
     """
     if not record.get("references"):
         raise ValueError(f"{describe_record(record)} cannot be scored: it has no references.")
@@ -175,22 +185,40 @@ def measure(metric: str, records: list[dict], scorer: str | None = None) -> np.n
     """Return the terms (N, K) of the records that have references.
 
     Args:
-        scorer: see `score`. The first record speaks for all.
+        scorer: see `score`.
+
+    Raises:
+        ValueError: see `score`.
     """
     entry = get_metric(metric)
     scorable = [record for record in records if record.get("references")]
     for record in scorable:
-        missing = [key for key in ("prediction", *entry.required_keys) if record.get(key) is None]
-        if missing:
-            raise ValueError(f"{describe_record(record)} cannot be scored by {metric}: it lacks {missing[0]!r}.")
+        if error := find_prediction_error(entry, record):
+            raise ValueError(f"{describe_record(record)} cannot be scored by {metric}: {error}.")
     if not scorable:
         return np.zeros((0, 1))
     if scorer not in (None, INTERNVL_SCORER):
         raise ValueError(f"scorer {scorer!r:.80} is invalid: expected {INTERNVL_SCORER!r} or None.")
     require_library(metric)
-    is_internvl = (scorer or scorable[0].get("scorer")) == INTERNVL_SCORER
-    measure_fn = entry.internvl_measure_fn if is_internvl and entry.internvl_measure_fn else entry.measure_fn
-    return measure_fn(scorable)
+    if entry.internvl_measure_fn is None:
+        return entry.measure_fn(scorable)
+    # Metrics with two readings score records one by one.
+    measure_fns = {True: entry.internvl_measure_fn, False: entry.measure_fn}
+    is_internvl = [(scorer or record.get("scorer")) == INTERNVL_SCORER for record in scorable]
+    return np.concatenate([measure_fns[key]([record]) for key, record in zip(is_internvl, scorable, strict=True)])
+
+
+def find_prediction_error(entry: Metric, record: dict) -> str | None:
+    """Return why a record with a prediction cannot be scored, in a few words; None: it can be."""
+    missing = [key for key in ("prediction", *entry.required_keys) if record.get(key) is None]
+    if missing:
+        return f"it lacks {missing[0]!r}"
+    prediction, references = record["prediction"], record["references"]
+    if not isinstance(prediction, str):
+        return f"prediction {shorten(prediction)} is not a text"
+    if not isinstance(references, list):
+        return f"expected a list of references, got {shorten(references)}"
+    return (entry.find_type_error_fn or entry.find_error_fn)(record)
 
 
 def require_library(metric: str) -> None:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from internvl.train.trainer import InternVLTrainer
 
 logger = logging.getLogger(__name__)
-METRIC_FLAGS = ("metric_for_best_model", "greater_is_better")
+# Flags without which the values of two evaluations cannot be compared.
+COMPARED_FLAGS = (
+    *("metric_for_best_model", "greater_is_better", "eval_meta_path", "eval_share", "eval_base_answers"),
+    *("eval_num_samples", "eval_max_new_tokens"),
+)
 
 
 class BestModelRecord(NamedTuple):
@@ -28,7 +32,7 @@ class BestModelRecord(NamedTuple):
     Attributes:
         path: of the best checkpoint; None if there is none.
         num_without_improvement: evaluations since the best one, for early stopping.
-        is_comparable: whether the best metric is that of this run's flags.
+        is_comparable: whether the best metric was measured on the evaluation sets of this run's flags.
     """
 
     path: Path | None = None
@@ -39,7 +43,7 @@ class BestModelRecord(NamedTuple):
 def read_best_model(checkpoint: Path, args: TrainingArguments) -> BestModelRecord:
     """Read what a checkpoint, which is untrusted, knows about the best model."""
     state, flags = read_trainer_state(checkpoint), (read_flags_file(checkpoint) or {}).get("flags", {})
-    if any(flags.get(name) != getattr(args, name) for name in METRIC_FLAGS):
+    if any(flags.get(name) != getattr(args, name) for name in COMPARED_FLAGS):
         return BestModelRecord(is_comparable=False)
     best, output_dir = state.get("best_model_checkpoint"), Path(str(args.output_dir))
     # Paths are compared with those of the output folder, which may be relative.
@@ -71,7 +75,7 @@ def restore_best_model(trainer: "InternVLTrainer") -> None:
     record, state = trainer.best_model, trainer.state
     if not record.is_comparable:
         if state.best_metric is not None:
-            logger.info("Best checkpoint: chosen anew, because --metric_for_best_model or --greater_is_better differs")
+            logger.info("Best checkpoint: chosen anew, because its metric or the flags of the evaluation sets differ")
         state.best_metric = state.best_global_step = None
     trainer.checkpoints.best = record.path
     state.best_model_checkpoint = None if record.path is None else str(record.path)

@@ -35,6 +35,14 @@ if TYPE_CHECKING:
     from internvl.train.trainer import InternVLTrainer
 
 LOSS_METRICS = ("loss", "perplexity", "token_accuracy")  # of each evaluation set, and over all of them
+# Metric of answers -> its further numbers beside the ends of the interval.
+FURTHER_NUMBERS = {
+    "yes_no": ("precision", "recall", "f1", "yes_ratio"),
+    "box_iou": ("mean_iou",),
+    "bleu": ("brevity_penalty",),
+    "cer": ("mean",),
+    "wer": ("mean",),
+}
 
 # -- before anything is loaded -----------------------------------------------------------------------------------------
 
@@ -74,24 +82,27 @@ def check_evaluation_flags(
 def list_metrics(
     meta: Mapping[str, dict], data_args: DataTrainingArguments, args: TrainingArguments, metrics: Sequence[str]
 ) -> list[str]:
-    """List the metrics of the evaluation sets, without the further numbers of a metric of answers."""
+    """List the metrics of the evaluation sets."""
     base_answers = [name for name, entry in meta.items() if entry.get("split") == BASE_ANSWERS_SPLIT]
     sets = {name: entry for name, entry in meta.items() if name not in base_answers}
     if args.eval_share and data_args.meta_path:
         sets |= {name: entry for name, entry in load_meta(data_args.meta_path).items() if is_trained(entry)}
     listed = [*metrics] if sets else []
     for name, entry in sets.items():
-        answered = [entry["metric"]] if entry.get("metric") and args.eval_num_samples != 0 else []
+        answered = list_answer_metrics(entry["metric"]) if entry.get("metric") and args.eval_num_samples != 0 else []
         listed += [f"{name}/{metric}" for metric in (*metrics, *answered)]
     return listed + (["forgetting"] if base_answers or args.eval_base_answers else [])
+
+
+def list_answer_metrics(metric: str) -> list[str]:
+    """List the numbers that a metric of answers has in an evaluation."""
+    return [metric, *(f"{metric}_{name}" for name in ("low", "high", *FURTHER_NUMBERS.get(metric, ())))]
 
 
 def check_metric(metric_for_best_model: str, metrics: Sequence[str]) -> None:
     """Raise a ValueError if no evaluation set has the metric of the best model."""
     name = metric_for_best_model.removeprefix(LOG_PREFIX)
-    # `docvqa/anls_low`, or a further number: `digits/yes_no_f1`
-    is_known = name in metrics or any(name.startswith(f"{metric}_") for metric in metrics if "/" in metric)
-    if not is_known:
+    if name not in metrics:
         listed = ", ".join(f"eval/{metric}" for metric in metrics)
         raise ValueError(f"--metric_for_best_model eval/{name} is invalid: expected one of {listed:.800}.")
 

@@ -340,7 +340,10 @@ class InternVLTrainer(Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         """Check whether this model is the best; with --save_strategy best, whether to save it."""
         must_save = self.control.should_save
-        is_best = bool(metrics) and super()._determine_best_metric(metrics, trial)
+        name = self.args.metric_for_best_model
+        is_best = name in metrics and super()._determine_best_metric(metrics, trial)
+        if metrics and name and name not in metrics:  # no answer of its set could be scored
+            logger.warning("Best checkpoint: the evaluation of step %d has no %s", self.state.global_step, name)
         if is_best and self.args.load_best_model_at_end:
             self.control.should_save = True
         if not is_best and self.state.best_global_step is None:

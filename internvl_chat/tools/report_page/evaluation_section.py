@@ -52,10 +52,11 @@ def split_key(key: str, sets: dict[str, dict]) -> tuple[str, str]:
 
 
 def is_greater_better_in_set(run: Run, set_name: str, quantity: str) -> bool:
-    """Check whether a greater value is better; `metrics.json` knows it of its set's metric."""
+    """Check whether a greater value is better; `metrics.json` knows it of its set's metric and further numbers."""
     entry = run.sets.get(set_name, {})
-    if entry.get("metric") == quantity and isinstance(entry.get("greater_is_better"), bool):
-        return entry["greater_is_better"]
+    metric, is_greater = entry.get("metric"), entry.get("greater_is_better")
+    if metric and isinstance(is_greater, bool) and (quantity == metric or quantity.startswith(f"{metric}_")):
+        return is_greater
     return is_greater_better(quantity)
 
 

@@ -13,6 +13,8 @@ from tools.report_page.style import STYLE
 from tools.report_page.text import clean, format_count, format_duration, format_number
 from tools.report_page.training_section import get_curve, render_training, summarize_losses
 
+from internvl.arguments.evaluation_strategy import LOG_PREFIX, normalize_metric
+
 GENERATOR = '<meta name="generator" content="internvl tools/report.py">'
 
 
@@ -79,9 +81,10 @@ def render_summary(run: Run) -> str:
 
 def describe_best(run: Run) -> tuple[str, str, str]:
     """Describe the best evaluation: by --metric_for_best_model, else by the loss."""
-    wanted = run.settings["flags"].get("metric_for_best_model") or "loss"
-    wanted = str(wanted).removeprefix("eval").removeprefix("/").removeprefix("_")
-    curves = list_curves(run)
+    wanted = str(run.settings["flags"].get("metric_for_best_model") or "loss")
+    wanted = normalize_metric(wanted).removeprefix(LOG_PREFIX)
+    # A name without a set is that over all sets; of a single set it is not repeated.
+    curves = sorted(list_curves(run), key=lambda curve: curve.set_name != ALL_SETS)
     curve = next((c for c in curves if wanted in (f"{c.set_name}/{c.quantity}", c.quantity)), None)
     curve = curve or next((c for c in curves if c.quantity == "loss"), None)
     if curve is None or curve.best is None:

@@ -189,10 +189,8 @@ def render_card(sample: Sample, thumbnails: Thumbnails) -> str:
     if turns := line.get("history"):
         pairs = [pair if isinstance(pair, list) else [pair] for pair in turns[:20]]
         earlier = "".join(f"<li>{clean(' / '.join(map(str, pair)))}</li>" for pair in pairs)
-        items = (
-            f"<dt></dt><dd><details><summary>{len(turns)} earlier questions and answers</summary><ol>{earlier}</ol></details></dd>"
-            + items
-        )
+        title = f"<summary>{len(turns)} earlier questions and answers</summary>"
+        items = f"<dt></dt><dd><details>{title}<ol>{earlier}</ol></details></dd>{items}"
     values = [describe_value(sample, key) for key in ("score", "loss")]
     source = f"{clean(line['set'], 80)}, line {line['line']}"
     head = f'<span class="source" title="{clean(line["file"], 300)}">{source}</span>' + " · ".join(filter(None, values))

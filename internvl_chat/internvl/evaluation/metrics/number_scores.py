@@ -1,6 +1,5 @@
 """Scores of numbers: relaxed_accuracy, counting, number."""
 
-import math
 import re
 
 from internvl.constants import shorten
@@ -88,14 +87,31 @@ def format_number(text: str, answer_type: str, precision: float | None) -> str |
         return None
 
 
-def find_number_error(record: dict) -> str | None:
-    """Return what is wrong with answer_type, precision or references."""
+def find_number_type_error(record: dict) -> str | None:
+    """Return what is wrong with answer_type, precision or the types of references."""
     answer_type, precision = record["answer_type"], record.get("precision")
     if answer_type not in ANSWER_TYPES:
         return f"answer_type {shorten(answer_type)} is invalid: expected 'integer' or 'float'"
-    if answer_type == "float" and not (isinstance(precision, (int, float)) and math.isfinite(precision)):
+    if answer_type == "float" and not _is_count(precision):
         return f"precision {shorten(precision)} is invalid: expected the number of decimals"
+    wrong = [reference for reference in record["references"] if not isinstance(reference, str)]
+    return f"reference {shorten(wrong[0])} is not the text of a number" if wrong else None
+
+
+def _is_count(value: object) -> bool:
+    """Return whether a value is a whole number from 0; MathVista writes 1.0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and value >= 0 and value % 1 == 0
+
+
+def find_number_error(record: dict) -> str | None:
+    """Return what is wrong with a record; a reference that no answer can match is wrong, too."""
+    if error := find_number_type_error(record):
+        return error
     for reference in record["references"]:
-        if not isinstance(reference, str) or format_number(reference, answer_type, precision) is None:
+        number = format_number(reference, record["answer_type"], record.get("precision"))
+        if number is None:
             return f"reference {shorten(reference)} is not the text of a number"
+        if number != reference:
+            return f"reference {shorten(reference)} matches no answer: write it as {number!r}"
     return None
