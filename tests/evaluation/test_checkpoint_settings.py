@@ -114,7 +114,9 @@ def test_folders_that_are_no_chat_checkpoint(folder, tmp_path):
 
 
 def test_a_checkpoint_on_the_hub_is_downloaded(folder, monkeypatch):
-    assert find_chat_checkpoint(folder) == folder and find_chat_checkpoint("a/b/c").name == "c"
+    assert find_chat_checkpoint(folder) == folder
+    with pytest.raises(ValueError, match="the folder a/b/c does not exist"):
+        find_chat_checkpoint("a/b/c")
     monkeypatch.chdir(folder.parent)
     assert str(find_chat_checkpoint("model")) == "model"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

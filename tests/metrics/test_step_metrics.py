@@ -56,7 +56,8 @@ def check_entry(entry: dict) -> None:
     assert set(STEP_METRICS) <= entry.keys()
     assert all(math.isfinite(entry[name]) and entry[name] >= 0 for name in STEP_METRICS)
     assert all(entry[name] > 0 for name in (*PHASES, "tokens_per_second", "mfu_percent"))
-    assert sum(entry[name] for name in PHASES) <= entry["step_seconds"] * (1 - entry["data_wait_percent"] / 100) + 1e-9
+    # The data wait is that of the rank that waited most, the phases are means over ranks.
+    assert sum(entry[name] for name in PHASES) <= entry["step_seconds"] + 1e-9
 
 
 @pytest.mark.parametrize("strict", ["True", "False"])

@@ -78,7 +78,7 @@ def test_numbers_are_those_of_the_training(tiny_inputs, meta, run_tool, tmp_path
         (out / "checkpoint-3", 3, out / "evaluation/checkpoint-3-meta"),
         (out, 6, out / "evaluation/meta"),
     ):
-        run_tool(folder, meta)
+        run_tool(folder, meta, "--eval_num_samples", 3)  # all questions by default
         require_equal_results(results, out / f"evaluation/step-{step}")
         assert read_metrics(results)["model"] == str(folder)
     assert find_checkpoint_errors(out / "checkpoint-3") == []  # it can still be resumed
@@ -88,7 +88,7 @@ def test_numbers_are_those_of_the_training(tiny_inputs, meta, run_tool, tmp_path
 def test_held_out_records_are_those_of_the_run(tiny_inputs, run_tool, tmp_path):
     out, share = tmp_path / "out", ("--eval_share", "0.4")
     run_training(tiny_inputs, out, *TRAIN_ADAPTERS, *EVALUATION, *share, "--max_steps", "3", "--seed", "5")
-    run_tool(out, tiny_inputs / "meta.json", *share, "--output", tmp_path / "results")
+    run_tool(out, tiny_inputs / "meta.json", *share, "--eval_num_samples", 3, "--output", tmp_path / "results")
     require_equal_results(tmp_path / "results", out / "evaluation/step-3")
     num_lines = len((tiny_inputs / "train.jsonl").read_text().splitlines())
     assert 0 < len(read_predictions(tmp_path / "results")) < num_lines
