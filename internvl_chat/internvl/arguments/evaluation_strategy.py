@@ -95,7 +95,7 @@ def check_saved_evaluations(args: "TrainingArguments", evaluates: str, saves: st
 
 
 def set_scheduler_defaults(args: "TrainingArguments", scheduler: str) -> None:
-    """Let a scheduler follow the metric of the best model, as an accuracy or as a loss.
+    """Set whether a scheduler follows an accuracy or a loss.
 
     transformers' default lower bound of `greedy` is 1e-3, above most learning rates of fine-tuning.
     """

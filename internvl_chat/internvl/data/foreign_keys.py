@@ -1,7 +1,7 @@
 """Keys of other formats in records and turns: what they mean there, and what to write instead.
 
 Most keys that a record has beside ours describe the sample (`id`, `source`, `width`) and are ignored. Those listed here
-carry content, or change what is trained. Without them, training would silently differ from what the record says.
+carry content, or change which tokens have loss. Without them, training would silently differ from what the record says.
 """
 
 from collections.abc import Callable, Collection

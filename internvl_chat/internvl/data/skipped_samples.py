@@ -72,7 +72,11 @@ class SkippedSampleReport:
         self.file: Path | None = None
 
     def open_file(self, file: Path, is_resumed: bool) -> None:
-        """Write the samples to a file, to which `add` appends; keep its lines if the run is resumed."""
+        """Write the samples to a file, to which `add` appends.
+
+        Args:
+            is_resumed: keep the lines that the file has.
+        """
         self.file = file
         if not is_resumed:
             file.unlink(missing_ok=True)

@@ -166,7 +166,7 @@ class LazySupervisedDataset(Dataset):
         return random.Random(f"{self.seed} {epoch} {index}")
 
     def load_image_tiles(self, index: int, epoch: int = 0) -> list[torch.Tensor]:
-        """Load the tiles of each image or frame, (T, 3, S, S) uint8, as `get` does.
+        """Load the tiles (T, 3, S, S), uint8, of each image or frame.
 
         The text of the record is not used.
 

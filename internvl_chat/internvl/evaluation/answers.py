@@ -280,6 +280,6 @@ def answer_batch(
 
 
 def extract_final_answer(template_name: str, text: str) -> str:
-    """Return an answer as a gpt turn has it, without the mark of gpt-oss's channel."""
+    """Remove the mark of gpt-oss's channel from an answer."""
     mark = get_template_rules(template_name, []).format_answer("")
     return text.rpartition(mark)[2].strip() if mark else text

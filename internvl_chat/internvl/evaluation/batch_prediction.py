@@ -45,7 +45,7 @@ def predict_file(
     data_args: DataTrainingArguments,
     settings: EvaluationSettings,
 ) -> PredictionCounts:
-    """Answer the last question of each record; append the records with their answers. A collective.
+    """Answer a file, and append the records with their answers. A collective.
 
     Args:
         input_path: a meta file (.json), or one annotation file, whose images are relative to its folder.

@@ -97,7 +97,7 @@ def build_data_arguments(folder: str | Path, meta_path: str | None = None) -> Da
 
 
 def read_run_flags(folder: str | Path) -> dict:
-    """Return the flags of the run that wrote a checkpoint; empty if they are unknown."""
+    """Read the flags of a checkpoint's run; empty if they are unknown."""
     record = read_flags_file(Path(folder))
     return record["flags"] if record else {}
 
@@ -126,7 +126,7 @@ def _read_config_flags(folder: str | Path, config: InternVLChatConfig) -> dict:
 
 
 def get_run_dtype(folder: str | Path) -> torch.dtype | None:
-    """Return the dtype that a checkpoint's run loaded weights in; None if it is unknown."""
+    """Return the dtype of the weights in a run; None if unknown."""
     flags = read_run_flags(folder)
     if not flags:
         return None

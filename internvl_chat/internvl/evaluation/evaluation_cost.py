@@ -200,7 +200,7 @@ def format_evaluation_plan(
     step_seconds: float,
     device: str,
 ) -> str:
-    """Format a table of what one evaluation runs, and of the time of all of them.
+    """Format what one evaluation runs, and the time of all.
 
     Args:
         num_steps: of the run.

@@ -71,7 +71,7 @@ def clean(value: Any, max_length: int = MAX_TEXT_LENGTH) -> str:
 
 
 def render_table(titles: list[str], rows: list[list[str]], num_texts: int = 1) -> str:
-    """Render a table of HTML cells; those behind the first `num_texts` columns are numbers."""
+    """Render a table of HTML cells; those after the first `num_texts` columns are numbers."""
     classes = [""] * num_texts + [' class="number"'] * (len(titles) - num_texts)
     head = "".join(f"<th{css}>{title}</th>" for css, title in zip(classes, titles, strict=True))
     lines = ("".join(f"<td{css}>{cell}</td>" for css, cell in zip(classes, row, strict=True)) for row in rows)

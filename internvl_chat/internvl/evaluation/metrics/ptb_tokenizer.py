@@ -48,7 +48,7 @@ def _spell(words: Iterable[str]) -> str:
 
 
 # At each position the longest match counts, and the first pattern on a tie. Group 1 is the token; what a pattern
-# matches behind it counts for the length only. Characters without a match are dropped.
+# matches after it counts for the length only. Characters without a match are dropped.
 PATTERNS = [
     re.compile(pattern)
     for pattern in (
@@ -133,7 +133,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def _read_token(text: str, position: int) -> tuple[str, int]:
-    """Return the token at a position, empty if there is none, and the position behind it."""
+    """Return the token at a position, or an empty one, and its end."""
     if text[position].isspace():
         return "", position + 1
     matches = [match for pattern in PATTERNS if (match := pattern.match(text, position))]
