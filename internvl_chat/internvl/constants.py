@@ -35,6 +35,7 @@ SIGLIP_STD = (0.5, 0.5, 0.5)
 
 MAX_TILES_PER_IMAGE = 1024  # choosing a grid of tiles takes time quadratic in it
 MAX_FRAMES_PER_VIDEO = 10_000
+CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # of a multi-byte character, where an answer was cut off
 IGNORE_INDEX = -100  # label of a token that is not a loss token
 
 

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from internvl.command_line import CHAT_MODEL_TYPE, exit_on_user_error, require_checkpoint_dir
-from internvl.constants import UnusableSample
+from internvl.constants import CUT_CHARACTER, UnusableSample
 from internvl.data.annotations import open_annotations
 from internvl.data.file_io import join_root, require_inside_root
 from internvl.data.image_files import load_image
@@ -39,7 +39,6 @@ from internvl.model.internvl_chat.generation import GENERATION_CONFIG_FILE
 from internvl.regular_files import read_json_object
 
 MAX_RESPONSE_BYTES = 2**24
-CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # of a multi-byte character, where an answer was cut off
 # Settings of generation_config.json that servers apply even without sampling, and `chat` never -> the neutral value.
 NEUTRAL_SETTINGS = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 

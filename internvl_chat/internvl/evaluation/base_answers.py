@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from internvl.arguments.data import DataTrainingArguments
-from internvl.constants import UnusableSample
+from internvl.constants import CUT_CHARACTER, UnusableSample
 from internvl.data.file_io import is_remote
 from internvl.data.schema import BASE_ANSWERS_SPLIT, get_turns, load_meta
 from internvl.data.skipped_samples import SkippedSampleReport, count_max_skipped_samples
@@ -36,7 +36,6 @@ from internvl.planning.packed_dataset import PackedDataset
 
 logger = logging.getLogger(__name__)
 META_FILE = "meta.json"
-CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # of a multi-byte character, where an answer was cut off
 
 
 def get_base_answers_dir(output_dir: str | Path) -> Path:
@@ -53,9 +52,9 @@ def prepare_base_answers(
     settings: EvaluationSettings,
     has_trained: bool,
 ) -> dict[str, dict]:
-    """Return the base model's answers to the prompts of a meta file; record missing ones.
+    """Find or record the base model's answers to prompts. A collective.
 
-    A collective. Answers are recorded before the first step. A run that resumes finds them.
+    Answers are recorded before the first step. A run that resumes finds them.
 
     Args:
         model: not wrapped by an engine, on its device.
@@ -81,7 +80,7 @@ def prepare_base_answers(
 
 
 def read_recorded_answers(folder: Path) -> dict[str, dict]:
-    """Return the meta entries in a folder of recorded answers; empty if there are none."""
+    """Read the meta entries of recorded answers; empty without any."""
     file = folder / META_FILE
     if not file.is_file():
         return {}
@@ -93,7 +92,7 @@ def read_recorded_answers(folder: Path) -> dict[str, dict]:
 
 
 def as_base_model(model: InternVLChatModel, has_trained: bool, meta_path: str) -> AbstractContextManager:
-    """Return a context in which the model is the one that the run began with, without adapters.
+    """Make a context in which the model is the base model.
 
     Raises:
         ValueError: that model cannot be restored.
@@ -197,7 +196,10 @@ def build_answered_record(dataset: LazySupervisedDataset, index: int, text: str)
 
 
 def is_measurable(dataset: LazySupervisedDataset, index: int) -> bool:
-    """Check whether an answer has loss tokens; an empty one, or one with `<image>`, may have none."""
+    """Check whether an answer has loss tokens.
+
+    An empty one, or one with `<image>`, may have none.
+    """
     try:
         dataset.measure(index)
     except UnusableSample:

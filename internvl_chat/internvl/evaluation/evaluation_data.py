@@ -86,7 +86,6 @@ def build_evaluation_data(
     held_out: Sequence[MeasuredPart] = (),
     dataset_class: type[LazySupervisedDataset] = LazySupervisedDataset,
     untrained_tokens: Mapping[int, str] | None = None,
-    base_answers: Mapping[str, dict] | None = None,
     is_checked: bool = True,
 ) -> EvaluationData | None:
     """Open and measure the evaluation sets of a run.
@@ -96,7 +95,6 @@ def build_evaluation_data(
     Args:
         held_out: records that `--eval_share` excludes from training, by dataset.
         untrained_tokens: see `LazySupervisedDataset`.
-        base_answers: name -> meta entry of recorded answers of the base model.
         is_checked: raise an error if too many samples are unusable.
 
     Returns:
@@ -106,7 +104,7 @@ def build_evaluation_data(
         ValueError: a meta file or a dataset is invalid, two sets have the same name, a set has no usable sample, or
             more samples than --max_bad_samples are unusable.
     """
-    meta = collect_evaluation_sets(data_args, args) | dict(base_answers or {})
+    meta = collect_evaluation_sets(data_args, args)
     if not meta and not held_out:
         return None
     data = open_evaluation_data(meta, data_args, tokenizer, num_image_token, held_out, dataset_class, untrained_tokens)
@@ -186,6 +184,20 @@ def open_evaluation_data(
     joined = join_parts(parts)._asdict()
     del joined["digests"]
     return exclude_unscorable_samples(EvaluationData(**joined, sets=sets), rank_group)
+
+
+def join_evaluation_data(data: EvaluationData, added: EvaluationData) -> EvaluationData:
+    """Append evaluation sets to others."""
+    both, names = (data, added), ("lengths", "lost_loss_tokens", "content_hashes")
+    datasets = [dataset for one in both for dataset in one.dataset.datasets]
+    # Those of the datasets include samples that are not evaluated.
+    measured = [one.dataset.lengths for one in both if one.dataset.lengths is not None]
+    return EvaluationData(
+        dataset=PackedDataset(datasets, np.concatenate(measured)),
+        sets=[entry for one in both for entry in one.sets],
+        skipped_samples=[sample for one in both for sample in one.skipped_samples],
+        **{name: np.concatenate([getattr(one, name) for one in both]) for name in names},
+    )
 
 
 def open_datasets(

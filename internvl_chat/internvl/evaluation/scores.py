@@ -79,6 +79,7 @@ class Metric(NamedTuple):
         required_keys: of a record, beside `prediction` and `references`.
         is_binary: whether every score is 0 or 1.
         library: package that computes it, imported on use.
+        detail_names: of the values of `summarize_fn` beside the headline.
     """
 
     measure_fn: MeasureFn
@@ -90,6 +91,7 @@ class Metric(NamedTuple):
     is_binary: bool = False
     greater_is_better: bool = True
     library: str | None = None
+    detail_names: tuple[str, ...] = ()
 
 
 METRICS = {
@@ -111,9 +113,15 @@ METRICS = {
         internvl_measure_fn=partial(measure_yes_no, read_fn=read_yes_no_like_internvl),
         find_error_fn=find_yes_no_error,
         is_binary=True,
+        detail_names=("precision", "recall", "f1", "yes_ratio"),
     ),
     "box_iou": Metric(
-        measure_boxes, summarize_boxes, find_error_fn=find_box_error, required_keys=("width", "height"), is_binary=True
+        measure_boxes,
+        summarize_boxes,
+        find_error_fn=find_box_error,
+        required_keys=("width", "height"),
+        is_binary=True,
+        detail_names=("mean_iou",),
     ),
     "counting": Metric(
         per_record(score_counting), find_error_fn=find_count_error, find_type_error_fn=find_text_error, is_binary=True
@@ -126,10 +134,10 @@ METRICS = {
         is_binary=True,
     ),
     "cider": Metric(measure_cider),
-    "bleu": Metric(measure_bleu, summarize_bleu, library="sacrebleu"),
+    "bleu": Metric(measure_bleu, summarize_bleu, library="sacrebleu", detail_names=("brevity_penalty",)),
     "rouge_l": Metric(measure_rouge_l, library="rouge-score"),
-    "cer": Metric(measure_cer, summarize_error_rates, greater_is_better=False, library="jiwer"),
-    "wer": Metric(measure_wer, summarize_error_rates, greater_is_better=False, library="jiwer"),
+    "cer": Metric(measure_cer, summarize_error_rates, greater_is_better=False, library="jiwer", detail_names=("mean",)),
+    "wer": Metric(measure_wer, summarize_error_rates, greater_is_better=False, library="jiwer", detail_names=("mean",)),
 }
 
 

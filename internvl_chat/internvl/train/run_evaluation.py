@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,11 +19,14 @@ from internvl.data.skipped_samples import SkippedSampleReport
 from internvl.evaluation.base_answers import prepare_base_answers
 from internvl.evaluation.evaluation_data import (
     EvaluationData,
-    build_evaluation_data,
+    check_usable_samples,
     collect_evaluation_sets,
+    join_evaluation_data,
     make_skipped_report,
+    open_evaluation_data,
 )
 from internvl.evaluation.results import EVALUATION_DIR
+from internvl.evaluation.scores import METRICS
 from internvl.evaluation.settings import EvaluationSettings
 from internvl.metrics.step_timer import NOT_OF_STEP
 from internvl.model.internvl_chat import InternVLChatModel
@@ -35,14 +37,6 @@ if TYPE_CHECKING:
     from internvl.train.trainer import InternVLTrainer
 
 LOSS_METRICS = ("loss", "perplexity", "token_accuracy")  # of each evaluation set, and over all of them
-# Metric of answers -> its further numbers beside the ends of the interval.
-FURTHER_NUMBERS = {
-    "yes_no": ("precision", "recall", "f1", "yes_ratio"),
-    "box_iou": ("mean_iou",),
-    "bleu": ("brevity_penalty",),
-    "cer": ("mean",),
-    "wer": ("mean",),
-}
 
 # -- before anything is loaded -----------------------------------------------------------------------------------------
 
@@ -96,7 +90,7 @@ def list_metrics(
 
 def list_answer_metrics(metric: str) -> list[str]:
     """List the numbers that a metric of answers has in an evaluation."""
-    return [metric, *(f"{metric}_{name}" for name in ("low", "high", *FURTHER_NUMBERS.get(metric, ())))]
+    return [metric, *(f"{metric}_{name}" for name in ("low", "high", *METRICS[metric].detail_names))]
 
 
 def check_metric(metric_for_best_model: str, metrics: Sequence[str]) -> None:
@@ -116,13 +110,13 @@ class RunEvaluation:
 
     Attributes:
         data: None until the answers of the base model are recorded, if there are no other sets.
-        open_fn: opens all sets; takes `base_answers`.
+        open_fn: opens further sets: name -> meta entry.
     """
 
     data: EvaluationData | None
     settings: EvaluationSettings
     data_args: DataTrainingArguments
-    open_fn: Callable[..., EvaluationData | None]
+    open_fn: Callable[[Mapping[str, dict]], EvaluationData]
 
 
 def build_run_evaluation(
@@ -152,10 +146,11 @@ def build_run_evaluation(
         num_workers=args.dataloader_num_workers,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
-    open_fn = partial(
-        build_evaluation_data, data_args, args, tokenizer, model.num_image_token, data.held_out, *dataset_options
-    )
-    return RunEvaluation(evaluation_data, settings, data_args, open_fn)
+
+    def open_sets(meta: Mapping[str, dict]) -> EvaluationData:
+        return open_evaluation_data(meta, data_args, tokenizer, model.num_image_token, (), *dataset_options)
+
+    return RunEvaluation(evaluation_data, settings, data_args, open_sets)
 
 
 def prepare_model(trainer: "InternVLTrainer") -> None:
@@ -179,8 +174,9 @@ def add_base_answers(trainer: "InternVLTrainer") -> None:
         *(trainer.model, trainer.processing_class, args.eval_base_answers, trainer.checkpoints.output_dir),
         *(evaluation.data_args, settings, trainer.state.global_step > 0),
     )
-    evaluation.data = data = evaluation.open_fn(base_answers=base_answers)
-    assert data is not None  # the base answers are a set
+    added = evaluation.open_fn(base_answers)
+    evaluation.data = data = join_evaluation_data(evaluation.data, added) if evaluation.data else added
+    check_usable_samples(data, evaluation.data_args)
     skipped = make_skipped_report(data, evaluation.data_args)
     evaluation.settings = replace(evaluation.settings, report_skipped_fn=skipped.add)
 
