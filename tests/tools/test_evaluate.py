@@ -8,7 +8,7 @@ from helpers.evaluation_cases import write_evaluation_sets
 from helpers.forked_ranks import ForkedRanks
 from helpers.paths import REPO_ROOT
 from helpers.tiny_models import make_tiny_checkpoint
-from helpers.training_runs import TRAIN_ADAPTERS, build_run_environment, run_training
+from helpers.training_runs import TRAIN_ADAPTERS, ZERO_FLAGS, build_run_environment, run_training
 from tools.evaluate import collect_data_flags, evaluate_folders, parse_args
 from tools.internvl_custom2hf import main as custom2hf
 
@@ -69,9 +69,10 @@ def require_equal_results(folder, other, tolerance=1e-6):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 zero2"])
 def test_numbers_are_those_of_the_training(tiny_inputs, meta, run_tool, tmp_path, precision):
-    out, half = tmp_path / "out", ["--bf16", "True"] if precision == "bf16" else []
+    out, half = tmp_path / "out", ["--bf16", "True"] if "bf16" in precision else []
+    half += ZERO_FLAGS["zero2"] if "zero2" in precision else []
     flags = [*TRAIN_ADAPTERS, "--freeze_mlp", "False", *EVALUATION, "--eval_meta_path", meta, *half]
     run_training(tiny_inputs, out, *flags)
     for folder, step, results in (

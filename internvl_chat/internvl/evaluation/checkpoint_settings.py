@@ -138,7 +138,8 @@ def get_run_dtype(folder: str | Path) -> torch.dtype | None:
 def restore_run_precision(model: InternVLChatModel, folder: str | Path) -> Callable[[], AbstractContextManager]:
     """Give a loaded model the precision in which its run evaluates.
 
-    A run in half precision has its trained weights in fp32, and autocast, unless DeepSpeed has cast all weights.
+    A run in half precision has its trained weights in fp32, and autocast, unless DeepSpeed has cast all weights. PEFT
+    (0.19) loads adapters in fp32.
 
     Args:
         folder: from which the model was loaded, in the dtype of the run.
@@ -147,8 +148,12 @@ def restore_run_precision(model: InternVLChatModel, folder: str | Path) -> Calla
         The context in which the model runs.
     """
     flags = read_run_flags(folder)
-    is_half = (flags.get("bf16") or flags.get("fp16")) and not flags.get("deepspeed")
+    is_half = flags.get("bf16") or flags.get("fp16")
     if not is_half and not flags.get("lora_fp32"):
+        return nullcontext
+    if flags.get("deepspeed") and not flags.get("lora_fp32"):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(get_run_dtype(folder))
         return nullcontext
     if is_adapter_checkpoint(Path(folder)):
         for name, parameter in model.named_parameters():
