@@ -1,5 +1,6 @@
 """Results and errors are shared between ranks."""
 
+import os
 import subprocess
 import sys
 
@@ -45,3 +46,21 @@ def test_results_and_errors_reach_every_rank(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+BINDING = """
+import torch, torch.distributed as dist
+from internvl.dist_utils import init_dist
+init_dist()
+assert dist.get_backend() == "nccl" and dist.group.WORLD.bound_device_id == torch.device("cuda", 0)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.gpu
+def test_a_rank_is_bound_to_its_gpu():
+    env = os.environ | {"PYTHONPATH": str(PACKAGE_DIR)}
+    done = subprocess.run([sys.executable, "-c", BINDING], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "device" not in done.stderr, "torch warns where a barrier has to guess the device"

@@ -1,11 +1,19 @@
 """The private names of torch that the package reads exist."""
 
+from datetime import timedelta
+
 import pytest
+import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from internvl.torch_internals import DATALOADER_WAIT_METHOD, is_raised_in_dataloader_wait, list_process_groups
+from internvl.torch_internals import (
+    DATALOADER_WAIT_METHOD,
+    is_raised_in_dataloader_wait,
+    list_process_groups,
+    set_group_timeout,
+)
 
 
 def test_all_process_groups_are_listed(tmp_path):
@@ -13,6 +21,19 @@ def test_all_process_groups_are_listed(tmp_path):
     try:
         added = dist.new_group([0])
         assert list_process_groups() == [dist.group.WORLD, added]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("is_public", [True, False])
+def test_the_timeout_of_a_group_is_set(tmp_path, monkeypatch, is_public):
+    """By torch's public function, and by the private one of versions before 2.14."""
+    if not is_public:
+        monkeypatch.delattr(dist, "set_timeout", raising=False)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        set_group_timeout(dist.group.WORLD, timedelta(seconds=77))
+        assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77)
     finally:
         dist.destroy_process_group()
 

@@ -24,7 +24,7 @@ from internvl.launchers import (
     wait_for_rank_0,
 )
 from internvl.torch_internals import is_collective_error as is_collective_error
-from internvl.torch_internals import list_process_groups
+from internvl.torch_internals import list_process_groups, set_group_timeout
 
 timeout = timedelta(minutes=60)  # upstream's name; the default of --ddp_timeout
 
@@ -60,6 +60,8 @@ def init_dist(launcher: str | None = None, backend: str | None = None, **kwargs)
         backend = "nccl" if has_cuda else "gloo"
     if not dist.is_initialized():
         options: dict[str, Any] = {"timeout": timeout, **kwargs}
+        if backend == "nccl":  # else collectives guess the device, and a GPU used by two ranks is found much later
+            options.setdefault("device_id", torch.device("cuda", torch.cuda.current_device()))
         if rank > 0:
             wait_for_rank_0(address, port, options["timeout"].total_seconds(), f"rank {rank} of {world_size}")
         try:
@@ -98,7 +100,7 @@ def set_collective_timeout(limit: timedelta) -> None:
     Groups that DeepSpeed or accelerate create have torch's default, 10 minutes (nccl) or 30, instead of --ddp_timeout.
     """
     for group in list_process_groups():
-        dist.set_timeout(limit, group)
+        set_group_timeout(group, limit)
 
 
 def init_deepspeed() -> None:

@@ -5,6 +5,7 @@
 
 import re
 import traceback
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -21,6 +22,17 @@ def list_process_groups() -> list[dist.ProcessGroup]:
     """
     # For a group that this rank is not in, torch has a placeholder object.
     return [group for group in dist.distributed_c10d._world.pg_map if isinstance(group, dist.ProcessGroup)]
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Set the timeout of a process group's collectives.
+
+    `torch.distributed.set_timeout` is seen in torch 2.14; before, only `distributed_c10d._set_pg_timeout` did it (2.11).
+    """
+    if hasattr(dist, "set_timeout"):
+        dist.set_timeout(timeout, group)
+    else:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def is_raised_in_dataloader_wait(error: BaseException) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from internvl.metrics.device_peak import DEVICE_PEAKS, get_device_peak, lookup_peak_flops
+from internvl.metrics.device_peak import DEVICE_PEAKS, get_device_peak, is_tf32_enabled, lookup_peak_flops
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,16 @@ def test_other_devices_are_measured():
     peak, description = get_device_peak(torch.device("cpu"), torch.float32)
     assert 1e9 < peak < 1e14 and description.endswith("measured with a matrix product")
     assert get_device_peak(torch.device("cpu"), torch.float32) == (peak, description), "measured once per process"
+
+
+def test_tf32_is_read_as_the_flag_sets_it():
+    """After `fp32_precision` was set, as `--tf32` does since torch 2.9, torch raises where `allow_tf32` is read."""
+    has_precision = hasattr(torch.backends, "fp32_precision")
+    backend, name = (torch.backends, "fp32_precision") if has_precision else (torch.backends.cuda.matmul, "allow_tf32")
+    before = getattr(backend, name)
+    try:
+        for value, is_enabled in [("tf32", True), ("ieee", False)] if has_precision else [(True, True), (False, False)]:
+            setattr(backend, name, value)
+            assert is_tf32_enabled() == is_enabled
+    finally:
+        setattr(backend, name, before)

@@ -7,6 +7,7 @@ transformers 5 removed but upstream's recipes still pass are declared here, so e
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers
@@ -26,6 +27,7 @@ from internvl.arguments.reporters import validate_reporters
 from internvl.arguments.schedulers import validate_scheduler
 from internvl.arguments.unsupported_flags import REMOVED_FLAGS, refuse_unsupported_flags
 
+# transformers has `activation_checkpointing_kwargs` since 5.23.
 JSON_FLAGS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 
@@ -76,7 +78,7 @@ class TrainingArguments(
             require(self, flag, getattr(self, flag) in trainer_log_levels, f"one of {', '.join(trainer_log_levels)}")
         if not self.output_dir:
             raise ValueError("--output_dir is required: the folder for checkpoints and logs.")
-        for flag in JSON_FLAGS:
+        for flag in filter(partial(hasattr, self), JSON_FLAGS):
             setattr(self, flag, parse_json_flag(self, flag))
         prepare_evaluation_flags(self)
         if self.deepspeed:

@@ -136,12 +136,13 @@ def validate_gradient_checkpointing(args: ModelArguments, training_args: Trainin
         raise ValueError(f"{' '.join(flags)} is not supported with --grad_checkpoint False: it has no effect there.")
     if args.vit_grad_checkpoint is False:
         flags.append("--vit_grad_checkpoint False")
-    if training_args.activation_checkpointing and flags:  # transformers' name of --gradient_checkpointing
+    # Since transformers 5.23 an alias, which has the value of `activation_checkpointing`.
+    if training_args.gradient_checkpointing and flags:
         raise ValueError(
             f"{' '.join(flags)} is not supported with --gradient_checkpointing True, which recomputes all layers of "
             "the vision encoder and the LLM: use --grad_checkpoint True instead."
         )
-    kwargs = training_args.activation_checkpointing_kwargs or {}
+    kwargs = training_args.gradient_checkpointing_kwargs or {}
     if (json.loads(kwargs) if isinstance(kwargs, str) else kwargs).get("use_reentrant"):
         raise ValueError(
             f"--gradient_checkpointing_kwargs {kwargs} is not supported: reentrant checkpoints lose gradients of "

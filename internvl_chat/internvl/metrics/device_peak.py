@@ -52,6 +52,15 @@ def lookup_peak_flops(device_name: str, dtype: torch.dtype, tf32: bool = False) 
     return None
 
 
+def is_tf32_enabled() -> bool:
+    """Return whether fp32 matrix products on CUDA use TF32.
+
+    `--tf32` sets `fp32_precision`, which torch has since 2.9. Then torch refuses to read the older `allow_tf32`.
+    """
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(torch.backends, "fp32_precision") else matmul.allow_tf32
+
+
 @lru_cache
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOPs per second of matrix products.
@@ -76,7 +85,7 @@ def get_device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, st
     name, peak = "this CPU", None
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        peak = lookup_peak_flops(name, dtype, bool(torch.backends.cuda.matmul.allow_tf32))
+        peak = lookup_peak_flops(name, dtype, is_tf32_enabled())
     source = "from its data sheet" if peak else "measured with a matrix product"
     peak = peak or measure_peak_flops(device, dtype)
     return peak, f"{peak / 1e12:.4g} TFLOPS in {str(dtype).removeprefix('torch.')} on {name}, {source}"
