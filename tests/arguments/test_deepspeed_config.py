@@ -6,7 +6,7 @@ import os
 import pytest
 from deepspeed.accelerator import get_accelerator
 
-from internvl.arguments.deepspeed_config import MAX_CONFIG_BYTES, ZERO_CONFIG_DIR
+from internvl.arguments.deepspeed_config import MAX_CONFIG_BYTES, ZERO_CONFIG_DIR, limit_reduce_bucket
 from internvl.arguments.training import parse_args
 
 ZERO_2 = json.loads((ZERO_CONFIG_DIR / "zero_stage2_config.json").read_text())
@@ -160,3 +160,18 @@ def test_fp16_without_support_of_the_device(tmp_path):
 def test_monitors_without_missing_packages(name, tmp_path):
     config = json.dumps(ZERO_2 | {name: {"enabled": True, "output_path": str(tmp_path)}})
     assert parse(tmp_path, config).deepspeed[name]["enabled"]
+
+
+@pytest.mark.parametrize(
+    ("size", "limited"), [(1e9, 1000), (1000, 1000), (10, 10), ("auto", "auto"), (None, 1000)], ids=str
+)
+def test_a_bucket_of_gradients_is_not_larger_than_all_gradients(size, limited):
+    config = zero(2) if size is None else zero(2, reduce_bucket_size=size)
+    limit_reduce_bucket(config, 1000)
+    assert config["zero_optimization"]["reduce_bucket_size"] == limited
+
+
+def test_accelerate_passes_the_limited_bucket_on(tmp_path):
+    args = parse(tmp_path, json.dumps(zero(2, reduce_bucket_size=1e9)))
+    limit_reduce_bucket(args.hf_deepspeed_config.config, 1000)
+    assert args.deepspeed_plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] == 1000

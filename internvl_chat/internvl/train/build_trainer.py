@@ -7,6 +7,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from internvl.arguments.data import DataTrainingArguments
+from internvl.arguments.deepspeed_config import limit_reduce_bucket
 from internvl.arguments.training import TrainingArguments
 from internvl.checkpoint.resume_rules import RunRecord
 from internvl.constants import get_pad_id
@@ -37,6 +38,7 @@ from internvl.planning.data_schedule import DataSchedule
 from internvl.planning.plan_report import format_epoch_plan
 from internvl.planning.sample_cost import compute_forward_cost, compute_sample_cost
 from internvl.train.build_data import TrainingData, build_plan_layout
+from internvl.train.param_groups import count_elements
 from internvl.train.run_evaluation import RunEvaluation
 from internvl.train.trainer import InternVLTrainer
 
@@ -95,6 +97,9 @@ def build_trainer(
     preprocessor = build_preprocessor_config(data_args.force_image_size, *NORMALIZATION_STATS[data_args.normalize_type])
     base_files = read_base_files(run_record.flags, preprocessor) if training_args.should_save else AuxiliaryFiles()
     max_skipped = count_max_skipped_samples(data_args, len(data.lengths))
+    if training_args.hf_deepspeed_config:
+        num_trainable = sum(count_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
+        limit_reduce_bucket(training_args.hf_deepspeed_config.config, num_trainable)
     return trainer_class(
         model=model,
         args=training_args,
