@@ -1,5 +1,6 @@
 """Shared fixtures, and the order in which tests run."""
 
+import os
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -27,6 +28,15 @@ def pytest_report_header(config) -> str:
     return f"tests selected: {expression or 'all'}" + (" (all: bash tests/run.sh)" if expression else "")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, except from `pytest -m gpu`.
+
+    All other tests compare numbers of a CPU, fork processes, or start more ranks than this machine may have GPUs.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(trylast=True)  # after `-m` has deselected tests: without a gpu test, torch need not be imported here
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def length_class(item: pytest.Item) -> int:
@@ -43,4 +53,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if not torch.cuda.is_available():
             for item in gpu_tests:
-                item.add_marker(pytest.mark.skip(reason="requires a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="requires a CUDA device and -m gpu"))
