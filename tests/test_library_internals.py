@@ -33,6 +33,7 @@ LIBRARY_NAMES = {
     "_forward_pre_hooks": ("torch.nn.Module", ["lora_linear"]),
     "_forward_hooks": ("torch.nn.Module", ["lora_linear"]),
     "_world": ("torch.distributed.distributed_c10d", ["torch_internals"]),
+    "_set_pg_timeout": ("torch.distributed.distributed_c10d", ["torch_internals"]),
     "_get_norm_groups": ("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", ["deepspeed_internals"]),
     # Documented by Python in spite of the underscore.
     "_exit": ("os", ["signals", "parent"]),

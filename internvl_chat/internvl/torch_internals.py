@@ -27,7 +27,7 @@ def list_process_groups() -> list[dist.ProcessGroup]:
 def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
     """Set the timeout of a process group's collectives.
 
-    `torch.distributed.set_timeout` is seen in torch 2.14; before, only `distributed_c10d._set_pg_timeout` did it (2.11).
+    torch 2.11 has no `torch.distributed.set_timeout`, only `distributed_c10d._set_pg_timeout`.
     """
     if hasattr(dist, "set_timeout"):
         dist.set_timeout(timeout, group)
