@@ -3,6 +3,7 @@
 # The first call creates .venv in the repository and installs requirements.txt. Later calls only activate it.
 #   INTERNVL_VENV=none   use the active environment; missing requirements are installed into it
 #   INTERNVL_VENV=PATH   use another folder for the environment
+#   INTERNVL_FLASH_ATTN=1   also compile flash-attn, up to 30 minutes; PyTorch >= 2.10 has such a kernel itself
 # An interactive shell can source this file: it sets no shell options and calls exit only in subshells. The return
 # status is that of _internvl_setup.
 
@@ -34,7 +35,7 @@ _internvl_setup() {
     fi
     [[ :${PYTHONPATH:-}: == *:$code:* ]] ||
         export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}
-    [[ -f $env/.internvl-flash-attn ]] || (_internvl_flash_attn "$env")
+    [[ ${INTERNVL_FLASH_ATTN:-} != 1 || -f $env/flash-attn.log ]] || (_internvl_flash_attn "$env")
 }
 
 _internvl_log() { printf 'setup.sh: %s\n' "$*" >&2; }
@@ -93,17 +94,13 @@ _internvl_pip() { # arguments: python, then those of `pip install`; print the en
     return 1
 }
 
-_internvl_flash_attn() { # argument: environment; install once if a GPU supports it, else attention is PyTorch's
+_internvl_flash_attn() { # argument: environment; try once, its log is the stamp
     local env=$1 python=$1/bin/python3 wheels=(setuptools wheel psutil ninja packaging)
-    command -v nvidia-smi >/dev/null || return 0
-    { : >"$env/.internvl-flash-attn"; } 2>/dev/null || return 0
-    nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
-        awk '$1 >= 8 {ok = 1} END {exit !ok}' || return 0
-    "$python" -c 'import flash_attn' 2>/dev/null && return 0
-    _internvl_log "installing flash-attn (once, takes up to 30 minutes)"
+    { : >"$env/flash-attn.log"; } 2>/dev/null || return 0
+    _internvl_log "compiling flash-attn (once, takes up to 30 minutes)"
     { "$python" -m pip install --quiet "${wheels[@]}" &&
         timeout 30m "$python" -m pip install --quiet --no-build-isolation flash-attn; } >"$env/flash-attn.log" 2>&1 ||
-        _internvl_log "installing flash-attn failed ($env/flash-attn.log); using PyTorch's attention"
+        _internvl_log "compiling flash-attn failed: read $env/flash-attn.log and delete it to try again"
 }
 
 _internvl_setup

@@ -120,6 +120,28 @@ def test_a_failure_of_pip_is_not_stamped_as_installed(repository, tools):
     assert setup(repository, PATH=tools).returncode == 1, "it fails again the next time"
 
 
+def test_flash_attn_is_compiled_once_and_only_on_request(repository):
+    """The environment's Python records its arguments; its pip fails."""
+    env = repository / ".venv"
+    (env / "bin").mkdir(parents=True)
+    (env / "bin/activate").touch()
+    (env / ".internvl").write_text(f"{env}\n# no packages")
+    (env / "bin/python3").write_text('#!/bin/bash\necho "$*" >>"${0%/*}/calls"; echo no compiler; exit 1\n')
+    (env / "bin/python3").chmod(0o755)
+    calls = env / "bin/calls"
+    for value in ("", "0"):
+        assert setup(repository, INTERNVL_FLASH_ATTN=value).stderr == "" and not calls.exists()
+    done = setup(repository, INTERNVL_FLASH_ATTN=1)
+    assert done.returncode == 0, "PyTorch's attention is used"
+    assert [line.split(" (")[0] for line in done.stderr.splitlines()] == [
+        "setup.sh: compiling flash-attn",
+        f"setup.sh: compiling flash-attn failed: read {env}/flash-attn.log and delete it to try again",
+    ]
+    assert (env / "flash-attn.log").read_text() == "no compiler\n"
+    num_calls = len(calls.read_text().splitlines())
+    assert setup(repository, INTERNVL_FLASH_ATTN=1).stderr == "" and len(calls.read_text().splitlines()) == num_calls
+
+
 def test_missing_compiler(repository, tools):
     (tools / "c++").unlink()
     assert_one_sentence(setup(repository, PATH=tools), "g++", "DeepSpeed")
