@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from internvl.data.collators import (
+    collate_rows,
     concat_pad_data_collator,
     dpo_concat_pad_data_collator,
     packed_collate_fn,
@@ -108,6 +109,23 @@ def test_dtypes_and_skipped_samples():
         "image_flags": "torch.int64",
     }
     assert batch["pixel_values"].shape == (4, 3, 2, 2) and batch["input_ids"].shape == (3, 5)
+
+
+def test_indices_of_rows_for_training():
+    first, second = make_row(4), make_row(3, num_tiles=2)
+    first["position_ids"], second["labels"] = torch.tensor([0, 1, 0, 1]), torch.tensor([-100, 1, -100])
+    batch = collate_rows([first, second], pad_id=9)
+    assert batch["cu_seqlens"] == [0, 2, 4, 7, 8]
+    # The state of token 1 predicts no loss token: token 2 begins another document.
+    assert batch["loss_indices"].tolist() == [0, 2, 4]
+    assert not {"image_token_indices", "tile_indices"} & batch.keys(), "the id of image tokens is not known"
+    batch = collate_rows([first, second], pad_id=9, image_token_id=2)
+    assert batch["image_token_indices"].tolist() == [2, 6] and "tile_indices" not in batch
+    second["image_flags"][0] = 0
+    batch = collate_rows([first, second], image_token_id=2)
+    assert batch["tile_indices"].tolist() == [0, 2]
+    text = collate_rows([make_row(2, num_tiles=0)], image_token_id=2)
+    assert text["image_token_indices"].tolist() == [] and "tile_indices" not in text
 
 
 def test_row_longer_than_the_maximum_is_refused_with_both_numbers():

@@ -178,6 +178,9 @@ def test_edge_cases(model_case):
     # One tile too many. Upstream warns and multiplies the loss by 0.
     with pytest.raises(ValueError, match=f"{image_tokens} image tokens .* {image_tokens + tokens} visual tokens"):
         model(**{**batch, "image_flags": torch.ones_like(flags)})
+    indices = {"image_token_indices": torch.arange(image_tokens), "tile_indices": None}  # None: all tiles
+    with pytest.raises(ValueError, match=f"{image_tokens} image tokens .* {image_tokens + tokens} visual tokens"):
+        model(**batch, **indices)
     # One tile too few. Upstream raises a RuntimeError about shapes.
     assert edge["too_few_features_error"]
     with pytest.raises(ValueError, match=f"{image_tokens} image tokens .* {image_tokens - tokens} visual tokens"):

@@ -15,7 +15,7 @@ from helpers.training_runs import TRAIN_ADAPTERS, build_launch_command
 
 from internvl.checkpoint.manifest import find_latest_valid_checkpoint
 from internvl.runtime import dataloader_workers
-from internvl.runtime.dataloader_workers import limit_num_workers
+from internvl.runtime.dataloader_workers import choose_prefetch_factor, limit_num_workers
 from internvl.runtime.signals import PREEMPTED_EXIT_STATUS
 
 # Arguments: size of /dev/shm, then a command.
@@ -54,6 +54,17 @@ def test_shared_memory_is_divided_among_the_ranks_of_a_machine(monkeypatch, capl
     )
     assert limit_num_workers(4, 2, 0, int(20e6), num_local_ranks=8) == 0
     assert limit_num_workers(0, 2, 0, int(20e6), num_local_ranks=8) == 0
+
+
+def test_workers_prefetch_the_micro_batches_of_a_step(monkeypatch):
+    monkeypatch.setattr(dataloader_workers.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100e6}))
+    # (workers, micro-batches, used batches, bytes of a batch, ranks)
+    assert choose_prefetch_factor(4, 16, 2, int(1e6), 1) == 4
+    assert choose_prefetch_factor(4, 17, 2, int(1e6), 1) == 5
+    assert choose_prefetch_factor(4, 1, 2, int(1e6), 1) == 2, "torch's default"
+    assert choose_prefetch_factor(0, 16, 2, int(1e6), 1) == 16, "without workers it has no effect"
+    assert choose_prefetch_factor(4, 16, 2, int(5e6), 1) == 3, "of the 15 batches that fit, 2 are in use"
+    assert choose_prefetch_factor(4, 16, 2, int(5e6), 8) == 2, "then there are fewer workers"
 
 
 FILL_SHARED_MEMORY = """

@@ -11,6 +11,7 @@ import torch
 from helpers import training_runs
 from helpers.evaluation_cases import make_settings
 from helpers.paths import FINETUNE_PROGRAM
+from helpers.synchronizations import assert_one_synchronization_a_step
 from helpers.training_runs import (
     TRAIN_ADAPTERS,
     TRAIN_LLM_AND_PROJECTOR,
@@ -227,6 +228,14 @@ def test_reference_gets_new_tokens_tile_size_and_adapters_of_the_checkpoint(tiny
     torch.testing.assert_close(policy(**collate_samples(trainer, 0)), reference(**collate_samples(trainer, 0)))
 
 
+def test_micro_batches_do_not_synchronize(tiny_inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERNVL_CACHE", str(tmp_path / "cache"))
+    flags = "--max_steps 2 --gradient_accumulation_steps 2 --per_device_train_batch_size 2".split()
+    no_dropout = "--backbone_lora_dropout 0 --llm_lora_dropout 0".split()
+    argv = [*build_flags(tiny_inputs, tmp_path / "out"), *TRAIN_ADAPTERS, *flags, *no_dropout]
+    assert_one_synchronization_a_step(prepare_trainer(*argv))
+
+
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
@@ -341,7 +350,8 @@ def test_evaluation_of_pairs_writes_means_by_set(measured_trainer, tmp_path):
 
 def test_evaluation_does_not_drop_metrics_of_training_pairs(measured_trainer):
     trainer = measured_trainer
-    trainer.pair_metrics = [{"rewards/margins": torch.tensor([1.0, 2.0])}]
+    is_usable = torch.tensor([True, False, True])  # the second is an empty row
+    trainer.pair_metrics = [{"rewards/margins": torch.tensor([1.0, 7.0, 2.0]), "is_usable": is_usable}]
     trainer.log({"eval_loss": 1.0})
     logs = {"loss": 1.0}
     trainer.reports.add_step_metrics = lambda logs: None

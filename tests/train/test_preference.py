@@ -110,6 +110,7 @@ def test_batch_has_chosen_then_rejected_answers_and_tiles_once(make_pairs):
             assert torch.equal(batch[key][row, :length], items[index][f"{side}_{key}"])
             assert (batch[key][row, length:] == padding).all()
     assert (batch["labels"][[2, 5]] == -100).all()
+    assert set((batch["loss_indices"] // batch["labels"].shape[1]).tolist()) == {0, 1, 3, 4}
     assert len(batch["pixel_values"]) == sum(len(item["pixel_values"]) for item in items)
     assert len(batch["bad_samples"]) == 1
     answers = [item[f"{side}_input_ids"] for item in items[:2] for side in ("chosen", "rejected")]
@@ -131,7 +132,7 @@ def test_log_probs_of_a_batch_equal_those_of_single_answers(make_pairs, goldens,
     model.img_context_token_id = chat_model.img_context_token_id = dataset.img_context_id
     rows = PackedDataset([dataset])
     items = [rows[(0, index)] for index in range(3)]
-    batch = collate_pairs(items)
+    batch = collate_pairs(items, image_token_id=dataset.img_context_id)
     del batch["bad_samples"], batch["documents"]
     model.train()  # the model has no dropout
     log_probs = model(**batch)
@@ -153,8 +154,8 @@ def test_rows_without_labels_have_log_prob_zero_and_a_gradient():
     labels = torch.tensor([[-100, -100, 3, 5, -100], [-100] * 5])
     expected = head(states).log_softmax(-1)  # (2, 5, 9); position i predicts label i + 1
     expected = torch.stack([expected[0, 1, 3] + expected[0, 2, 5], torch.tensor(0.0)])
-    torch.testing.assert_close(label_log_probs(states, head, labels), expected)
-    label_log_probs(states, head, torch.full((2, 5), -100)).sum().backward()
+    torch.testing.assert_close(label_log_probs(states, head, labels, torch.tensor([1, 2])), expected)
+    label_log_probs(states, head, torch.full((2, 5), -100), torch.zeros(0, dtype=torch.int64)).sum().backward()
     assert not states.grad.any()
 
 
@@ -193,7 +194,8 @@ def test_weighted_sum_of_losses_and_metrics_over_two_micro_batches():
     tokens, rewards = torch.tensor([3, 4, 5, 6]), []
     for _ in range(2):
         policy, reference = -10 * torch.rand(4), -10 * torch.rand(4)
-        value, metrics = loss(policy, reference, tokens)
+        value, is_usable, metrics = loss(policy, reference, tokens)
+        assert is_usable.all()
         reward = 0.5 * (policy - reference)
         rewards.append(reward)
         shift = torch.cat(rewards).mean().item()
@@ -221,8 +223,8 @@ def test_weighted_sum_of_losses_and_metrics_over_two_micro_batches():
 def test_empty_pair_does_not_count():
     policy, reference = torch.tensor([-1.0, 0.0, -2.0, 0.0]), torch.tensor([-2.0, 0.0, -1.0, 0.0])
     with_empty, without_empty, only_empty = (build_loss(*RECIPE) for _ in range(3))
-    value, metrics = with_empty(policy, reference, torch.tensor([3, 0, 3, 0]))
+    value, is_usable, _ = with_empty(policy, reference, torch.tensor([3, 0, 3, 0]))
     assert value == without_empty(policy[::2], reference[::2], torch.tensor([3, 3]))[0]
-    assert metrics["rewards/margins"].shape == (1,)
+    assert is_usable.tolist() == [True, False]
     assert torch.equal(with_empty.rewards_seen, without_empty.rewards_seen)
     assert only_empty(policy[1::2], reference[1::2], torch.tensor([0, 0]))[0] == 0

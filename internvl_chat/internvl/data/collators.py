@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from internvl.constants import IGNORE_INDEX
-from internvl.model.internvl_chat.documents import LOSS_REDUCTIONS, compute_cu_seqlens, find_document_starts
+from internvl.data.images import normalize_tiles
+from internvl.model.internvl_chat.documents import (
+    LOSS_REDUCTIONS,
+    compute_cu_seqlens,
+    find_document_starts,
+    find_loss_indices,
+    find_true,
+)
 
 # Key of a tensor of shape (L,) -> (dtype, padding value). `_pad` pads input_ids with `pad_id` and counts positions.
 TOKEN_TENSORS = {
@@ -44,14 +51,51 @@ def concat_pad_data_collator(features: Sequence[dict], max_item_length: int | No
     return _collate(features, pad_id, padded_keys=TOKEN_TENSORS, concatenated_keys=TILE_KEYS, length=max_item_length)
 
 
-def collate_rows(rows: Sequence[dict], pad_id: int = 0, max_item_length: int | None = None) -> dict:
-    """Collate rows for training: `concat_pad_data_collator` plus `cu_seqlens`.
-
-    `cu_seqlens` has the starts of all documents in the flattened rows, then the number of tokens. It is a list, which
-    stays on the CPU, so no layer synchronizes with the device to read it.
-    """
+def collate_rows(
+    rows: Sequence[dict], pad_id: int = 0, max_item_length: int | None = None, image_token_id: int | None = None
+) -> dict:
+    """Collate rows for training: `concat_pad_data_collator` plus `compute_indices`."""
     batch = concat_pad_data_collator(rows, max_item_length, pad_id)
-    return batch | {"cu_seqlens": compute_cu_seqlens(batch["position_ids"])}
+    return batch | compute_indices(batch, image_token_id)
+
+
+def compute_indices(batch: dict, image_token_id: int | None = None) -> dict:
+    """Compute what the model would have to ask the device for.
+
+    To read a count or a mask, the CPU waits until the device has done all work so far.
+
+    Args:
+        batch: `input_ids`, `labels`, `position_ids` (B, L), `image_flags` (T,).
+        image_token_id: id of `<IMG_CONTEXT>`; None leaves the last two to the model.
+
+    Returns:
+        `cu_seqlens`: starts of all documents in the flattened rows, then B * L. A list, which stays on the CPU.
+        `loss_indices`: (n,), see `find_loss_indices`.
+        `image_token_indices`: (m,), the image tokens in the flattened rows.
+        `tile_indices`: (t,), the tiles of image flag 1; only if some have the flag 0.
+    """
+    indices: dict[str, Any] = {
+        "cu_seqlens": compute_cu_seqlens(batch["position_ids"]),
+        "loss_indices": find_loss_indices(batch["labels"], batch["position_ids"]),
+    }
+    if image_token_id is not None:
+        indices["image_token_indices"] = find_true(batch["input_ids"] == image_token_id)
+        is_image = batch["image_flags"] == 1
+        if not is_image.all():
+            indices["tile_indices"] = find_true(is_image)
+    return indices
+
+
+def move_batch(batch: dict, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> dict:
+    """Move a batch to a device, and normalize its tiles there.
+
+    From pinned memory the copies run beside the work of the device: the CPU does not wait.
+    """
+    moved = {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+    return moved | {"pixel_values": normalize_tiles(moved["pixel_values"], mean, std)}
 
 
 def pad_data_collator(features: Sequence[dict], pad_id: int = 0) -> dict:

@@ -170,5 +170,7 @@ def normalize_tiles(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequ
 
     The operations and their order are those of torchvision's ToTensor and Normalize: results are bitwise equal.
     """
-    shift, scale = (torch.tensor(values, device=pixel_values.device).view(3, 1, 1) for values in (mean, std))
+    # `torch.tensor(values, device=...)` would wait for the device.
+    stats = torch.tensor([mean, std]).to(pixel_values.device, non_blocking=True)
+    shift, scale = stats.view(2, 3, 1, 1).unbind()
     return pixel_values.float().div_(255).sub_(shift).div_(scale)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from internvl.constants import UnusableSample, shorten
-from internvl.data.collators import LIST_KEYS, TILE_KEYS, collate_rows, concat_pad_data_collator
+from internvl.data.collators import LIST_KEYS, TILE_KEYS, compute_indices, concat_pad_data_collator
 from internvl.data.foreign_keys import ABSENT_VALUES, MEDIA_KEYS
 from internvl.data.supervised_dataset import LazySupervisedDataset
 
@@ -58,17 +58,18 @@ def build_turns(record: dict, side: str) -> list[dict[str, str]]:
     return [{"from": role, "value": record[key]} for key, role in roles.items()]
 
 
-def collate_pairs(pairs: Sequence[dict], pad_id: int = 0) -> dict:
+def collate_pairs(pairs: Sequence[dict], pad_id: int = 0, image_token_id: int | None = None) -> dict:
     """Collate B pairs to 2B rows: first all chosen, then all rejected.
 
     Args:
         pairs: items of a `PackedDataset` of pairs. An empty row has one set of token tensors, used for both sides.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` (2B, L), `cu_seqlens`; `pixel_values`, `image_flags`, once per pair;
-        `documents`, `bad_samples`.
+        `input_ids`, `labels`, `position_ids` (2B, L); `pixel_values`, `image_flags`, once per pair; what
+        `compute_indices` returns; `documents`, `bad_samples`.
     """
     # `dpo_concat_pad_data_collator` pads each side separately, as in upstream; this model takes both in one batch.
     rows = [{key: pair.get(f"{side}_{key}", pair.get(key)) for key in TOKEN_KEYS} for side in SIDES for pair in pairs]
     tiles_and_lists = [{key: pair[key] for key in (*TILE_KEYS, *LIST_KEYS)} for pair in pairs]
-    return collate_rows(rows, pad_id) | concat_pad_data_collator(tiles_and_lists)
+    batch = concat_pad_data_collator(rows, pad_id=pad_id) | concat_pad_data_collator(tiles_and_lists)
+    return batch | compute_indices(batch, image_token_id)

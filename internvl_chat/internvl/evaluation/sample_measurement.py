@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from internvl.data.collators import LIST_KEYS, TILE_KEYS, collate_rows
-from internvl.data.images import normalize_tiles
+from internvl.data.collators import LIST_KEYS, TILE_KEYS, collate_rows, move_batch
 from internvl.data.preference_dataset import TOKEN_KEYS
 from internvl.dist_utils import count_cores_per_rank, gather_objects, get_rank
 from internvl.evaluation.evaluation_data import EvaluationData
@@ -63,7 +62,8 @@ def measure_samples(
             is_usable = batch.pop("is_usable")
             measured += [sample for sample, usable in zip(samples, is_usable, strict=False) if usable]
             with settings.autocast_fn():
-                results.append(measure_fn(move_batch(batch, model.device, settings)))
+                batch = move_batch(batch, model.device, settings.image_mean, settings.image_std)
+                results.append(measure_fn(batch))
             settings.check_stop_fn()
     all_results, all_skipped = np.zeros(len(data.lengths), dtype), []
     for measured_on_rank, results_of_rank, skipped_on_rank in gather_objects(
@@ -80,13 +80,12 @@ def collate_samples(collate_fn: Callable[[Sequence[dict]], dict], samples: Seque
     return collate_fn(samples) | {"is_usable": [bool(sample["documents"]) for sample in samples]}
 
 
-def collate_packed(samples: Sequence[dict], pad_id: int = 0) -> dict:
+def collate_packed(samples: Sequence[dict], pad_id: int = 0, image_token_id: int | None = None) -> dict:
     """Collate single samples to one packed row."""
     usable = [sample for sample in samples if sample["documents"]] or samples[:1]
     row = {key: torch.cat([sample[key] for sample in usable]) for key in (*TOKEN_KEYS, *TILE_KEYS)}
-    return collate_rows(
-        [row | {key: [entry for sample in samples for entry in sample[key]] for key in LIST_KEYS}], pad_id
-    )
+    lists = {key: [entry for sample in samples for entry in sample[key]] for key in LIST_KEYS}
+    return collate_rows([row | lists], pad_id, image_token_id=image_token_id)
 
 
 def wait_for_batches(loader: DataLoader, description: str, is_shown: bool = True) -> Iterator[dict]:
@@ -100,13 +99,3 @@ def wait_for_batches(loader: DataLoader, description: str, is_shown: bool = True
                 return
             yield batch
             progress.update()
-
-
-def move_batch(batch: dict, device: torch.device, settings: EvaluationSettings) -> dict:
-    """Move a batch to a device, and normalize its tiles there."""
-    moved = {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-    }
-    tiles = normalize_tiles(moved["pixel_values"], settings.image_mean, settings.image_std)
-    return moved | {"pixel_values": tiles}

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from internvl.constants import get_pad_id
@@ -21,7 +22,6 @@ from internvl.evaluation.evaluation_plan import plan_evaluation
 from internvl.evaluation.sample_measurement import collate_packed, measure_samples
 from internvl.evaluation.settings import EvaluationSettings
 from internvl.model.internvl_chat import InternVLChatModel
-from internvl.model.internvl_chat.documents import get_loss_mask
 from internvl.model.lora import unwrap_peft
 from internvl.model.varlen_attention import can_pack_documents
 from internvl.planning.sample_cost import compute_forward_cost
@@ -44,7 +44,8 @@ def measure_token_losses(model: InternVLChatModel, data: EvaluationData, setting
     """
     max_shared = get_max_shared_tokens(unwrap_peft(model.language_model))
     plan = plan_evaluation(data.lengths, settings, get_world_size(), compute_forward_cost(model), max_shared)
-    collate_fn = partial(collate_packed, pad_id=get_pad_id(data.dataset.datasets[0].tokenizer))
+    pad_id = get_pad_id(data.dataset.datasets[0].tokenizer)
+    collate_fn = partial(collate_packed, pad_id=pad_id, image_token_id=model.img_context_token_id)
     return measure_samples(model, data, settings, plan, collate_fn, partial(measure_row, model), TOKEN_LOSSES)
 
 
@@ -75,11 +76,13 @@ def measure_row(model: InternVLChatModel, row: dict) -> np.ndarray:
     losses, is_correct = model(**row, per_token_loss=True)  # (n,)
     results = np.zeros(len(documents), TOKEN_LOSSES)
     if documents:
-        loss_mask = get_loss_mask(row["labels"], row["position_ids"])[0].cpu().numpy()  # (L - 1,)
-        sample = np.repeat(np.arange(len(documents)), documents)[1:][loss_mask]  # (n,) that each loss token belongs to
-        results["loss_sum"] = np.bincount(sample, losses.cpu().numpy(), len(documents))  # in float64
+        # One copy, for which the CPU waits; float64 holds all values exactly.
+        columns = torch.stack([row["loss_indices"].double(), losses.double(), is_correct.double()])  # (3, n)
+        indices, losses, is_correct = columns.cpu().numpy()
+        sample = np.searchsorted(np.cumsum(documents), indices, side="right")  # (n,) that each loss token belongs to
+        results["loss_sum"] = np.bincount(sample, losses, len(documents))
         results["tokens"] = np.bincount(sample, minlength=len(documents))
-        results["correct"] = np.bincount(sample, is_correct.cpu().numpy(), len(documents))
+        results["correct"] = np.bincount(sample, is_correct, len(documents))
     return results
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from internvl.model.internvl_chat.documents import get_loss_mask
+from internvl.model.internvl_chat.documents import find_loss_indices, select_loss_tokens
 from internvl.model.internvl_chat.zero3 import is_partitioned
 
 # Maximum size of the float32 logits of a chunk; peak memory is about twice that.
@@ -64,6 +64,7 @@ def compute_token_loss(
     loss_weight=None,
     average_weight_over_ranks: bool = False,
     scale_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    loss_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the weighted mean cross entropy, a float32 scalar.
 
@@ -77,14 +78,16 @@ def compute_token_loss(
         loss_weight: (B, L) tensor or nested list, a weight for each label; default: 1 each.
         average_weight_over_ranks: divide by the mean over ranks of the summed weights, not by this rank's sum.
         scale_fn: function from the output of the head to logits, see `scale_logits`; default: none.
+        loss_indices: (n,) of `find_loss_indices`, if they are known already.
     """
-    loss_mask = get_loss_mask(labels, position_ids)  # (B, L - 1)
-    states, targets = hidden_states[:, :-1][loss_mask], labels[:, 1:][loss_mask]  # (n, C), (n,)
+    if loss_indices is None:
+        loss_indices = find_loss_indices(labels, position_ids)
+    states, targets = select_loss_tokens(hidden_states, labels, loss_indices)  # (n, C), (n,)
     if loss_weight is None:
         weights = torch.ones_like(targets, dtype=torch.float32)
     else:
         loss_weight = torch.as_tensor(loss_weight, dtype=torch.float32, device=labels.device)
-        weights = loss_weight[:, 1:][loss_mask]
+        weights = loss_weight.flatten()[loss_indices + 1]
 
     total = _compute_weighted_loss_sum(head, scale_fn or nn.Identity(), states, targets, weights)
     normalizer = weights.sum()

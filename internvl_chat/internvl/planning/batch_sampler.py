@@ -28,7 +28,7 @@ def count_run_steps(
     return steps
 
 
-BYTES_PER_TOKEN = 3 * 8  # input_ids, labels and position_ids, in int64
+BYTES_PER_TOKEN = 4 * 8  # input_ids, labels, position_ids, and one index of loss or image tokens, in int64
 
 
 def compute_max_batch_bytes(plan: EpochPlan, lengths: np.ndarray, tile_size: int) -> int:

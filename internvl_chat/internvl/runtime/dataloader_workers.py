@@ -1,6 +1,7 @@
 """DataLoader workers: start, end, and the shared memory through which they send batches."""
 
 import logging
+import math
 import os
 import shutil
 import sys
@@ -21,7 +22,11 @@ logger = logging.getLogger(__name__)
 SHARED_MEMORY_DIR = "/dev/shm"  # where Linux puts shared memory
 PAGE_BYTES = 8 * 4096  # lost by rounding the tensors of a batch up to pages
 USABLE_SHARE = 0.8  # of its free bytes: NCCL has buffers there, too
-HOW_TO_ENLARGE = "docker run --shm-size=8g; in Kubernetes an emptyDir with medium: Memory"
+MIN_PREFETCH_FACTOR = 2  # batches that a worker prepares ahead, unless the user says otherwise
+HOW_TO_ENLARGE = (
+    "docker run --shm-size=8g; in Kubernetes an emptyDir with medium: Memory; elsewhere, as root, "
+    f"mount -o remount,size=8g {SHARED_MEMORY_DIR}"
+)
 
 
 class SpawnableDataset(Dataset):
@@ -63,7 +68,8 @@ def build_worker_loader(
     *,
     num_workers: int,
     max_batch_bytes: int,
-    prefetch_factor: int = 2,
+    prefetch_factor: int | None = None,
+    num_prefetched: int = 0,
     num_used: int = 2,
     multiprocessing_context: str | None = None,
     is_pinned: bool = False,
@@ -74,10 +80,14 @@ def build_worker_loader(
         batches: the keys in `dataset` of each batch.
         num_workers: at most; there are fewer if shared memory is too small. Their number does not affect the data.
         max_batch_bytes: upper bound of a collated batch, which workers hand over in shared memory.
+        prefetch_factor: batches that each worker prepares ahead; by default `choose_prefetch_factor`.
+        num_prefetched: batches that all workers together should prepare ahead.
         num_used: batches that the caller still uses while workers load others.
         is_pinned: copy batches to pinned memory.
     """
     local_ranks = count_local_ranks(os.environ)
+    if prefetch_factor is None:
+        prefetch_factor = choose_prefetch_factor(num_workers, num_prefetched, num_used, max_batch_bytes, local_ranks)
     num_workers = limit_num_workers(num_workers, prefetch_factor, num_used, max_batch_bytes, local_ranks)
     return DataLoader(
         dataset,
@@ -123,8 +133,33 @@ def _share(tensor: torch.Tensor) -> None:
             raise
         raise OSError(
             f"{SHARED_MEMORY_DIR} is full, through which dataloader workers send batches: enlarge it "
-            f"({HOW_TO_ENLARGE}), or set fewer --dataloader_num_workers."
+            f"({HOW_TO_ENLARGE}; under SLURM it counts as memory of the job, --mem), or set fewer "
+            "--dataloader_num_workers."
         ) from error
+
+
+def choose_prefetch_factor(
+    num_workers: int, num_prefetched: int, num_used: int, batch_bytes: int, num_local_ranks: int
+) -> int:
+    """Choose how many batches each worker prepares ahead.
+
+    All workers together prepare `num_prefetched`, or what fits into shared memory; each at least MIN_PREFETCH_FACTOR.
+    The other arguments are those of `limit_num_workers`.
+    """
+    num_workers = max(1, num_workers)
+    num_fitting = count_fitting_batches(batch_bytes, num_local_ranks) - num_used
+    return max(MIN_PREFETCH_FACTOR, int(min(-(-num_prefetched // num_workers), num_fitting / num_workers)))
+
+
+def count_fitting_batches(batch_bytes: int, num_local_ranks: int) -> float:
+    """Count the batches of a rank that fit into shared memory."""
+    if sys.platform != "linux":
+        return math.inf
+    return _count_free_bytes() * USABLE_SHARE / num_local_ranks // (batch_bytes + PAGE_BYTES)
+
+
+def _count_free_bytes() -> int:
+    return shutil.disk_usage(SHARED_MEMORY_DIR).free if os.access(SHARED_MEMORY_DIR, os.W_OK) else 0
 
 
 def limit_num_workers(
@@ -139,17 +174,15 @@ def limit_num_workers(
         batch_bytes: size of the largest batch.
         num_local_ranks: ranks on this machine, which share the memory.
     """
-    if sys.platform != "linux":
-        return num_workers
-    free = shutil.disk_usage(SHARED_MEMORY_DIR).free if os.access(SHARED_MEMORY_DIR, os.W_OK) else 0
-    bytes_per_rank, batch_bytes = free * USABLE_SHARE / num_local_ranks, batch_bytes + PAGE_BYTES
     num_batches = num_workers * prefetch_factor + num_used
-    num_fitting = max(0, min(num_workers, int((bytes_per_rank / batch_bytes - num_used) / prefetch_factor)))
+    num_fitting = (count_fitting_batches(batch_bytes, num_local_ranks) - num_used) / prefetch_factor
+    num_fitting = int(max(0, min(num_workers, num_fitting)))
     if num_fitting < num_workers:
+        batch_bytes += PAGE_BYTES
         logger.warning(
             "Dataloader workers per rank: %d instead of %d. %s has %s free; %d batches of up to %s on each of %d ranks "
             "need %s. To use all workers, enlarge it (%s).",
-            *(num_fitting, num_workers, SHARED_MEMORY_DIR, _format_megabytes(free), num_batches),
+            *(num_fitting, num_workers, SHARED_MEMORY_DIR, _format_megabytes(_count_free_bytes()), num_batches),
             *(_format_megabytes(batch_bytes), num_local_ranks),
             *(_format_megabytes(num_batches * batch_bytes * num_local_ranks), HOW_TO_ENLARGE),
         )

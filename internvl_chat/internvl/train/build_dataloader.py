@@ -26,9 +26,10 @@ def build_dataloader(
         collate_fn,
         num_workers=min(args.dataloader_num_workers, count_cores_per_rank()),
         max_batch_bytes=max_batch_bytes,
-        prefetch_factor=args.dataloader_prefetch_factor or 2,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        num_prefetched=args.gradient_accumulation_steps,  # a step begins by taking all of its batches
         # The batches of this step and the next one. Pinned batches are copies.
         num_used=2 if is_pinned else 2 * args.gradient_accumulation_steps,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),  # a flag from 5.17 on
         is_pinned=is_pinned,
     )

@@ -91,13 +91,13 @@ def build_trainer(
     if evaluation and evaluation.data:
         log_evaluation_plan(model, evaluation.data, evaluation.settings, schedule, training_args)
     model.loss_reduction = data_args.loss_reduction
-    collator = partial(collator, pad_id=get_pad_id(tokenizer))
+    collator = partial(collator, pad_id=get_pad_id(tokenizer), image_token_id=model.img_context_token_id)
     if data_args.use_packed_ds and data_args.strict_mode:
         collator = partial(collator, max_item_length=data_args.max_packed_tokens)
     preprocessor = build_preprocessor_config(data_args.force_image_size, *NORMALIZATION_STATS[data_args.normalize_type])
     base_files = read_base_files(run_record.flags, preprocessor) if training_args.should_save else AuxiliaryFiles()
     max_skipped = count_max_skipped_samples(data_args, len(data.lengths))
-    if training_args.hf_deepspeed_config:
+    if training_args.deepspeed:
         num_trainable = sum(count_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
         limit_reduce_bucket(training_args.hf_deepspeed_config.config, num_trainable)
     return trainer_class(

@@ -27,8 +27,9 @@ def watch_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Cal
         for handle in handles.values():
             handle.remove()
         raise_gradient_error("no gradient", [name for name in handles if name not in is_finite], len(handles))
-        if finite:
-            non_finite = [name for name, ok in is_finite.items() if not ok]
+        if finite and is_finite:
+            flags = torch.stack(list(is_finite.values())).tolist()  # one copy, for which the CPU waits
+            non_finite = [name for name, ok in zip(is_finite, flags, strict=True) if not ok]
             raise_gradient_error("a non-finite gradient", non_finite, len(handles))
 
     return check_gradients

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from internvl.model.internvl_chat.documents import compute_label_weights, get_loss_mask
+from internvl.model.internvl_chat.documents import compute_label_weights
 from internvl.planning.data_schedule import DataSchedule
 
 
@@ -23,11 +23,13 @@ class MicroBatchWeights:
         self.schedule, self.loss_reduction, self.all_gather = schedule, loss_reduction, all_gather
         self.mean_label_weight = torch.tensor(0.0)  # of the micro-batches of a step
 
-    def begin_step(self, batches: list[dict], mean_over_ranks_fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Measure the micro-batches of a step. A collective."""
+    def begin_step(
+        self, batches: list[dict], device: torch.device, mean_over_ranks_fn: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Measure the micro-batches of a step, which are still on the CPU. A collective on `device`."""
         if self.all_gather and batches:
             weight: Any = sum(map(self.sum_label_weights, batches))
-            self.mean_label_weight = mean_over_ranks_fn(weight) / len(batches)
+            self.mean_label_weight = mean_over_ranks_fn(weight.to(device, non_blocking=True)) / len(batches)
 
     def compute(self, batch: dict, epoch: int, step: int) -> torch.Tensor | float:
         """Compute the weight of a micro-batch in a step of an epoch."""
@@ -40,6 +42,6 @@ class MicroBatchWeights:
         return rows[..., 0].size / (rows >= 0).any(-1).sum()
 
     def sum_label_weights(self, batch: dict) -> torch.Tensor:
-        """Add up the weights of a batch's labels, to a scalar."""
+        """Add up the weights of a batch's loss tokens, to a scalar."""
         weights = compute_label_weights(batch["labels"], batch["position_ids"], self.loss_reduction)
-        return weights[:, 1:][get_loss_mask(batch["labels"], batch["position_ids"])].sum()
+        return weights.flatten()[batch["loss_indices"] + 1].sum()

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 from internvl.arguments.preference import DPOConfig, PreferenceDataArguments
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.decoder import run_decoder
-from internvl.model.internvl_chat.documents import get_loss_mask
+from internvl.model.internvl_chat.documents import select_loss_tokens
 from internvl.model.lora import unwrap_peft
 from internvl.model.token_loss import compute_target_log_probs, scale_logits
 
@@ -27,7 +27,18 @@ from internvl.model.token_loss import compute_target_log_probs, scale_logits
 class PreferenceModel(InternVLChatModel):
     """The chat model with a forward pass that scores pairs of answers."""
 
-    def forward(self, input_ids, labels, position_ids, pixel_values, image_flags, cu_seqlens=None) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids,
+        labels,
+        position_ids,
+        pixel_values,
+        image_flags,
+        cu_seqlens,
+        loss_indices,
+        image_token_indices,
+        tile_indices=None,
+    ) -> torch.Tensor:
         """Add up the log-probabilities of each answer.
 
         The arguments are a batch of `collate_pairs`: first the B chosen answers, then the B rejected ones. Both answers
@@ -38,18 +49,21 @@ class PreferenceModel(InternVLChatModel):
         """
         visual_features = None
         if len(pixel_values):
-            visual_features = self.extract_feature(pixel_values)[image_flags.flatten() == 1].repeat(2, 1, 1)
+            visual_features = self.extract_feature(pixel_values)
+            if tile_indices is not None:
+                visual_features = visual_features.index_select(0, tile_indices)
+            visual_features = visual_features.repeat(2, 1, 1)
         llm = unwrap_peft(self.language_model)
         outputs = run_decoder(
             llm,
-            self.embed_inputs(input_ids, visual_features=visual_features),
+            self.embed_inputs(input_ids, visual_features=visual_features, image_token_indices=image_token_indices),
             attention_mask=None,
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
             use_cache=False,
         )
         head, scale_fn = llm.get_output_embeddings(), partial(scale_logits, llm)
-        return label_log_probs(outputs.last_hidden_state, head, labels, position_ids, scale_fn)
+        return label_log_probs(outputs.last_hidden_state, head, labels, loss_indices, scale_fn)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save as InternVLChatModel: transformers would write this class into `config.json`."""
@@ -63,19 +77,18 @@ def label_log_probs(
     hidden_states: torch.Tensor,
     head: nn.Module,
     labels: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
+    loss_indices: torch.Tensor,
     scale_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Add up the log-probabilities of the labels of each row.
 
-    The arguments are those of `token_loss`.
+    The arguments are those of `compute_token_loss`.
 
     Returns:
         (B,) float32.
     """
-    mask = get_loss_mask(labels, position_ids)
-    log_probs = compute_target_log_probs(head, scale_fn, hidden_states[:, :-1][mask], labels[:, 1:][mask])
-    return log_probs.new_zeros(len(labels)).index_add(0, mask.nonzero()[:, 0], log_probs)
+    log_probs = compute_target_log_probs(head, scale_fn, *select_loss_tokens(hidden_states, labels, loss_indices))
+    return log_probs.new_zeros(len(labels)).index_add(0, loss_indices // labels.shape[1], log_probs)
 
 
 # -- from log-probabilities to a loss ----------------------------------------------------------------------------------
@@ -166,7 +179,7 @@ class PreferenceLoss:
 
     def __call__(
         self, policy: torch.Tensor, reference: torch.Tensor, num_loss_tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the loss and the metrics of a micro-batch, and update the mean reward.
 
         Args:
@@ -174,16 +187,16 @@ class PreferenceLoss:
             num_loss_tokens: (2B,) tokens of each answer.
 
         Returns:
-            The mean loss over pairs, 0 without pairs, and one value per pair and metric. Pairs without labels (empty
-            rows) are not counted.
+            The mean loss over usable pairs, 0 without any; whether each pair is usable (B,); the metrics, each (B,).
+            Pairs without labels (empty rows) are not usable.
         """
         if "bco_pair" in self.weights:
             rewards, is_usable = self._compute_rewards(policy, reference, num_loss_tokens)
-            self._update_mean_reward(rewards.detach()[:, is_usable])
+            self._update_mean_reward(rewards.detach(), is_usable)
         losses, is_usable, metrics = self.measure_pairs(policy, reference, num_loss_tokens)
         # Losses of empty rows are finite and have no gradient, so they may stay in the graph.
         loss = (losses * is_usable).sum() / is_usable.sum().clamp(min=1)
-        return loss, {name: values.detach()[is_usable] for name, values in metrics.items()}
+        return loss, is_usable, {name: values.detach() for name, values in metrics.items()}
 
     def measure_pairs(
         self, policy: torch.Tensor, reference: torch.Tensor, num_loss_tokens: torch.Tensor
@@ -221,9 +234,9 @@ class PreferenceLoss:
         """Mean of all rewards so far, a float32 scalar; 0 before the first step."""
         return (self.rewards_seen[0] / self.rewards_seen[1].clamp(min=1)).float()
 
-    def _update_mean_reward(self, rewards: torch.Tensor) -> None:
-        """Add the rewards of a micro-batch on all ranks to the mean. A collective."""
-        new = torch.stack([rewards.sum().double(), torch.tensor(rewards.numel(), device=rewards.device).double()])
+    def _update_mean_reward(self, rewards: torch.Tensor, is_usable: torch.Tensor) -> None:
+        """Add the rewards (2, B) of a micro-batch's usable pairs on all ranks to the mean. A collective."""
+        new = torch.stack([(rewards * is_usable).sum().double(), 2 * is_usable.sum().double()])
         if dist.is_initialized():
             dist.all_reduce(new)
         self.rewards_seen = self.rewards_seen.to(new.device) + new

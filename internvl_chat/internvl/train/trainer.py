@@ -41,7 +41,7 @@ from internvl.checkpoint.resume_rules import RunRecord, check_model
 from internvl.checkpoint.safe_load import refuse_unsafe_pickles, weights_only_loading
 from internvl.checkpoint.saved_states import one_line_state_errors
 from internvl.checkpoint.trainer_state import read_global_step
-from internvl.data.images import normalize_tiles
+from internvl.data.collators import move_batch
 from internvl.data.skipped_samples import SkippedSampleReport
 from internvl.dist_utils import run_on_rank_0, set_collective_timeout
 from internvl.evaluation.evaluation_data import EvaluationData
@@ -191,16 +191,15 @@ class InternVLTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         read_fn = partial(super().get_batch_samples, epoch_iterator, num_batches, device)
         batches, num_items = self.next_batches.take(read_fn)
-        self.loss_weights.begin_step(batches, lambda weight: self.accelerator.reduce(weight.to(device), "mean"))
+        self.loss_weights.begin_step(batches, device, partial(self.accelerator.reduce, reduction="mean"))
         return batches, num_items
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         """Count a batch, move it to the device, normalize its tiles."""
         self.reports.new_unusable_samples += inputs.pop("bad_samples", [])
         self.metrics.count_batch(inputs, inputs.pop("documents", []), self.flops)
-        inputs = super()._prepare_inputs(inputs)
-        mean, std = self.preprocessor["image_mean"], self.preprocessor["image_std"]
-        return inputs | {"pixel_values": normalize_tiles(inputs["pixel_values"], mean, std)}
+        # transformers' method waits for each copy.
+        return move_batch(inputs, self.args.device, self.preprocessor["image_mean"], self.preprocessor["image_std"])
 
     # -- step ----------------------------------------------------------------------------------------------------------
 

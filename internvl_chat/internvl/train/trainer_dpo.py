@@ -31,6 +31,7 @@ from internvl.regular_files import read_json
 from internvl.train.preference_loss import PreferenceLoss, PreferenceModel
 from internvl.train.trainer import InternVLTrainer
 
+USABLE_PAIRS = "is_usable"  # beside the metrics of pairs: whether each pair counts
 REWARDS_FILE = "rewards_seen.json"  # in a checkpoint: `PreferenceLoss.rewards_seen`
 
 
@@ -48,7 +49,8 @@ class MultimodalDPOTrainer(InternVLTrainer):
         super().__init__(*args, **kwargs)
         self.loss, self.reference = loss, reference
         self.needs_base_model = reference is not None
-        self.pair_metrics: list[dict[str, torch.Tensor]] = []  # of this rank's micro-batches since the last report
+        # Of this rank's micro-batches since the last report; USABLE_PAIRS among the names.
+        self.pair_metrics: list[dict[str, torch.Tensor]] = []
 
     # -- step ----------------------------------------------------------------------------------------------------------
 
@@ -67,10 +69,11 @@ class MultimodalDPOTrainer(InternVLTrainer):
         return (loss, metrics) if return_outputs else loss
 
     def get_batch_loss_metrics(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute the loss of a batch, and metrics of its pairs."""
+        """Compute the loss of a batch, and the metrics and USABLE_PAIRS of its pairs."""
         num_loss_tokens = get_loss_mask(batch["labels"], batch["position_ids"]).sum(1)  # (2B,)
         reference = self.compute_reference_log_probs(model, batch)
-        return self.loss(model(**batch), reference, num_loss_tokens)
+        loss, is_usable, metrics = self.loss(model(**batch), reference, num_loss_tokens)
+        return loss, metrics | {USABLE_PAIRS: is_usable}
 
     @torch.no_grad()
     def compute_reference_log_probs(self, model: nn.Module, batch: dict) -> torch.Tensor:
@@ -109,7 +112,10 @@ class MultimodalDPOTrainer(InternVLTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each metric over the pairs of all ranks."""
         if "loss" in logs:  # otherwise these are the metrics of an evaluation, or of the whole run
-            own = [{name: values.tolist() for name, values in metrics.items()} for metrics in self.pair_metrics]
+            own = []
+            for metrics in self.pair_metrics:
+                is_usable = metrics.pop(USABLE_PAIRS)
+                own.append({name: values[is_usable].tolist() for name, values in metrics.items()})
             self.pair_metrics = []
             all_metrics = [metrics for metrics_of_rank in gather_objects(own) for metrics in metrics_of_rank]
             for name in all_metrics[0] if all_metrics else ():
@@ -149,13 +155,17 @@ class MultimodalDPOTrainer(InternVLTrainer):
             reference = self.compute_reference_log_probs(self.model, batch)
             losses, is_usable, metrics = self.loss.measure_pairs(self.model(**batch), reference, num_loss_tokens)
             columns = {"tokens": num_loss_tokens.view(2, -1).sum(0), "loss": losses, **metrics}
-            results = np.zeros(int(is_usable.sum()), dtype)
-            for name, values in columns.items():
-                results[name] = values[is_usable].cpu().numpy()
+            # One copy, for which the CPU waits; float64 holds all values exactly.
+            values = torch.stack([is_usable.double(), *(column.double() for column in columns.values())]).cpu().numpy()
+            is_usable_row, *rows = values  # (B,) each
+            results = np.zeros(int(is_usable_row.sum()), dtype)
+            for name, row in zip(columns, rows, strict=True):
+                results[name] = row[is_usable_row > 0]
             return results
 
         plan = plan_pairs(data.lengths, settings, self.args.world_size)
-        collate_fn = partial(collate_pairs, pad_id=get_pad_id(self.processing_class))
+        pad_id, image_token_id = get_pad_id(self.processing_class), self.model.img_context_token_id
+        collate_fn = partial(collate_pairs, pad_id=pad_id, image_token_id=image_token_id)
         return measure_samples(self.model, data, settings, plan, collate_fn, measure_batch, dtype)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------

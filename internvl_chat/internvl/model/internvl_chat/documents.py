@@ -4,6 +4,7 @@
 """
 
 import torch
+import torch.nn.functional as F
 
 IGNORE_INDEX = -100  # label of a token without loss; the small patch cannot import internvl.constants
 
@@ -73,3 +74,23 @@ def get_loss_mask(labels: torch.Tensor, position_ids: torch.Tensor | None) -> to
     """
     has_loss = labels[:, 1:] != IGNORE_INDEX
     return has_loss if position_ids is None else has_loss & (position_ids[:, 1:] != 0)
+
+
+def find_loss_indices(labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Find the tokens whose states predict a loss token, (n,) in the flattened rows.
+
+    The label of index i is that of token i + 1. On a GPU this waits for the device.
+    """
+    return find_true(F.pad(get_loss_mask(labels, position_ids), (0, 1)))
+
+
+def find_true(mask: torch.Tensor) -> torch.Tensor:
+    """Return the indices (n,) of True in a flattened mask. On a GPU this waits for the device."""
+    return mask.flatten().nonzero().flatten()
+
+
+def select_loss_tokens(
+    states: torch.Tensor, labels: torch.Tensor, loss_indices: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Select states (n, C) and labels (n,) of loss tokens from (B, L, C) and (B, L)."""
+    return states.flatten(0, 1).index_select(0, loss_indices), labels.flatten()[loss_indices + 1]

@@ -29,7 +29,13 @@ from internvl.model.internvl_chat.checkpoint_keys import (
 )
 from internvl.model.internvl_chat.configuration_internvl_chat import InternVLChatConfig, count_image_tokens
 from internvl.model.internvl_chat.decoder import CACHE_NAME, configured_attention, get_requested_attention, run_decoder
-from internvl.model.internvl_chat.documents import compute_label_weights, get_loss_mask, normalize_document_boundaries
+from internvl.model.internvl_chat.documents import (
+    compute_label_weights,
+    find_loss_indices,
+    find_true,
+    normalize_document_boundaries,
+    select_loss_tokens,
+)
 from internvl.model.internvl_chat.generation import (
     default_generation_config,
     save_generation_config,
@@ -149,7 +155,7 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         checkpoint is loaded first, from the recorded path or from `base_model`.
 
         Args (beyond those of transformers):
-            attn_implementation: `eager`, `sdpa` or `flash_attention_2`; only `eager` gives `output_attentions`.
+            attn_implementation: one of `decoder.ATTN_IMPLEMENTATIONS`; only `eager` gives `output_attentions`.
 
         Raises:
             ValueError: a file is unsafe or damaged, the configuration is invalid, or keys of the weights are missing,
@@ -218,6 +224,9 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         loss_reduction_all_gather=False,
         cu_seqlens=None,
         per_token_loss=False,
+        loss_indices=None,
+        image_token_indices=None,
+        tile_indices=None,
     ) -> Any:
         """Compute logits, and the loss if there are labels.
 
@@ -235,6 +244,10 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
             cu_seqlens: cumulative document lengths over the flattened rows, a list [0, ..., B * L]. They save searching
                 `position_ids`. For InternVL 3.5's callers it may be a tensor.
             per_token_loss: for evaluation, compute only what `compute_token_losses` returns.
+            loss_indices: (n,) of `documents.find_loss_indices`. The collator computes it and the next two on the CPU;
+                without them they are computed here, for which the CPU waits for the GPU.
+            image_token_indices: (m,), the image tokens in the flattened rows.
+            tile_indices: (t,), tiles of image flag 1. With `image_token_indices`, None stands for all tiles.
 
         Returns:
             CausalLMOutputWithPast, or a tuple with `return_dict=False`. In training mode with labels, `logits` is None:
@@ -248,7 +261,7 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         llm = unwrap_peft(self.language_model)
         outputs = run_decoder(
             llm,
-            self.embed_inputs(input_ids, pixel_values, image_flags),
+            self.embed_inputs(input_ids, pixel_values, image_flags, None, image_token_indices, tile_indices),
             attention_mask=attention_mask,
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
@@ -260,8 +273,9 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         states = outputs.last_hidden_state  # (B, L, C)
         head, scale_fn = llm.get_output_embeddings(), partial(scale_logits, llm)
         if per_token_loss:
-            loss_mask = get_loss_mask(labels, position_ids)
-            return compute_token_losses(head, states[:, :-1][loss_mask], labels[:, 1:][loss_mask], scale_fn)
+            if loss_indices is None:
+                loss_indices = find_loss_indices(labels, position_ids)
+            return compute_token_losses(head, *select_loss_tokens(states, labels, loss_indices), scale_fn)
         loss = logits = None
         if labels is None or not self.training:
             logits = compute_logits(llm, states)
@@ -271,9 +285,9 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
             average = loss_weight is not None and loss_reduction_all_gather
             loss_args = (labels, position_ids, loss_weight, average)
             if logits is None:  # only the states of loss tokens go through the head, in chunks
-                loss = compute_token_loss(states, head, *loss_args, scale_fn)
+                loss = compute_token_loss(states, head, *loss_args, scale_fn, loss_indices)
             else:
-                loss = compute_token_loss(logits, nn.Identity(), *loss_args)
+                loss = compute_token_loss(logits, nn.Identity(), *loss_args, None, loss_indices)
             # The LLM returns router logits if its configuration has `output_router_logits`.
             if router_logits := getattr(outputs, "router_logits", None):
                 loss = loss + compute_router_aux_loss(llm, router_logits, attention_mask)
@@ -286,10 +300,19 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def embed_inputs(self, input_ids, pixel_values: Any = None, image_flags=None, visual_features=None) -> torch.Tensor:
+    def embed_inputs(
+        self,
+        input_ids,
+        pixel_values: Any = None,
+        image_flags=None,
+        visual_features=None,
+        image_token_indices=None,
+        tile_indices=None,
+    ) -> torch.Tensor:
         """Compute input embeddings (B, L, C) of text and image tokens.
 
-        `visual_features` (T, tokens, C) replace the features of `pixel_values`, if these are known already.
+        The arguments are those of `forward`. `visual_features` (T, tokens, C) replace the features of `pixel_values`,
+        if these are known already.
         """
         # The vision encoder runs before the embeddings in every batch: under ZeRO-3 all ranks must use weights in the
         # same order.
@@ -302,17 +325,19 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids)
         if visual_features is None:
             return embeds + zero_term
-        if image_flags is not None:
-            visual_features = visual_features[image_flags.flatten() == 1]
-        if self.img_context_token_id is None:
-            raise ValueError("img_context_token_id is not set: set it to the tokenizer's id of <IMG_CONTEXT>")
-        is_image_token = input_ids == self.img_context_token_id  # (B, L)
+        if image_token_indices is None:
+            if self.img_context_token_id is None:
+                raise ValueError("img_context_token_id is not set: set it to the tokenizer's id of <IMG_CONTEXT>")
+            image_token_indices = find_true(input_ids == self.img_context_token_id)
+            tile_indices = None if image_flags is None else find_true(image_flags == 1)
+        if tile_indices is not None:
+            visual_features = visual_features.index_select(0, tile_indices)
         visual_tokens = visual_features.flatten(0, 1).to(embeds.dtype)  # (tokens of all tiles, C)
-        if (num_image_tokens := int(is_image_token.sum())) != len(visual_tokens):
+        if (num_image_tokens := len(image_token_indices)) != len(visual_tokens):
             raise ValueError(
                 f"{num_image_tokens} image tokens in input_ids, but {len(visual_tokens)} visual tokens from the tiles"
             )
-        return embeds.masked_scatter(is_image_token[..., None], visual_tokens)
+        return embeds.flatten(0, 1).index_copy(0, image_token_indices, visual_tokens).view_as(embeds)
 
     def _must_run_vision_encoder(self) -> bool:
         """Return whether the vision encoder must run in batches without tiles, too.
