@@ -15,7 +15,8 @@ REFUSED = {
     "ratio above 1": (["--grad_checkpoint_ratio", "1.25"], "--grad_checkpoint_ratio 1.25 is invalid"),
     "no gradient checkpointing": (
         ["--grad_checkpoint", "False", "--grad_checkpoint_ratio", "0.5", "--grad_checkpoint_keep", "matmul"],
-        "--grad_checkpoint_ratio 0.5 --grad_checkpoint_keep matmul is not supported with --grad_checkpoint False",
+        "--grad_checkpoint_ratio 0.5 --grad_checkpoint_keep matmul is not supported with --grad_checkpoint False: "
+        ".* add --grad_checkpoint_ratio 1 if a recipe sets another",
     ),
     "transformers' flag": (
         ["--gradient_checkpointing", "True", "--grad_checkpoint_ratio", "0.5"],

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
 from helpers.paths import REPO_ROOT
@@ -9,7 +10,6 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from internvl.arguments import optimizers
 from internvl.arguments.optimizers import BITSANDBYTES, SUPPORTED_OPTIMIZERS, UNSUPPORTED_OPTIMIZERS
 from internvl.arguments.reporters import REQUIREMENTS
 from internvl.arguments.schedulers import NEED_METRIC
@@ -49,13 +49,9 @@ def test_page_lists_optimizers_and_schedulers():
 
 @pytest.mark.parametrize("name", BITSANDBYTES)
 def test_missing_bitsandbytes(name, tmp_path, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        optimizers.importlib.util,
-        "find_spec",
-        lambda package: None if package == "bitsandbytes" else find_spec(package),
-    )
-    assert refuse(tmp_path, "--optim", name).endswith("requires the package bitsandbytes: pip install bitsandbytes.")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    expected = f"--optim {name} requires the package bitsandbytes: python3 -m pip install bitsandbytes."
+    assert refuse(tmp_path, "--optim", name) == expected
 
 
 DEEPSPEED = ["--deepspeed", "zero_stage2_config.json"]

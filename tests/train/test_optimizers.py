@@ -1,10 +1,12 @@
 """Every optimizer trains and resumes bit for bit, without DeepSpeed and under each ZeRO stage."""
 
 import functools
+import json
 import shutil
 
 import pytest
 import torch
+from helpers.paths import TESTS_DIR
 from helpers.training_runs import TRAIN_ADAPTERS, ZERO_FLAGS, load_weights, read_losses, run_training
 
 from internvl.arguments.optimizers import ADAMW, SUPPORTED_OPTIMIZERS, UNSUPPORTED_WITH_DEEPSPEED
@@ -56,6 +58,16 @@ def test_optimizer_trains_and_resumes(train, tiny_inputs, tmp_path, way, name):
     assert read_losses(tmp_path / "out") == read_losses(output)
     resumed, unbroken = load_weights(tmp_path / "out"), load_weights(output)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("way", WAYS)
+def test_the_default_is_torchs_fused_adamw(tiny_inputs, tmp_path, way):
+    """DeepSpeed's own FusedAdam would have to be compiled first. States in host memory need DeepSpeed's CPU Adam."""
+    flags = [*TRAIN_ADAPTERS, *"--max_steps 1 --save_strategy no --no_smoke_save".split(), *WAYS[way]]
+    run_training(tiny_inputs, tmp_path / "out", *flags, entry=TESTS_DIR / "programs/optimizer_kernels.py")
+    found = json.loads((tmp_path / "out/optimizer.json").read_text())
+    assert found == (["DeepSpeedCPUAdam", None] if way == "offload" else ["AdamW", True])
 
 
 @pytest.mark.multiprocess

@@ -48,7 +48,7 @@ class ModelArguments(LoraArguments):
     drop_path_rate: float = option(0.0, "stochastic depth rate of the vision encoder")
     ps_version: Literal["v1", "v2"] = option("v2", "pixel shuffle version")
     use_fast_tokenizer: bool = option(False, "accepted for upstream's recipes, ignored: all tokenizers are fast")
-    use_liger: bool = option(False, "Liger kernels in the LLM and its loss; needs CUDA")
+    use_liger: bool = option(False, "Liger kernels in LLM, vision encoder and loss; needs CUDA")
     use_custom_flash_attn: bool = option(
         False, "accepted for InternVL 3.5's recipes, ignored: attention is always the fastest that transformers has"
     )

@@ -1,6 +1,5 @@
 """Optimizers: which of transformers' are supported, with which arguments."""
 
-import importlib.util
 import math
 
 import torch
@@ -8,6 +7,7 @@ import transformers
 from transformers.training_args import OptimizerNames
 
 from internvl.arguments.flags import require
+from internvl.versions import require_package
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 ADEMAMIX = ("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit")
@@ -60,8 +60,8 @@ def refuse_unsupported_optimizer(args: transformers.TrainingArguments) -> None:
     require(args, "optim", name in SUPPORTED_OPTIMIZERS, f"one of {', '.join(SUPPORTED_OPTIMIZERS)}")
     if args.deepspeed and name in UNSUPPORTED_WITH_DEEPSPEED:
         raise ValueError(f"--optim {name} is not supported with --deepspeed: {UNSUPPORTED_WITH_DEEPSPEED[name]}.")
-    if name in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"--optim {name} requires the package bitsandbytes: pip install bitsandbytes.")
+    if name in BITSANDBYTES:
+        require_package("bitsandbytes", f"--optim {name}")
     if args.optim_args:
         validate_optim_args(args.optim_args, name)
 

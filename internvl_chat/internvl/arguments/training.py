@@ -49,6 +49,7 @@ class TrainingArguments(
     log_level: str = option("error", "log level of transformers; this package always logs at info level")
     log_level_replica: str = option("error", "log level of transformers on ranks other than 0")
     logging_nan_inf_filter: bool = option(False, "hide non-finite losses in the log")
+    optim: str = option("adamw_torch_fused", "optimizer, a name of transformers; by default AdamW in one kernel")
     use_cpu: bool = option(not torch.cuda.is_available(), "train on the CPU")
     do_train: bool = option(
         True, "False: set up everything, log the trainable parameters, evaluate if --do_eval is True, and exit"

@@ -9,6 +9,7 @@ import re
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -17,7 +18,10 @@ from internvl.model.internvl_chat.modeling_intern_vit import InternVisionEncoder
 from internvl.model.lora import unwrap_peft
 from internvl.model.lora_linear import LoraLinear
 
-_ATTENTION_OPS = r"scaled_dot_product_\w*attention\w*|flash_attn\w*forward"
+# SDPA's kernels, flash-attn 2 and 3, and `torch_attn._varlen_attn`, without their backward passes.
+_ATTENTION_OPS = (
+    r"scaled_dot_product_\w*attention(?!\w*backward)\w*|flash_attn\w*(forward|fwd)|flash_attn_3\.fwd|varlen_attn"
+)
 # --grad_checkpoint_keep -> pattern of the torch operators whose outputs are saved in a recomputed layer.
 # Two kinds of matrix products are always recomputed: batched ones (bmm), which may be attention scores of L x L
 # elements, and those of experts, whose outputs transformers 5 modifies in place by adding biases.
@@ -78,10 +82,14 @@ def _choose_policy(saved_ops: str, context, operator, *args, **kwargs) -> Checkp
 def compile_layers(module: nn.Module) -> None:
     """Compile the layers of a vision encoder or LLM.
 
-    Inputs may have any size. The vision encoder checkpoints its layers from outside, so each layer is compiled. Layers
-    of transformers checkpoint themselves: compiled together with the checkpoint, their recomputation would draw other
-    dropout masks. Their attention, norms and MLP are compiled instead.
+    Inputs may have any size; only a single tile is compiled apart. Neither the lengths nor the number of documents
+    lead to another compilation. The vision encoder checkpoints its layers from outside, so each layer is compiled.
+    Layers of transformers checkpoint themselves: compiled together with the checkpoint, their recomputation would draw
+    other dropout masks. Their attention, norms and MLP are compiled instead.
     """
+    # torch runs a function uncompiled after 8 compilations. All layers share one: with and without adapters, with
+    # inputs that require grad or not, with one tile or several, in training and evaluation.
+    torch._dynamo.config.cache_size_limit = 64
     for layer in find_transformer_layers(module):
         for child in [layer] if isinstance(layer, InternVisionEncoderLayer) else layer.children():
             child.compile(dynamic=True)

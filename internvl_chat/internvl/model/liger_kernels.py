@@ -1,35 +1,42 @@
 """Liger's Triton kernels for `--use_liger` (Hsu et al. 2024, arXiv 2410.10989).
 
-They replace RMS norms, SwiGLU and rotary embeddings in LLMs that Liger supports, and the cross entropy in any LLM whose
-head computes the logits directly, without scaling.
+They replace RMS norms, SwiGLU and rotary embeddings in InternLM2 and in LLMs that Liger supports, RMS norms in the
+vision encoder, and the cross entropy in any LLM whose head computes the logits directly, without scaling.
 """
 
 import logging
+import os
+import sys
+from functools import partial
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.lora import unwrap_peft
 from internvl.model.token_loss import scale_logits
+from internvl.versions import require_package
 
 logger = logging.getLogger(__name__)
 
 
 def use_liger_kernels(model: InternVLChatModel) -> None:
-    """Replace layers of the LLM, and the loss, by Liger's kernels.
+    """Replace layers of both parts, and the loss, by Liger's kernels.
 
     Raises:
-        ValueError: liger-kernel is not installed, or there is no device that can run its kernels.
+        ValueError: liger-kernel is not installed or too old, or there is no device that can run its kernels.
     """
-    try:
-        import triton
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except ImportError as error:
-        raise ValueError(f"--use_liger True requires the package liger-kernel: {error}.") from error
-    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+    require_package("liger-kernel", "--use_liger True")
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    from internvl.model.liger_layers import LIGER_LAYERS
+
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("--use_liger True requires a CUDA device: Liger's kernels are written in Triton.")
+    for module in model.modules():
+        module.__class__ = LIGER_LAYERS.get(type(module), type(module))
     llm = unwrap_peft(model.language_model)
     if llm.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
         # Modules of experts are not replaced: LoRA adapts their parameters.
@@ -38,11 +45,28 @@ def use_liger_kernels(model: InternVLChatModel) -> None:
         # calls decoder and head apart.
         no_loss = {"cross_entropy": False, "fused_linear_cross_entropy": False}
         _apply_liger_kernel_to_instance(model=llm, swiglu=not has_experts, **no_loss)
-    else:
+        use_out_of_place_rotary(llm)
+    elif not any(type(module) in LIGER_LAYERS.values() for module in llm.modules()):
         logger.info("Liger kernels: %s is not supported, only the loss uses them", llm.config.model_type)
     probe = torch.empty(0)
     if scale_logits(llm, probe) is probe:  # this LLM does not scale its logits, as Liger's loss assumes
         llm.get_output_embeddings().fused_loss_fn = compute_liger_loss
+
+
+def use_out_of_place_rotary(llm: PreTrainedModel) -> None:
+    """Make Liger's rotary embedding of an LLM leave its inputs unchanged.
+
+    It rotates queries and keys in place. `--grad_checkpoint_keep matmul` saves them as outputs of linear layers, so
+    the recomputation would rotate them twice.
+    """
+    names = vars(sys.modules[type(llm).__module__])  # Liger replaces the function for all LLMs of this type
+    rotary_fn = names.get("apply_rotary_pos_emb")
+    if getattr(rotary_fn, "__module__", "").startswith("liger_kernel."):
+        names["apply_rotary_pos_emb"] = partial(_rotate_copies, rotary_fn)
+
+
+def _rotate_copies(rotary_fn, query: torch.Tensor, key: torch.Tensor, *args, **kwargs):
+    return rotary_fn(query.clone(), key.clone(), *args, **kwargs)
 
 
 def compute_liger_loss(

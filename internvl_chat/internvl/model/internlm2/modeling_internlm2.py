@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import TransformersKwargs
 
 from internvl.model.internlm2.configuration_internlm2 import InternLM2Config
-from internvl.model.internvl_chat.modeling_intern_vit import has_flash_attn
+from internvl.model.internvl_chat.modeling_intern_vit import compute_rms_norm, has_flash_attn
 
 __all__ = [
     "INTERNLM2_ATTENTION_CLASSES",
@@ -47,11 +47,14 @@ __all__ = [
 
 
 # What Llama's layers pass on to attention, beside the arguments of `InternLM2Attention.forward`.
-ATTENTION_KEYWORDS = {*TransformersKwargs.__annotations__, "use_cache", "cache_position"}
+ATTENTION_KEYWORDS = {*TransformersKwargs.__annotations__, "use_cache", "cache_position", "documents"}
 
 
 class InternLM2RMSNorm(LlamaRMSNorm):
-    pass
+    """Llama's RMS norm, in one kernel where torch has it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return compute_rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 class InternLM2RotaryEmbedding(nn.Module):
@@ -90,6 +93,8 @@ class InternLM2Attention(nn.Module):
     The rows of `wqkv` are grouped by key/value head: the query heads of the group, its key head, its value head.
     """
 
+    apply_rotary_fn = staticmethod(apply_rotary_pos_emb)  # `liger_kernels.py` replaces it
+
     def __init__(self, config: InternLM2Config, layer_idx: int):
         super().__init__()
         self.config = config
@@ -120,9 +125,9 @@ class InternLM2Attention(nn.Module):
         groups = self.num_key_value_groups
         # (B, L, num_key_value_heads, groups + 2, head_dim)
         qkv = self.wqkv(hidden_states).unflatten(-1, (self.num_key_value_heads, groups + 2, self.head_dim))
-        q = qkv[..., :groups, :].flatten(2, 3).transpose(1, 2)  # (B, num_heads, L, head_dim)
-        k, v = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        # `split`, not slices: the backward pass of a slice makes a tensor of the size of `qkv`.
+        q, k, v = (x.flatten(2, 3).transpose(1, 2) for x in qkv.split((groups, 1, 1), dim=3))  # (B, heads, L, head_dim)
+        q, k = self.apply_rotary_fn(q, k, *position_embeddings)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         implementation = str(self.config._attn_implementation)

@@ -37,7 +37,10 @@ def compute_attention(q, k, v, dropout: float = 0.0, use_flash: bool = True) -> 
 
 
 class InternRMSNorm(nn.Module):
-    """RMS norm `weight * x / rms(x)`, with statistics in float32."""
+    """RMS norm `weight * x / rms(x)`, with statistics in float32.
+
+    In bfloat16 it rounds once, at the end; upstream also rounds before the product with the weight.
+    """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()
@@ -45,9 +48,15 @@ class InternRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_float = x.float()
-        mean_square = x_float.pow(2).mean(-1, keepdim=True)
-        return self.weight * (x_float * torch.rsqrt(mean_square + self.variance_epsilon)).to(x.dtype)
+        return compute_rms_norm(x, self.weight, self.variance_epsilon)
+
+
+def compute_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Compute an RMS norm over the last axis; one kernel on CUDA from torch 2.9 on.
+
+    The result has the dtype of x. So has the weight in the product: the kernel requires it.
+    """
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 NORM2FN = {"rms_norm": InternRMSNorm, "layer_norm": nn.LayerNorm}
@@ -156,26 +165,27 @@ class InternMLP(nn.Module):
         return self.fc2(self.act(self.fc1(hidden_states)))
 
 
-class _FrozenLayerScale(torch.autograd.Function):
-    """`x * scale` for a frozen scale, without saved tensors.
+class _AddFrozenLayerScale(torch.autograd.Function):
+    """`residual + x * scale` for a frozen scale, without saved tensors.
 
-    Activation recomputation stops as soon as it has all saved tensors. torch's own product would save `scale`. This
+    Activation recomputation stops as soon as it has all saved tensors. torch's own `addcmul` would save `scale`. This
     one saves nothing, so the matrix product before it, the last one of a block, is not recomputed.
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, residual: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         ctx.scale = scale
-        return x * scale
+        return torch.addcmul(residual, x, scale)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
-        return gradient * ctx.scale, None
+        return gradient, gradient * ctx.scale, None
 
 
-def apply_layer_scale(x: torch.Tensor, scale: nn.Parameter) -> torch.Tensor:
-    """Compute x (..., C) * scale (C,)."""
-    return x * scale if scale.requires_grad or torch.compiler.is_compiling() else _FrozenLayerScale.apply(x, scale)
+def add_layer_scale(residual: torch.Tensor, x: torch.Tensor, scale: nn.Parameter) -> torch.Tensor:
+    """Compute residual (..., C) + x (..., C) * scale (C,) in one pass."""
+    add_fn = torch.addcmul if scale.requires_grad or torch.compiler.is_compiling() else _AddFrozenLayerScale.apply
+    return add_fn(residual, x, scale)
 
 
 class InternVisionEncoderLayer(nn.Module):
@@ -198,8 +208,8 @@ class InternVisionEncoderLayer(nn.Module):
         self.drop_path2 = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(apply_layer_scale(self.attn(self.norm1(x).to(x.dtype)), self.ls1))
-        return x + self.drop_path2(apply_layer_scale(self.mlp(self.norm2(x).to(x.dtype)), self.ls2))
+        x = add_layer_scale(x, self.drop_path1(self.attn(self.norm1(x).to(x.dtype))), self.ls1)
+        return add_layer_scale(x, self.drop_path2(self.mlp(self.norm2(x).to(x.dtype))), self.ls2)
 
 
 class InternVisionEncoder(nn.Module):
