@@ -2,23 +2,23 @@
 
     python tools/benchmark_checkpointing.py [--variants NAME ...]
 
-Builds a small chat model with random weights and LoRA in vision encoder and LLM. Each variant runs forward and backward
-on the same packed row with images, without an optimizer, in its own process. The first step compiles and is reported
-separately. Memory is the peak of the later steps beyond weights, adapters, inputs and the compiler: on a CUDA device
-what torch has allocated, otherwise the resident memory of the process.
+Builds a small chat model with random weights and LoRA in vision encoder and LLM. The variants take turns: each runs
+forward and backward on the same packed row with images, without an optimizer. Times are medians with their 95 %
+interval, also relative to the first variant in the same turn. The first step compiles and is reported separately.
+Memory is the peak of the second step beyond weights, adapters, inputs and the compiler: on a CUDA device what torch has
+allocated, otherwise the resident memory of the process.
 """
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tools.benchmark.memory import reset_peak_memory
+from tools.benchmark.turns import compare_turns, compute_median_interval, format_interval, measure_in_turns
 
 from internvl.command_line import exit_on_user_error
 from internvl.constants import IGNORE_INDEX
@@ -111,17 +111,21 @@ def make_row(model: InternVLChatModel, args: argparse.Namespace) -> dict:
     return row | {"cu_seqlens": [length * number for number in range(NUM_DOCUMENTS + 1)]}
 
 
-def measure_variant(variant: Variant, args: argparse.Namespace) -> dict[str, float]:
-    """Measure the steps of a variant.
+def start_variant(name: str, **settings) -> tuple[dict, Callable[[], dict]]:
+    """Build a variant and run two steps.
+
+    Args:
+        settings: of the command line.
 
     Returns:
-        `seconds` and `cpu` (processor seconds, which other programs hardly change), medians of all steps but the first;
-        `first`, seconds of the first step; `memory`, peak in MB; `loss` of the first step.
+        `first`, seconds of the first step, its `loss`, and `memory`, the peak of the second in MB; and a function that
+        measures the next step: `seconds` and `cpu` (processor seconds, which other programs hardly change).
     """
-    model = build_model(variant, args)
+    args = argparse.Namespace(**settings)
+    model = build_model(VARIANTS[name], args)
     row = make_row(model, args)
 
-    def run_step() -> tuple[float, float, float]:
+    def run_step() -> dict:
         model.zero_grad()
         torch.manual_seed(1)
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -129,37 +133,32 @@ def measure_variant(variant: Variant, args: argparse.Namespace) -> dict[str, flo
         loss.backward()
         if args.device == "cuda":
             torch.cuda.synchronize()
-        return loss.item(), time.perf_counter() - start, time.process_time() - cpu_start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+        return {"seconds": seconds, "cpu": cpu, "loss": loss.item()}
 
-    loss, first, _ = run_step()
+    first = run_step()
     bytes_before = reset_peak_memory(torch.device(args.device))
-    _, seconds, cpu = map(statistics.median, zip(*(run_step() for _ in range(args.steps)), strict=True))
+    run_step()
     memory = (get_peak_memory(torch.device(args.device)) - bytes_before) / 1e6
-    return {"seconds": seconds, "cpu": cpu, "first": first, "memory": memory, "loss": loss}
-
-
-def measure_in_subprocess(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Run `measure_variant` in its own process."""
-    flags = [f"--{flag}={getattr(args, flag)}" for flag in "width layers tokens tiles steps dtype device".split()]
-    command = [sys.executable, __file__, *flags, "--in_subprocess", "--variants", name]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if process.returncode:
-        raise ValueError(f"variant {name!r} failed with exit status {process.returncode}, see above")
-    return json.loads(process.stdout.splitlines()[-1])
+    return {"first": first["seconds"], "loss": first["loss"], "memory": memory}, run_step
 
 
 @exit_on_user_error
 def main(argv=None):
     args = parse_args(argv)
-    if args.in_subprocess:
-        print(json.dumps(measure_variant(VARIANTS[args.variants[0]], args)))
-        return
+    tasks = {name: vars(args) | {"name": name} for name in args.variants}
+    measured = measure_in_turns(
+        "tools.benchmark_checkpointing:start_variant", tasks, [{}] * args.steps, together=args.device == "cpu"
+    )
+    reference = measured[args.variants[0]].list_values("seconds")
+    print(f"{'variant':36}{'seconds/step':>24}{'relative':>20}{'first step':>12}{'memory (MB)':>13}{'loss':>10}")
     results = {}
-    print(f"{'variant':36}{'seconds/step':>13}{'CPU seconds':>13}{'first step':>12}{'memory (MB)':>13}{'loss':>10}")
-    for name in args.variants:
-        result = results[name] = measure_in_subprocess(name, args)
-        columns = f"{result['seconds']:13.3f}{result['cpu']:13.3f}{result['first']:12.2f}{result['memory']:13.0f}"
-        print(f"{name:36}{columns}{result['loss']:10.5f}", flush=True)
+    for name, (facts, turns) in measured.items():
+        seconds = measured[name].list_values("seconds")
+        step, relative = compute_median_interval(seconds), compare_turns(seconds, reference)
+        results[name] = facts | {"seconds": step, "relative": relative, "turns": turns}
+        columns = f"{format_interval(step, '.3f'):>24}{format_interval(relative):>20}"
+        print(f"{name:36}{columns}{facts['first']:12.2f}{facts['memory']:13.0f}{facts['loss']:10.5f}")
     if args.output:
         Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
 
@@ -182,11 +181,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tiles", type=int, default=4, help="224 x 224 pixels each, a multiple of 4 (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=5, help="measured steps after the first (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=9, help="measured steps after the first two (default: %(default)s)"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", help="JSON file for the results")
-    parser.add_argument("--in_subprocess", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     num_tiles = args.tiles // NUM_DOCUMENTS
     if args.width % 128 or args.tiles % NUM_DOCUMENTS or args.tokens // NUM_DOCUMENTS <= num_tiles * TILE_TOKENS:

@@ -3,8 +3,9 @@
     python tools/benchmark_loader.py --lines 1000000
 
 Writes an annotation file of short conversations with images (0.9 GB per million lines) and a tokenizer into a temporary
-folder. Memory is private memory, from /proc/PID/smaps: pages that a process shares with no other. The memory growth is
-that of a spawned worker compared with a worker that has only a thousandth of the lines.
+folder. Rates are medians over parts of the samples, with their 95 % interval. Memory is private memory, from
+/proc/PID/smaps: pages that a process shares with no other. The memory growth is that of a spawned worker compared with
+a worker that has only a thousandth of the lines.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tools.benchmark.turns import compute_median_interval, format_interval
 from torch.utils.data import DataLoader, Dataset
 
 from internvl.arguments.data import DataTrainingArguments
@@ -27,6 +29,7 @@ from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.planning.packed_dataset import PackedDataset
 
 NUM_IMAGES = 64
+NUM_PARTS = 12  # whose rates have an interval
 WORDS = "the cat sits on a red chair near an old window while two dogs sleep under it and nobody is there".split()
 
 
@@ -121,10 +124,15 @@ def main(argv=None):
             part.writelines(line for line, _ in zip(data, range(max(1, args.lines // 1000)), strict=False))
         print(f"Annotation file: {args.lines:,} lines, {os.path.getsize(folder / 'data.jsonl') / 1e9:.2f} GB")
         tokenizer = train_tokenizer()
-        for attempt in ("first time", "from cache"):  # the first builds the index of lines
+        start = time.perf_counter()
+        dataset = open_dataset(folder, "data.jsonl", tokenizer)  # builds the index of lines
+        print(f"Opening, first time: {time.perf_counter() - start:.3f} s, once")
+        seconds = []
+        for _ in range(NUM_PARTS):
             start = time.perf_counter()
-            dataset = open_dataset(folder, "data.jsonl", tokenizer)
-            print(f"Opening, {attempt}: {time.perf_counter() - start:.3f} s")
+            open_dataset(folder, "data.jsonl", tokenizer)
+            seconds.append(time.perf_counter() - start)
+        print(f"Opening, from cache: {format_interval(compute_median_interval(seconds), '.3f')} s")
         small_dataset = open_dataset(folder, "part.jsonl", tokenizer)
         small, large = measure_worker_memory(small_dataset, 1000), measure_worker_memory(dataset, 1000)
         print(f"Private memory of a worker: {large:.1f} MB; with a thousandth of the lines: {small:.1f} MB")
@@ -134,12 +142,16 @@ def main(argv=None):
 
 def measure_throughput(dataset: LazySupervisedDataset, num_workers: int) -> None:
     """Print samples per second of measuring and of loading."""
-    start, num_samples = time.perf_counter(), min(len(dataset), 5000)
-    for index in range(num_samples):
-        dataset.measure(index)
-    print(f"Measuring: {num_samples / (time.perf_counter() - start):,.0f} samples/s on one core")
-    num_samples = min(len(dataset), 200 * num_workers)
-    keys = [[(0, index)] for index in range(num_samples)]  # batches of one row of one sample, in epoch 0
+    rates, part_size = [], max(1, min(len(dataset), 5000) // NUM_PARTS)
+    for part in range(NUM_PARTS):
+        start = time.perf_counter()
+        for index in range(part * part_size, (part + 1) * part_size):
+            dataset.measure(index)
+        rates.append(part_size / (time.perf_counter() - start))
+    print(f"Measuring: {format_interval(compute_median_interval(rates), ',.0f')} samples/s on one core")
+    part_size = max(1, min(len(dataset), 300 * num_workers) // (1 + NUM_PARTS))
+    num_batches = 1 + (1 + NUM_PARTS) * part_size
+    keys = [[(0, index % len(dataset))] for index in range(num_batches)]  # one row of one sample, in epoch 0
     loader = DataLoader(
         PackedDataset([dataset]),
         batch_sampler=keys,
@@ -147,14 +159,20 @@ def measure_throughput(dataset: LazySupervisedDataset, num_workers: int) -> None
         num_workers=num_workers,
         prefetch_factor=4,
     )
-    start, num_tiles, num_bytes = time.perf_counter(), 0, 0
-    for batch in loader:
-        num_tiles += len(batch["pixel_values"])
-        num_bytes += batch["pixel_values"].nbytes
-    seconds = time.perf_counter() - start
+    batches = iter(loader)
+    tile_megabytes = next(batches)["pixel_values"][0].nbytes / 1e6
+    rates, tile_rates = [], []
+    for number in range(1 + NUM_PARTS):
+        start = time.perf_counter()
+        num_tiles = sum(len(next(batches)["pixel_values"]) for _ in range(part_size))
+        seconds = time.perf_counter() - start
+        if number:  # in the first part, the workers start
+            rates.append(part_size / seconds)
+            tile_rates.append(num_tiles / seconds)
     print(
-        f"Loading: {num_samples / seconds:,.0f} samples/s, {num_tiles / seconds:,.0f} tiles/s with {num_workers} "
-        f"workers, {num_bytes / num_tiles / 1e6:.2f} MB per tile"
+        f"Loading: {format_interval(compute_median_interval(rates), ',.0f')} samples/s, "
+        f"{format_interval(compute_median_interval(tile_rates), ',.0f')} tiles/s with {num_workers} workers, "
+        f"{tile_megabytes:.2f} MB per tile"
     )
 
 

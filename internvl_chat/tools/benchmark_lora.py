@@ -3,23 +3,23 @@
     python tools/benchmark_lora.py                                  # two CPU cores, under a minute
     python tools/benchmark_lora.py --dtype bf16 --llm 24 --vit 24 --tokens 8192 --tiles 12   # on a GPU
 
-Frozen Qwen2 layers and InternViT layers with random weights run forward and backward. The contenders are processes that
-run one step each by turns, so other programs on the machine slow down all of them alike. Without adapters, gradients
-still flow through all layers to their input. Peak memory is counted beyond the weights.
+Frozen Qwen2 layers and InternViT layers with random weights run forward and backward. The contenders take turns, a step
+each. Times are medians with their 95 % interval. "none" has no adapters; gradients still flow through all layers to
+their input. Peak memory is counted beyond the weights.
 """
 
 import argparse
-import multiprocessing
 import os
-import statistics
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tools.benchmark.memory import reset_peak_memory
+from tools.benchmark.turns import compare_turns, compute_median_interval, format_interval, measure_in_turns
 from torch import nn
 from transformers import Qwen2Config, Qwen2Model
 
@@ -30,14 +30,6 @@ from internvl.model.internvl_chat.modeling_intern_vit import InternVisionModel
 from internvl.model.lora import LLM_TARGETS, VISION_TARGETS, LoraSettings, LoraTargets, add_adapters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class LoraCost(NamedTuple):
-    """Median times of the forward pass and step, and peak memory."""
-
-    forward_seconds: float
-    step_seconds: float
-    peak_mb: float
 
 
 def add_peft_adapters(module: nn.Module, settings: LoraSettings, targets: LoraTargets) -> nn.Module:
@@ -102,18 +94,22 @@ def build_modules(name: str, args: argparse.Namespace) -> list[tuple[nn.Module, 
     return modules
 
 
-def run_contender(name: str, args: argparse.Namespace, pipe):
-    """Run and time steps on request of the parent process.
+def start_contender(name: str, **settings) -> tuple[dict, Callable[[], dict]]:
+    """Build a contender and run a step.
 
-    For each True received, runs a step and sends (forward seconds, step seconds). For False, sends the peak memory (MB)
-    and returns.
+    Args:
+        settings: of the command line.
+
+    Returns:
+        `peak_mb` of the step, and a function that measures the seconds `forward` and `step` of the next.
     """
+    args = argparse.Namespace(**settings)
     torch.set_num_threads(args.threads)
     modules = build_modules(name, args)
     bytes_before = reset_peak_memory(torch.device(args.device))
-    while pipe.recv():
-        pipe.send(time_step(modules, args))
-    pipe.send((get_peak_memory(torch.device(args.device)) - bytes_before) / 1e6)
+    time_step(modules, args)
+    peak_mb = (get_peak_memory(torch.device(args.device)) - bytes_before) / 1e6
+    return {"peak_mb": peak_mb}, lambda: dict(zip(("forward", "step"), time_step(modules, args), strict=True))
 
 
 def time_step(modules: list[tuple[nn.Module, dict]], args: argparse.Namespace) -> tuple[float, float]:
@@ -141,29 +137,6 @@ def read_clock(args: argparse.Namespace) -> float:
     return time.perf_counter()
 
 
-def measure_contenders(args: argparse.Namespace) -> dict[str, LoraCost]:
-    """Measure all contenders in turn, each in its own process."""
-    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
-    for name in CONTENDERS:
-        pipes[name], child_pipe = context.Pipe()
-        processes.append(context.Process(target=run_contender, args=(name, args, child_pipe), daemon=True))
-        processes[-1].start()
-        child_pipe.close()  # now recv() raises EOFError if the child process exits
-    times = {name: [] for name in CONTENDERS}
-    for _ in range(args.steps + 1):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            times[name].append(pipe.recv())
-    costs = {}
-    for name, pipe in pipes.items():
-        pipe.send(False)
-        forward, step = (statistics.median(column) for column in zip(*times[name][1:], strict=True))  # [0] is warm-up
-        costs[name] = LoraCost(forward, step, pipe.recv())
-    for process in processes:
-        process.join()
-    return costs
-
-
 @exit_on_user_error
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,21 +151,29 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--lora_fp32", action="store_true", help="float32 adapters under bfloat16 autocast")
     parser.add_argument("--grad_checkpoint", action="store_true", help="gradient checkpointing in all layers")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps after one warm-up (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=9, help="measured steps after one warm-up (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads per contender")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
-    costs = measure_contenders(args)
-    none, peft, ours = (costs[name] for name in ("none", "peft", "ours"))
-    print(f"{'adapters':10}{'forward':>10}{'step':>10}{'share':>10}{'memory':>12}")
-    for name, cost in costs.items():
-        share = (cost.step_seconds - none.step_seconds) / cost.step_seconds
-        print(f"{name:10}{cost.forward_seconds:8.3f} s{cost.step_seconds:8.3f} s{share:10.1%}{cost.peak_mb:9.0f} MB")
+    tasks = {name: vars(args) | {"name": name} for name in CONTENDERS}
+    measured = measure_in_turns("tools.benchmark_lora:start_contender", tasks, [{}] * args.steps)
+    steps = {name: measurement.list_values("step") for name, measurement in measured.items()}
+    print(f"{'adapters':10}{'forward (s)':>24}{'step (s)':>24}{'times as long as none':>24}{'memory (MB)':>14}")
+    for name, measurement in measured.items():
+        intervals = (
+            format_interval(compute_median_interval(measurement.list_values("forward")), ".3f"),
+            format_interval(compute_median_interval(steps[name]), ".3f"),
+            format_interval(compare_turns(steps[name], steps["none"])),
+        )
+        print(f"{name:10}{''.join(f'{text:>24}' for text in intervals)}{measurement.facts['peak_mb']:14.0f}")
+    costs = {
+        name: compute_median_interval([a - b for a, b in zip(steps[name], steps["none"], strict=True)])
+        for name in ("ours", "peft")
+    }
     print(
-        f"ours: {peft.step_seconds / ours.step_seconds:.2f} times as fast as peft; adapters take "
-        f"{ours.step_seconds - none.step_seconds:.3f} s instead of {peft.step_seconds - none.step_seconds:.3f} s; "
-        f"{ours.peak_mb / peft.peak_mb:.0%} of the memory"
+        f"ours: {format_interval(compare_turns(steps['peft'], steps['ours']))} times as fast as peft; adapters take "
+        f"{format_interval(costs['ours'], '.3f', ' s')} instead of {format_interval(costs['peft'], '.3f', ' s')}"
     )
 
 

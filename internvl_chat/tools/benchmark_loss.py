@@ -1,17 +1,14 @@
 """Benchmark time and memory of the loss alone, forward and backward.
 
-    python tools/benchmark_loss.py           # under a minute
+    python tools/benchmark_loss.py           # two CPU cores, two minutes
     python tools/benchmark_loss.py --full    # up to 32k tokens x 152k vocabulary
 
 "ours" is `internvl/model/token_loss.py`, which never holds all logits. The others hold the logits of all tokens, or of
-all loss tokens. Each row is measured in its own process, in float32 on the CPU. Weights and hidden states are random. A
-quarter of the tokens are loss tokens. Peak memory is counted beyond the inputs.
+all loss tokens, and take turns with ours, in float32 on the CPU. Times are medians with their 95 % interval. Weights
+and hidden states are random. A quarter of the tokens are loss tokens. Peak memory is counted beyond the inputs.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +16,8 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from tools.benchmark.memory import reset_peak_memory
+from tools.benchmark.turns import compare_turns, compute_median_interval, format_interval, measure_in_turns
 from torch import nn
 
 from internvl.command_line import exit_on_user_error
@@ -58,10 +57,13 @@ def fits_in_memory(logits_share: float | None, tokens: int, vocabulary: int) -> 
     return logits_share is None or 3 * 4 * logits_share * tokens * vocabulary < 0.5 * psutil.virtual_memory().available
 
 
-def measure_loss(name: str, tokens: int, vocabulary: int, hidden: int, train_head: bool) -> dict[str, float]:
-    """Measure seconds, peak bytes beyond the inputs, and the loss.
+def start_contender(
+    name: str, tokens: int, vocabulary: int, hidden: int, train_head: bool
+) -> tuple[dict, Callable[[], dict]]:
+    """Measure a contender's peak bytes beyond the inputs, and its loss.
 
-    Needs its own process, because the peak of a process never falls.
+    Returns:
+        `peak` and `loss`, and a function that measures `seconds` of the next forward and backward pass.
     """
     loss_fn, _ = CONTENDERS[name]
     torch.manual_seed(0)
@@ -69,20 +71,20 @@ def measure_loss(name: str, tokens: int, vocabulary: int, hidden: int, train_hea
     hidden_states = torch.randn(1, tokens, hidden, requires_grad=True)
     labels = torch.randint(vocabulary, (1, tokens))
     labels = labels.masked_fill(torch.rand(1, tokens) > LOSS_TOKEN_SHARE, IGNORE_INDEX)
+
+    def run_step() -> dict:
+        head.zero_grad()
+        hidden_states.grad = None
+        start = time.perf_counter()
+        loss = loss_fn(hidden_states, head, labels)
+        loss.backward()
+        return {"seconds": time.perf_counter() - start, "loss": loss.item()}
+
     # Warm-up on 8 tokens: libraries are loaded at first use.
     loss_fn(hidden_states[:, :8], nn.Linear(hidden, 8), labels[:, :8].clamp(max=7)).backward()
-    bytes_before = get_peak_memory(torch.device("cpu"))
-    start = time.perf_counter()
-    loss = loss_fn(hidden_states, head, labels)
-    loss.backward()
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak": get_peak_memory(torch.device("cpu")) - bytes_before, "loss": loss.item()}
-
-
-def measure_in_subprocess(**row) -> dict[str, float]:
-    """Run `measure_loss` in its own process."""
-    command = [sys.executable, __file__, "--row", json.dumps(row)]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    bytes_before = reset_peak_memory(torch.device("cpu"))
+    loss = run_step()["loss"]
+    return {"peak": get_peak_memory(torch.device("cpu")) - bytes_before, "loss": loss}, run_step
 
 
 @exit_on_user_error
@@ -93,22 +95,29 @@ def main(argv=None):
     parser.add_argument("--vocabulary", type=int, help=f"default: {DEFAULT_SHAPE['vocabulary']}")
     parser.add_argument("--hidden", type=int, help=f"hidden size (default: {DEFAULT_SHAPE['hidden']})")
     parser.add_argument("--train_head", action="store_true", help="compute gradients of the LM head's weight, too")
-    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)  # in the process of one row
+    parser.add_argument("--turns", type=int, default=9, help="measurements per contender (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.row:
-        print(json.dumps(measure_loss(**args.row)))
-        return
     defaults = FULL_SHAPE if args.full else DEFAULT_SHAPE
     shape = {name: getattr(args, name) or value for name, value in defaults.items()}
-    print(f"{'tokens':>8}{'vocabulary':>12}  {'contender':26}{'seconds':>9}{'peak MB':>9}{'loss':>10}")
+    header = f"{'tokens':>8}{'vocabulary':>12}  {'contender':24}{'seconds':>22}{'times ours':>22}"
+    print(f"{header}{'peak MB':>9}{'loss':>10}")
     for tokens in shape["tokens"]:
-        for name, (_, logits_share) in CONTENDERS.items():
-            label = f"{tokens:8,}{shape['vocabulary']:12,}  {name:26}"
-            if not fits_in_memory(logits_share, tokens, shape["vocabulary"]):
+        fits = {name: fits_in_memory(share, tokens, shape["vocabulary"]) for name, (_, share) in CONTENDERS.items()}
+        tasks = {
+            name: shape | {"name": name, "tokens": tokens, "train_head": args.train_head}
+            for name in CONTENDERS
+            if fits[name]
+        }
+        measured = measure_in_turns("tools.benchmark_loss:start_contender", tasks, [{}] * args.turns)
+        for name in CONTENDERS:
+            label = f"{tokens:8,}{shape['vocabulary']:12,}  {name:24}"
+            if not fits[name]:
                 print(f"{label}skipped: not enough free memory", flush=True)
                 continue
-            row = measure_in_subprocess(name=name, **shape | {"tokens": tokens}, train_head=args.train_head)
-            print(f"{label}{row['seconds']:9.2f}{row['peak'] / 1e6:9,.0f}{row['loss']:10.5f}", flush=True)
+            seconds, facts = measured[name].list_values("seconds"), measured[name].facts
+            relative = compare_turns(seconds, measured["ours"].list_values("seconds"))
+            columns = f"{format_interval(compute_median_interval(seconds)):>22}{format_interval(relative):>22}"
+            print(f"{label}{columns}{facts['peak'] / 1e6:9,.0f}{facts['loss']:10.5f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Compare planners on a published mixture of instruction data.
 
-`python tools/benchmark_plan.py` measures packing efficiency, load imbalance and planning time. It prints a table and
-draws a figure.
+`python tools/benchmark_plan.py` measures packing efficiency, load imbalance and planning time (two CPU cores, three
+minutes). It prints a table and draws a figure. The mixture is drawn several times. Figures are medians over the draws,
+with their 95 % interval.
 
 The mixture is the joint histogram of tiles and tokens of four public datasets (OmniBal, arXiv 2407.20761), without text
 samples and with as many of them. Planners: `ours` is `internvl/planning/epoch_plan.py`; upstream's packing (first fit
@@ -20,11 +21,13 @@ from pathlib import Path
 
 import numpy as np
 from tools.benchmark.sizes import MODEL_SIZES, ROW_TILES, ROW_TOKENS, TILE_TOKENS, build_config
+from tools.benchmark.turns import MIN_TURNS, compute_median_interval, format_interval
 
 from internvl.command_line import exit_on_user_error
 from internvl.planning.epoch_plan import EpochPlan, PlanLayout, SampleCost, make_sample_lengths, plan_epoch
 from internvl.planning.plan_report import compute_load_imbalance, compute_packing_efficiency
 from internvl.planning.sample_cost import count_forward_flops, scale_to_training
+from internvl.versions import require_package
 
 ROW_LIMITS = {"max_tokens": ROW_TOKENS, "max_tiles": ROW_TILES}
 BUFFER_ROWS = 20  # open rows of upstream's packing
@@ -164,21 +167,25 @@ def measure_planner(name: str, lengths: np.ndarray) -> dict[str, float]:
 @exit_on_user_error
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--samples", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--draws", type=int, default=MIN_TURNS, help="of the mixture (default: %(default)s)")
     parser.add_argument("--output", default="benchmark_plan", help="path of the figure and the JSON file, no suffix")
     args = parser.parse_args(argv)
+    require_package("matplotlib", "the figure")
     get_sample_cost()  # cached: not part of the first plan's time
     results = []
-    columns = "".join(f"{column:>21}" for column in METRICS.values())
-    print(f"{'mixture':12}{'samples':>12}  {'planner':22}{columns}{'seconds':>9}")
+    headings = "".join(f"{column:>28}" for column in METRICS.values())
+    print(f"{'mixture':12}{'samples':>12}  {'planner':22}{headings}{'seconds':>20}")
     for num_samples in args.samples:
         for mixture, with_text in (("images", False), ("with text", True)):
-            lengths = draw_mixture(num_samples, with_text)
+            draws = [draw_mixture(num_samples, with_text, seed) for seed in range(args.draws)]
             for name in PLANNERS if num_samples <= MAX_SAMPLES_OF_SLOW_PLANNERS else ["ours"]:
-                result = measure_planner(name, lengths)
+                measured = [measure_planner(name, lengths) for lengths in draws]
+                result = {key: compute_median_interval([draw[key] for draw in measured]) for key in measured[0]}
                 results.append({"mixture": mixture, "samples": num_samples, "planner": name} | result)
-                values = "".join(f"{result[key]:21.2%}" for key in METRICS)
-                print(f"{mixture:12}{num_samples:12,}  {name:22}{values}{result['seconds']:9.2f}", flush=True)
+                values = "".join(f"{format_interval(result[key], '.2%'):>28}" for key in METRICS)
+                seconds = format_interval(result["seconds"])
+                print(f"{mixture:12}{num_samples:12,}  {name:22}{values}{seconds:>20}", flush=True)
     print(f"Peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
     Path(f"{args.output}.json").write_text(json.dumps(results, indent=2) + "\n")
     draw_results(results, f"{args.output}.png")
@@ -197,7 +204,7 @@ def draw_results(results: list[dict], path: str) -> None:
     colors = ["C1" if result["planner"] == "ours" else "C0" for result in shown]
     figure, axes = pyplot.subplots(1, len(METRICS), figsize=(13, 3.5), layout="constrained", sharey=True)
     for axis, (key, title) in zip(axes, METRICS.items(), strict=True):
-        axis.barh(labels, [100 * result[key] for result in shown], color=colors)
+        axis.barh(labels, [100 * result[key].median for result in shown], color=colors)
         axis.set(title=f"{title} (%)")
     axes[0].invert_yaxis()  # the first planner at the top, in all panels (they share the axis)
     figure.savefig(path, dpi=120)

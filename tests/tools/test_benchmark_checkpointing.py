@@ -17,7 +17,10 @@ def test_checkpointing_saves_memory_and_keeps_the_loss(tmp_path, capfd):
     results = json.loads((tmp_path / "results.json").read_text())
     assert len({row["loss"] for row in results.values()}) == 1, "new adapters must not change the loss"
     assert results[names[2]]["memory"] <= results["all layers"]["memory"] < results[names[0]]["memory"]
-    assert all(row["seconds"] > 0 for row in results.values())
+    for row in results.values():
+        median, low, high = row["seconds"]
+        assert 0 < low < median < high and len(row["turns"]) == 2
+    assert results[names[0]]["relative"] == [1, 1, 1]
 
 
 def test_invalid_sizes_are_rejected():

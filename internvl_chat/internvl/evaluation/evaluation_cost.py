@@ -26,7 +26,7 @@ from internvl.model.internvl_chat import InternVLChatModel
 from internvl.planning.epoch_plan import EpochPlan, SampleCost
 from internvl.planning.plan_report import sum_slowest_costs
 
-ASSUMED_MFU = 0.4  # of training and of prompts
+ASSUMED_MFU = 0.3  # of training and of prompts; predicted for an H100, see docs/performance.md
 COPIED_BYTES, NUM_CALLS = 1 << 26, 200  # of a measurement, a few milliseconds each
 # Operations per module without children: its own, and reshapes, rotary embedding, cache and residuals around it. With
 # transformers 5.24 and torch 2.14, a token of a Qwen2 with 24 such modules takes 5.6 times as long as 24 linear layers.

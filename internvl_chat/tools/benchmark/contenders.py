@@ -13,23 +13,26 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration
 
 from internvl.arguments.model import ModelArguments
+from internvl.model.activation_checkpointing import compile_layers
 from internvl.model.hf.adapter import PartAdapter, convert_adapters_to_hf
 from internvl.model.hf.config import convert_config_to_hf
 from internvl.model.hf.weights import convert_weights_to_hf
 from internvl.model.internvl_chat import InternVLChatModel
+from internvl.model.liger_kernels import use_liger_kernels
 from internvl.model.lora import PEFT_PREFIX
 from internvl.model.varlen_attention import use_varlen_attention
 from internvl.train.build_model import set_up_gradient_checkpointing
 
 from .sizes import ModelSize, build_random_model, get_image_token_id, set_default_dtype
 
-LORA_PARTS = ("vision_model", "language_model")
+# --lora -> parts with adapters. All else is frozen.
+LORA_PARTS = {"vision+llm": ("vision_model", "language_model"), "llm": ("language_model",)}
 
 
 class Contender(NamedTuple):
     """A model with its loss function, and the layout of its batches."""
 
-    build_fn: Callable[[ModelSize, bool, float], nn.Module]  # size, gradient checkpointing, dropout
+    build_fn: Callable[[ModelSize, bool, float, str], nn.Module]  # size, gradient checkpointing, dropout, --lora
     loss_fn: Callable[[nn.Module, dict], torch.Tensor]  # mean loss of a batch
     packed: bool = False  # packed rows; otherwise padded batches
     group_by_length: bool = False  # padded batches of samples of similar length
@@ -37,30 +40,42 @@ class Contender(NamedTuple):
 
 
 def build_ours(
-    size: ModelSize, checkpointing: bool, dropout: float, checkpoint_ratio: float = 1.0
+    size: ModelSize,
+    checkpointing: bool,
+    dropout: float,
+    lora: str = "vision+llm",
+    checkpoint_ratio: float = 1.0,
+    use_liger: bool = False,
+    compiled: bool = False,
 ) -> InternVLChatModel:
     """Build our model as a fine-tuning run with LoRA does.
 
     The flags are --freeze_backbone True --freeze_mlp True --freeze_llm True --use_backbone_lora R --use_llm_lora R.
     """
     model = build_random_model(size)
+    if use_liger:
+        use_liger_kernels(model)
     use_varlen_attention(model.language_model, packed=True)
-    model = freeze_and_add_lora(model, size, dropout)
+    model = freeze_and_add_lora(model, size, dropout, lora)
     arguments = ModelArguments(grad_checkpoint=checkpointing, grad_checkpoint_ratio=checkpoint_ratio)
     set_up_gradient_checkpointing(model, arguments)
+    if compiled:
+        compile_layers(model.vision_model)
+        compile_layers(model.language_model)
     return model.train()
 
 
-def freeze_and_add_lora(model: InternVLChatModel, size: ModelSize, dropout: float) -> InternVLChatModel:
-    """Freeze the model and add LoRA to vision encoder and LLM."""
+def freeze_and_add_lora(model: InternVLChatModel, size: ModelSize, dropout: float, lora: str) -> InternVLChatModel:
+    """Freeze the model and add LoRA to the parts of `--lora`."""
     torch.manual_seed(1)
     model.requires_grad_(False)
-    model.wrap_backbone_lora(size.rank, 2 * size.rank, dropout)
-    model.wrap_llm_lora(size.rank, 2 * size.rank, dropout)
+    add_fns = {"vision_model": model.wrap_backbone_lora, "language_model": model.wrap_llm_lora}
+    for part in LORA_PARTS[lora]:
+        add_fns[part](size.rank, 2 * size.rank, dropout)
     return model
 
 
-def build_transformers(size: ModelSize, checkpointing: bool, dropout: float) -> PeftModel:
+def build_transformers(size: ModelSize, checkpointing: bool, dropout: float, lora: str = "vision+llm") -> PeftModel:
     """Build transformers' InternVL with PEFT, weights and adapters as in ours.
 
     Where our model has one fused matrix (QKV) and transformers has several, each of these gets its own adapter of the
@@ -79,8 +94,8 @@ def build_transformers(size: ModelSize, checkpointing: bool, dropout: float) -> 
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    source = freeze_and_add_lora(source, size, dropout)
-    adapters = {part: _get_adapter(getattr(source, part)) for part in LORA_PARTS}
+    source = freeze_and_add_lora(source, size, dropout, lora)
+    adapters = {part: _get_adapter(getattr(source, part)) for part in LORA_PARTS[lora]}
     lora_config, state_dict = convert_adapters_to_hf(adapters, llm_config, config)
     lora_config.lora_dropout, lora_config.inference_mode = dropout, False
     model = get_peft_model(model, lora_config)
@@ -105,13 +120,17 @@ def compute_transformers_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     return model(**inputs, pixel_values=batch["pixel_values"] if len(batch["pixel_values"]) else None).loss
 
 
+OURS = "ours, packed"
+BASELINE = "transformers + peft, by length"
 CONTENDERS = {
-    "ours, packed": Contender(build_ours, compute_our_loss, packed=True),
+    OURS: Contender(build_ours, compute_our_loss, packed=True),
     "ours, packed, 4 of 5 layers": Contender(
         partial(build_ours, checkpoint_ratio=0.8), compute_our_loss, packed=True, needs_checkpointing=True
     ),
+    "ours, packed, Liger": Contender(partial(build_ours, use_liger=True), compute_our_loss, packed=True),
+    "ours, packed, compiled": Contender(partial(build_ours, compiled=True), compute_our_loss, packed=True),
     "ours, padded by length": Contender(build_ours, compute_our_loss, group_by_length=True),
-    "transformers + peft, by length": Contender(build_transformers, compute_transformers_loss, group_by_length=True),
+    BASELINE: Contender(build_transformers, compute_transformers_loss, group_by_length=True),
     "transformers + peft, shuffled": Contender(build_transformers, compute_transformers_loss),
 }
-BASELINE = "transformers + peft, by length"
+DEFAULT_CONTENDERS = [OURS, "ours, packed, 4 of 5 layers", BASELINE]

@@ -5,6 +5,7 @@ no tokenizing and no image decoding.
 """
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,19 @@ from internvl.planning.sample_cost import count_forward_flops, scale_to_training
 from .sizes import NUM_RESERVED_IDS, ROW_TILES, TILE_TOKENS, get_image_token_id, get_max_row_tokens
 
 MIN_TEXT_TOKENS = 8  # tokens of a sample besides its image tokens
+# --mixtures -> whether half of the samples have text only.
+MIXTURES = {"with text": True, "images": False}
 
 
-def draw_sample_lengths(config: InternVLChatConfig, num_samples: int, seed: int = 0) -> np.ndarray:
-    """Draw sample lengths, half with images and half text only.
+def draw_sample_lengths(
+    config: InternVLChatConfig, num_samples: int, mixture: str = "with text", seed: int = 0
+) -> np.ndarray:
+    """Draw the sample lengths of a mixture.
 
     Lengths count in this model's tokens per tile. Half of the text tokens are loss tokens. That is more than in the
     mixture and favors contenders that compute the logits of all tokens.
     """
-    drawn, tile_tokens = draw_mixture(num_samples, with_text=True, seed=seed), count_image_tokens(config)
+    drawn, tile_tokens = draw_mixture(num_samples, MIXTURES[mixture], seed), count_image_tokens(config)
     text = np.maximum(MIN_TEXT_TOKENS, (drawn["tokens"] - TILE_TOKENS * drawn["tiles"]) * tile_tokens // TILE_TOKENS)
     text = np.minimum(text, get_max_row_tokens(config) - tile_tokens * drawn["tiles"]).astype(np.int32)
     return make_sample_lengths(text + tile_tokens * drawn["tiles"], text // 2, drawn["tiles"])
@@ -82,17 +87,38 @@ def plan_rows(
     )
 
 
-def build_batches(plan: EpochPlan, samples: Sequence[dict], rank: int = 0) -> list[list[dict]]:
-    """Build a rank's batches: one list of micro-batches per step."""
+def split_into_turns(lengths: np.ndarray, num_turns: int) -> np.ndarray:
+    """Split samples into turns of whole padded batches of similar length.
+
+    Returns:
+        (num_turns, samples of a turn), sample ids.
+    """
+    plan = plan_epoch(lengths, PlanLayout(0, 1, PADDED_BATCH_SIZE, 1, group_by_length=True), 0)
+    batches = [plan.get_row_samples(row) for row in plan.steps.ravel()]
+    return np.array(batches).reshape(num_turns, -1)
+
+
+def build_batches(
+    plan: EpochPlan, samples: Sequence[dict], rank: int = 0, image_token_id: int | None = None
+) -> list[list[dict]]:
+    """Build a rank's batches: one list of micro-batches per step.
+
+    Args:
+        image_token_id: of `collate_rows`.
+    """
+    # An older checkout (`benchmark_step.py --against`) may lack the argument.
+    accepted = signature(collate_rows).parameters
+    options = {"image_token_id": image_token_id} if "image_token_id" in accepted else {}
     steps = []
     for step in plan.steps[:, :, rank].tolist():
         micro_batches = [[plan.get_row_samples(row) for row in rows if row >= 0] for rows in step]
-        steps.append([_collate([[samples[i] for i in row] for row in rows]) for rows in micro_batches if rows])
+        steps.append([_collate([[samples[i] for i in row] for row in rows], options) for rows in micro_batches if rows])
     return steps
 
 
-def _collate(rows: list[list[dict]]) -> dict:
-    return collate_rows([{key: torch.cat([sample[key] for sample in row]) for key in row[0]} for row in rows])
+def _collate(rows: list[list[dict]], options: dict) -> dict:
+    merged = [{key: torch.cat([sample[key] for sample in row]) for key in row[0]} for row in rows]
+    return collate_rows(merged, **options)
 
 
 def count_loss_tokens(batch: dict) -> int:

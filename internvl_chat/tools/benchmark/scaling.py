@@ -20,10 +20,9 @@ from torch import nn
 from internvl.dist_utils import gather_objects, get_rank, get_world_size, init_deepspeed, init_dist
 from internvl.train.param_groups import count_elements
 
-from .contender_run import LEARNING_RATE
 from .contenders import build_ours
 from .samples import build_batches, draw_sample_lengths, make_random_samples, plan_rows
-from .sizes import MODEL_SIZES, ModelSize, build_config
+from .sizes import MODEL_SIZES, ModelSize, build_config, get_image_token_id
 
 CONFIG_DIR = Path(__file__).resolve().parents[3] / "zero_stage_configs"
 NUM_WARM_UP_STEPS = 2  # excluded from time and communication
@@ -36,12 +35,12 @@ ZERO3_SIZE_FIELDS = (
 
 
 def measure_zero_stage(stage: int, size: ModelSize, num_samples: int, checkpointing: bool) -> dict:
-    """Measure the mean step time and communication under a ZeRO stage.
+    """Measure step times and communication under a ZeRO stage.
 
     Returns:
-        Per step: `seconds`; `seconds_without_deepspeed`; `collective_seconds`, in which this rank waited in a
-        collective, also for other ranks (ZeRO-3's asynchronous gathers count only where the rank waits on the call);
-        `logged_bytes` and `expected_bytes`, by collective: the bytes of the full tensors, each counted once.
+        `seconds` and `seconds_without_deepspeed` of each step. Mean per step: `collective_seconds`, in which this rank
+        waited in a collective, also for other ranks (ZeRO-3's asynchronous gathers count only where the rank waits on
+        the call); `logged_bytes` and `expected_bytes`, by collective: the bytes of the full tensors, each counted once.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = build_rank_batches(size, num_samples, device)
@@ -50,7 +49,7 @@ def measure_zero_stage(stage: int, size: ModelSize, num_samples: int, checkpoint
         model = build_ours(size, checkpointing, dropout=0.05).to(size.dtype)  # DeepSpeed casts adapters, too
     seconds_without = time_steps(batches, lambda batch: model(**batch).loss.backward(), model.zero_grad)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, LEARNING_RATE)
+    optimizer = torch.optim.AdamW(trainable, 2e-4)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=build_deepspeed_config(stage, model, size)
     )
@@ -61,8 +60,8 @@ def measure_zero_stage(stage: int, size: ModelSize, num_samples: int, checkpoint
     return {
         "stage": stage,
         "steps": num_steps,
-        "seconds": seconds / num_steps,
-        "seconds_without_deepspeed": seconds_without / num_steps,
+        "seconds": seconds,
+        "seconds_without_deepspeed": seconds_without,
         "collective_seconds": sum(timers(name).elapsed() for name in log) / 1000 / num_steps,  # timers are in ms
         "logged_bytes": {name: count_full_tensor_bytes(name, sizes) / num_steps for name, sizes in log.items()},
         "expected_bytes": count_expected_bytes(stage, model),
@@ -103,25 +102,27 @@ def build_rank_batches(size: ModelSize, num_samples: int, device: torch.device) 
             f"{num_samples} samples make {len(plan)} steps, expected more than the {NUM_WARM_UP_STEPS} of the warm-up: "
             "increase --samples."
         )
-    batches = [batch for (batch,) in build_batches(plan, make_random_samples(config, lengths, size.dtype), get_rank())]
-    return [{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()} for batch in batches]
+    samples = make_random_samples(config, lengths, size.dtype)
+    steps = build_batches(plan, samples, get_rank(), get_image_token_id(config))
+    return [{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()} for (batch,) in steps]
 
 
-def time_steps(batches: list[dict], backward_fn: Callable, step_fn: Callable) -> float:
-    """Measure the seconds of all steps after the warm-up.
+def time_steps(batches: list[dict], backward_fn: Callable, step_fn: Callable) -> list[float]:
+    """Measure the seconds of each step after the warm-up.
 
     The communication log is reset after the warm-up, too.
     """
-    start = 0.0
+    seconds = []
     for number, batch in enumerate(batches):
         if number == NUM_WARM_UP_STEPS:
             for name in comms_logger.comms_dict:
                 timers(name).reset()
             comms_logger.reset_data()
-            start = wait_for_all_ranks()
+        start = wait_for_all_ranks()
         backward_fn(batch)
         step_fn()
-    return wait_for_all_ranks() - start
+        seconds.append(wait_for_all_ranks() - start)
+    return seconds[NUM_WARM_UP_STEPS:]
 
 
 def wait_for_all_ranks() -> float:

@@ -15,13 +15,13 @@ NUM_RESERVED_IDS = 16  # at the end of the vocabulary, never drawn as text; the 
 
 
 class ModelSize(NamedTuple):
-    """Configuration fields, data type, LoRA rank and samples per pass."""
+    """Configuration fields, data type, LoRA rank and samples per turn."""
 
     vision: dict
     llm: dict
     dtype: torch.dtype
     rank: int  # of the adapters in the vision encoder and in the LLM
-    num_samples: int
+    num_samples: int  # a multiple of 4
 
 
 VIT_300M = {
@@ -83,11 +83,11 @@ def _scale_down(hidden_size: int, num_layers: int, vocab_size: int, image_size: 
 
 
 MODEL_SIZES = {
-    "test": ModelSize(*_scale_down(64, 2, 1024, 56), torch.float32, 2, 24),
-    "tiny": ModelSize(*_scale_down(256, 12, 32768, 168), torch.float32, 8, 48),
-    "1b": ModelSize(VIT_300M, QWEN_05B, torch.bfloat16, 16, 512),
-    "2b": ModelSize(VIT_300M, INTERNLM_1_8B, torch.bfloat16, 16, 512),
-    "8b": ModelSize(VIT_300M, INTERNLM_7B, torch.bfloat16, 16, 256),
+    "test": ModelSize(*_scale_down(64, 2, 1024, 56), torch.float32, 2, 12),
+    "tiny": ModelSize(*_scale_down(256, 12, 32768, 168), torch.float32, 8, 8),
+    "1b": ModelSize(VIT_300M, QWEN_05B, torch.bfloat16, 16, 32),
+    "2b": ModelSize(VIT_300M, INTERNLM_1_8B, torch.bfloat16, 16, 32),
+    "8b": ModelSize(VIT_300M, INTERNLM_7B, torch.bfloat16, 16, 16),
 }
 
 
