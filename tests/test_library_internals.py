@@ -16,7 +16,7 @@ PACKAGE_DIR = Path(__file__).parents[1] / "internvl_chat"
 LIBRARY_NAMES = {
     "_attn_implementation": (
         "transformers.PretrainedConfig",
-        ["decoder", "modeling_internlm2", "modeling_internvl_chat", "varlen_attention", "contenders"],
+        ["decoder", "modeling_internlm2", "modeling_internvl_chat", "varlen_attention", "contenders", "machine"],
     ),
     "_from_model_config": ("transformers.GenerationConfig", ["generation"]),
     "_supports_attention_backend": ("transformers.PreTrainedModel", ["varlen_attention"]),
@@ -33,6 +33,7 @@ LIBRARY_NAMES = {
     "_forward_pre_hooks": ("torch.nn.Module", ["lora_linear"]),
     "_forward_hooks": ("torch.nn.Module", ["lora_linear"]),
     "_world": ("torch.distributed.distributed_c10d", ["torch_internals"]),
+    "_dynamo": ("torch", ["activation_checkpointing"]),
     "_set_pg_timeout": ("torch.distributed.distributed_c10d", ["torch_internals"]),
     "_get_norm_groups": ("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", ["deepspeed_internals"]),
     # Documented by Python in spite of the underscore.

@@ -58,7 +58,7 @@ def is_tf32_enabled() -> bool:
     `--tf32` sets `fp32_precision`, which torch has since 2.9. Then torch refuses to read the older `allow_tf32`.
     """
     matmul = torch.backends.cuda.matmul
-    return matmul.fp32_precision == "tf32" if hasattr(torch.backends, "fp32_precision") else matmul.allow_tf32
+    return bool(matmul.fp32_precision == "tf32" if hasattr(torch.backends, "fp32_precision") else matmul.allow_tf32)
 
 
 @lru_cache
