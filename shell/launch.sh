@@ -3,7 +3,9 @@
 # sets variables and FLAGS, in syntax that `sh` can read too, and ends with `. .../launch.sh`.
 #
 #   MODEL_PATH META_PATH OUTPUT_DIR          checkpoint, data sets, output folder
-#   BATCH_SIZE PER_DEVICE_BATCH_SIZE         global batch size, maximum micro-batch size
+#   BATCH_SIZE PER_DEVICE_BATCH_SIZE         global batch size, maximum micro-batch size; of a packed recipe in rows
+#   PACKED_FLAGS PADDED_MICRO_BATCH_SIZE     of a recipe that packs: flags for packed rows, maximum micro-batch size
+#                                            without packing (--use_packed_ds False)
 #   GPUS NODES GPUS_PER_NODE                 number of ranks; without a GPU they run on the CPU
 #   ZERO_CONFIG                              a file of zero_stage_configs/, or none
 #   LAUNCHER                                 pytorch (torchrun) or slurm (srun). slurm is the default inside a SLURM
@@ -38,6 +40,28 @@ RECIPE=${RECIPE%.sh}
 [[ $ENTRY == */* ]] || ENTRY=$CODE/internvl/train/$ENTRY
 [[ -f $META_PATH || ! -f $ROOT/$META_PATH ]] || META_PATH=$ROOT/$META_PATH # files of the repository, from any folder
 : "${OUTPUT_DIR:=work_dirs/$RECIPE}" "${ZERO_CONFIG:=zero_stage2_config.json}"
+
+get_last_value() { # arguments: flag, words; print the flag's last value among the words, which the parser uses
+    local flag=$1 value=
+    while shift && (($#)); do
+        case $1 in
+            "$flag") value=${2:-} ;;
+            "$flag"=*) value=${1#*=} ;;
+        esac
+    done
+    printf '%s' "$value"
+}
+
+if [[ -n ${PACKED_FLAGS:-} ]]; then
+    USE_PACKED_DS=$(get_last_value --use_packed_ds "$@")
+    case ${USE_PACKED_DS,,} in
+        false | no | f | n | 0) : "${PER_DEVICE_BATCH_SIZE:=$PADDED_MICRO_BATCH_SIZE}" ;;
+        *) # 32 rows of 8192 tokens hold about as many samples as a padded step: 128 of 2,000 tokens
+            FLAGS+=" --use_packed_ds True $PACKED_FLAGS"
+            : "${BATCH_SIZE:=32}" "${PER_DEVICE_BATCH_SIZE:=1}"
+            ;;
+    esac
+fi
 : "${BATCH_SIZE:=128}" "${PER_DEVICE_BATCH_SIZE:=4}"
 
 count_local_gpus() {
@@ -125,20 +149,9 @@ ARGS=( # flags common to upstream's InternVL2.5 recipes; recipes of other models
 # shellcheck disable=SC2206 # FLAGS is split into words
 ARGS+=(${FLAGS:-} "$@")
 
-get_last_value() { # print the last value of flag $1, which is the one that the parser uses
-    local i value=
-    for ((i = 0; i < ${#ARGS[@]}; i++)); do
-        case ${ARGS[i]} in
-            "$1") value=${ARGS[i + 1]:-} ;;
-            "$1"=*) value=${ARGS[i]#*=} ;;
-        esac
-    done
-    printf '%s' "$value"
-}
-
-MODEL=$(get_last_value --model_name_or_path)
-META=$(get_last_value --meta_path)
-OUTPUT=$(get_last_value --output_dir)
+MODEL=$(get_last_value --model_name_or_path "${ARGS[@]}")
+META=$(get_last_value --meta_path "${ARGS[@]}")
+OUTPUT=$(get_last_value --output_dir "${ARGS[@]}")
 # ORG/NAME is downloaded from the Hugging Face hub, unless ORG is a folder here: then it is a wrong path.
 if [[ -n $MODEL && ! -d $MODEL && (! $MODEL =~ ^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$ || -d ${MODEL%%/*}) ]]; then
     stop_unless_dry_run "MODEL_PATH=$MODEL is not a folder and not a model ORG/NAME of the Hugging Face hub"
@@ -189,8 +202,12 @@ case $LAUNCHER-$SLURM_PLACE in
         ;;
 esac
 
+# Packed rows differ in numbers of tiles: expandable segments avoid fragmented GPU memory. Before torch 2.9 only the
+# second name is known; torch 2.9 warns if it is set without the first.
+ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
 COMMAND=(
-    env LAUNCHER="$LAUNCHER" ${MASTER_PORT:+MASTER_PORT="$MASTER_PORT"} TF_CPP_MIN_LOG_LEVEL=3
+    env PYTORCH_ALLOC_CONF="$ALLOC_CONF" PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF-$ALLOC_CONF}"
+    LAUNCHER="$LAUNCHER" ${MASTER_PORT:+MASTER_PORT="$MASTER_PORT"} TF_CPP_MIN_LOG_LEVEL=3
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CPUS_PER_TASK > 0 ? CPUS_PER_TASK : 1))}"
     PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"
     "${START[@]}" "$ENTRY" "${ARGS[@]}"

@@ -48,9 +48,12 @@ DATA=$WORK/data MODELS=$WORK/models RESULTS=$WORK/results
 # Two ranks also on the CPU: the quickstart shows distributed training.
 NUM_GPUS=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
 : "${GPUS:=$((NUM_GPUS == 1 ? 1 : 2))}"
-export GPUS BATCH_SIZE=16 PER_DEVICE_BATCH_SIZE=$((16 / GPUS)) LAUNCHER=pytorch NODES=1
-# Images have one size and the model is tiny: no grouping by length, no gradient checkpointing, tiles of 224 pixels.
-COMMON=(--overwrite_output_dir True --group_by_length False --grad_checkpoint False --force_image_size 224)
+# A step has 16 samples, in one packed row per rank. A sample has one tile and at most 56 tokens: 16 have 896.
+export GPUS BATCH_SIZE=$GPUS PER_DEVICE_BATCH_SIZE=1 LAUNCHER=pytorch NODES=1
+COMMON=(--use_packed_ds True --num_images_expected $((16 / GPUS)) --strict_mode False)
+COMMON+=(--max_packed_tokens $((896 / GPUS)))
+# The model is tiny: no gradient checkpointing, tiles of 224 pixels.
+COMMON+=(--overwrite_output_dir True --grad_checkpoint False --grad_checkpoint_ratio 1 --force_image_size 224)
 # Validation digits of both domains; what the base model says about plain ones, to see what the adapters forget.
 EVALUATION=(--eval_meta_path "$DATA/validation.json" --eval_base_answers "$DATA/plain_prompts.json")
 EVALUATION+=(--eval_strategy steps --eval_steps 50 --eval_on_start True --eval_num_samples 50 --eval_max_new_tokens 12)

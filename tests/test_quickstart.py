@@ -145,6 +145,7 @@ def test_quickstart_end_to_end(quickstart):
     assert abs(accuracy["merged", "shifted"] - accuracy["adapted", "shifted"]) <= 0.01
     assert results["num_merged_differences"] <= 5
     assert (folder / "report.html").stat().st_size > 50_000
+    assert "8.0 samples per row" in (folder / "logs/adapted.log").read_text(), "the recipe packs"
     assert all(f"{row['accuracy']:.1%}" in process.stdout for row in results["rows"])
 
     # In a pipe: a line every half minute, and neither progress bars nor warnings of libraries.

@@ -49,6 +49,7 @@ def test_ranks_end_with_a_killed_torchrun(tiny_inputs, tmp_path, seconds):
 
 def test_a_run_whose_shell_is_killed_saves_and_ends(tiny_inputs, tmp_path):
     flags = "--force_image_size 56 --max_dynamic_patch 4 --max_seq_length 512 --bf16 False --max_steps 100000".split()
+    flags += ["--use_packed_ds", "False"]
     flags += "--save_steps 1000000 --lr_scheduler_type constant --warmup_ratio 0 --dataloader_num_workers 1".split()
     variables = {"MODEL_PATH": tiny_inputs / "model", "META_PATH": tiny_inputs / "meta.json", "ZERO_CONFIG": "none"}
     variables |= {"GPUS": 2, "BATCH_SIZE": 2, "PER_DEVICE_BATCH_SIZE": 1, "OUTPUT_DIR": tmp_path / "out"}

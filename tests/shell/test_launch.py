@@ -22,8 +22,8 @@ TASK = JOB | {"SLURM_STEP_ID": 0, "SLURM_PROCID": 3, "SLURM_STEP_NUM_TASKS": 8, 
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"GPUS": 3}, ["BATCH_SIZE=128", "GPUS=3", "= 12", "120 and 132"]),
-        ({"GPUS": 8, "BATCH_SIZE": 4}, ["BATCH_SIZE=4", "= 32", "nearest valid: 32."]),
+        ({"GPUS": 3}, ["BATCH_SIZE=32", "GPUS=3", "= 3", "30 and 33"]),
+        ({"GPUS": 8, "BATCH_SIZE": 4, "PER_DEVICE_BATCH_SIZE": 4}, ["BATCH_SIZE=4", "= 32", "nearest valid: 32."]),
         ({"GPUS": "two"}, ["GPUS=two is invalid: expected an integer >= 1"]),
         ({"PER_DEVICE_BATCH_SIZE": 0}, ["PER_DEVICE_BATCH_SIZE=0"]),
         ({"BATCH_SIZE": "08"}, ["BATCH_SIZE=08"]),
@@ -68,6 +68,20 @@ def test_more_gpus_than_this_machine_has(bash, dry_run, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("variables", "value"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, ""),
+    ],
+)
+def test_gpu_memory_has_expandable_segments_unless_set(dry_run, variables, value):
+    settings = [word for word in dry_run(VISION_LORA_RECIPE, **variables)[0] if "ALLOC_CONF=" in word]
+    assert settings == [f"PYTORCH_ALLOC_CONF={value}", f"PYTORCH_CUDA_ALLOC_CONF={value}"]
+
+
 def test_a_dry_run_only_warns_about_what_the_machine_lacks(bash):
     done = bash(
         VISION_LORA_RECIPE, DRY_RUN=1, GPUS=8, LAUNCHER="slurm", MODEL_PATH="./nowhere", META_PATH="nowhere.json"
@@ -92,9 +106,10 @@ def test_several_nodes_without_slurm(dry_run):
 
 
 def test_the_micro_batch_size_is_at_most_the_samples_of_a_rank(bash, dry_run):
-    done = bash(VISION_LORA_RECIPE, GPUS=8, BATCH_SIZE=16, DRY_RUN=1)
+    variables = {"GPUS": 8, "BATCH_SIZE": 16, "PER_DEVICE_BATCH_SIZE": 4}
+    done = bash(VISION_LORA_RECIPE, **variables, DRY_RUN=1)
     assert done.stderr == "launch.sh: micro-batch size reduced to 2: BATCH_SIZE=16 / GPUS=8.\n"
-    _, args = dry_run(VISION_LORA_RECIPE, GPUS=8, BATCH_SIZE=16)
+    _, args = dry_run(VISION_LORA_RECIPE, **variables)
     assert args[args.index("--per_device_train_batch_size") + 1] == "2"
     assert args[args.index("--gradient_accumulation_steps") + 1] == "1"
 

@@ -4,43 +4,80 @@ import pytest
 from helpers.paths import REPO_ROOT, VISION_LORA_RECIPE
 from helpers.training_runs import TRAIN_LLM_AND_PROJECTOR, read_losses, run_training
 
+from internvl.arguments.validate import validate_arguments
+
 RECIPES = sorted((REPO_ROOT / "shell").glob("*/*_vit_lora.sh"))
 CUTS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 1, 4)]  # ranks, micro-batch size, gradient accumulation
-EXPECTED_BY_SIZE = {  # ZeRO stage, micro-batch size, learning rate
-    "1b": (2, 8, 2e-4),
-    "2b": (2, 8, 2e-4),
-    "4b": (2, 4, 2e-4),
-    "8b": (2, 4, 2e-4),
-    "26b": (3, 2, 1e-4),
-    "38b": (3, 2, 1e-4),
-    "78b": (3, 1, 1e-4),
+EXPECTED_BY_SIZE = {  # ZeRO stage, learning rate, recomputed share of the layers, micro-batch size without packing
+    "1b": (2, 2e-4, 0, 8),
+    "2b": (2, 2e-4, 0.25, 8),
+    "4b": (2, 2e-4, 0.5, 4),
+    "8b": (2, 2e-4, 0.6, 4),
+    "26b": (3, 1e-4, 1, 2),
+    "38b": (3, 1e-4, 1, 2),
+    "78b": (3, 1e-4, 1, 1),
 }
+
+
+def count_global_batch(training, gpus: int) -> int:
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * gpus
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
 @pytest.mark.parametrize("gpus", [1, 2, 8])
 def test_recipe_parses_and_keeps_the_global_batch_size(parse_recipe, recipe, gpus):
     model, data, training = parse_recipe(recipe, GPUS=gpus)
-    global_batch_size = training.per_device_train_batch_size * training.gradient_accumulation_steps * gpus
-    assert global_batch_size == 128
+    validate_arguments(model, data, training)
+    assert count_global_batch(training, gpus) == 32
     assert data.meta_path.startswith(str(REPO_ROOT))
     assert training.output_dir == f"work_dirs/{recipe.parent.name}/{recipe.stem}"
     assert len(recipe.read_text().splitlines()) <= 15
-    assert model.grad_checkpoint and training.bf16 and data.dynamic_image_size and data.use_thumbnail
+    assert training.bf16 and data.dynamic_image_size and data.use_thumbnail
 
 
 @pytest.mark.parametrize("size", EXPECTED_BY_SIZE)
 def test_flags_of_the_vision_lora_recipes(parse_recipe, size):
-    stage, micro_batch_size, learning_rate = EXPECTED_BY_SIZE[size]
+    stage, learning_rate, recomputed_share, _ = EXPECTED_BY_SIZE[size]
     model, data, training = parse_recipe(REPO_ROOT / f"shell/internvl2.5/{size}_vit_lora.sh", GPUS=1)
     assert model.model_name_or_path == f"OpenGVLab/InternVL2_5-{size.upper()}"
     assert model.use_backbone_lora == model.use_llm_lora == 16
     assert model.freeze_backbone and model.freeze_llm and model.freeze_mlp
     assert (data.conv_style, data.max_dynamic_patch, data.max_seq_length) == ("internvl2_5", 6, 8192)
+    assert (data.use_packed_ds, data.max_packed_tokens, data.strict_mode) == (True, 8192, True)
+    assert model.grad_checkpoint * model.grad_checkpoint_ratio == recomputed_share
     assert training.deepspeed["zero_optimization"]["stage"] == stage
-    assert training.per_device_train_batch_size == micro_batch_size
+    assert training.per_device_train_batch_size == 1
     assert training.learning_rate == learning_rate
     assert (data.loss_reduction, data.loss_reduction_all_gather) == ("token", True)
+
+
+@pytest.mark.parametrize(
+    "words", ["--use_packed_ds False", "--use_packed_ds=no", "--use_packed_ds True --use_packed_ds 0"]
+)
+@pytest.mark.parametrize("size", EXPECTED_BY_SIZE)
+def test_without_packing_a_step_has_128_padded_samples(parse_recipe, size, words):
+    """The settings of before the recipes packed, with which a run of then continues."""
+    recipe = REPO_ROOT / f"shell/internvl2.5/{size}_vit_lora.sh"
+    model, data, training = parse_recipe(recipe, *words.split(), GPUS=2)
+    assert not data.use_packed_ds and training.group_by_length
+    assert training.per_device_train_batch_size == EXPECTED_BY_SIZE[size][3]
+    assert count_global_batch(training, 2) == 128
+    assert (model.grad_checkpoint, model.grad_checkpoint_ratio) == (True, 1)
+    assert training.learning_rate == EXPECTED_BY_SIZE[size][1]
+
+
+def test_variables_count_rows_or_samples(parse_recipe):
+    variables = {"GPUS": 2, "BATCH_SIZE": 16, "PER_DEVICE_BATCH_SIZE": 2}
+    for words in ([], ["--use_packed_ds", "False"]):
+        *_, training = parse_recipe(VISION_LORA_RECIPE, *words, **variables)
+        assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (2, 4)
+
+
+def test_no_recomputation_is_one_more_flag(parse_recipe):
+    flags = ["--grad_checkpoint", "False"]
+    with pytest.raises(ValueError, match="add --grad_checkpoint_ratio 1 if a recipe sets another"):
+        validate_arguments(*parse_recipe(VISION_LORA_RECIPE, *flags))
+    validate_arguments(*parse_recipe(VISION_LORA_RECIPE, *flags, "--grad_checkpoint_ratio", "1"))
 
 
 @pytest.mark.multiprocess

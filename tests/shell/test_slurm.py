@@ -23,7 +23,7 @@ from internvl.launchers import parse_first_node
 
 pytestmark = pytest.mark.e2e
 FLAGS = """--force_image_size 56 --max_dynamic_patch 4 --max_seq_length 512 --bf16 False --max_steps 60
-    --save_steps 1000 --lr_scheduler_type constant --warmup_ratio 0 --dataloader_num_workers 1
+    --save_steps 1000 --use_packed_ds False --lr_scheduler_type constant --warmup_ratio 0 --dataloader_num_workers 1
     --report_to none""".split()
 
 

@@ -133,7 +133,10 @@ def validate_gradient_checkpointing(args: ModelArguments, training_args: Trainin
     flags = [] if ratio == 1 else [f"--grad_checkpoint_ratio {ratio:g}"]
     flags += [] if keep == "none" else [f"--grad_checkpoint_keep {keep}"]
     if flags and not (args.grad_checkpoint or args.vit_grad_checkpoint):
-        raise ValueError(f"{' '.join(flags)} is not supported with --grad_checkpoint False: it has no effect there.")
+        raise ValueError(
+            f"{' '.join(flags)} is not supported with --grad_checkpoint False: it has no effect there. Remove "
+            "it, or add --grad_checkpoint_ratio 1 if a recipe sets another."
+        )
     if args.vit_grad_checkpoint is False:
         flags.append("--vit_grad_checkpoint False")
     # Since transformers 5.23 an alias, which has the value of `activation_checkpointing`.
