@@ -17,8 +17,8 @@ def test_one_rank_shares_with_itself():
 
 
 SHARING = """
-import torch.distributed as dist
 from internvl.dist_utils import gather_objects, get_rank, get_world_size, init_dist, run_on_rank_0
+from internvl.torch_internals import destroy_process_groups
 init_dist()
 assert gather_objects(get_rank() * 10) == [0, 10] and get_world_size() == 2
 assert run_on_rank_0(lambda: f"made by {get_rank()}") == "made by 0"
@@ -30,7 +30,7 @@ except ValueError as error:
     assert str(error) == "raised on rank 0"
 else:
     raise AssertionError("the error of rank 0 was not raised here")
-dist.destroy_process_group()
+destroy_process_groups()
 """
 
 

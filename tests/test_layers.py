@@ -13,6 +13,7 @@ from helpers.paths import PACKAGE_DIR
 # Lowest first. Folders on one line do not import each other; a file on the first line may import those to its left.
 LAYERS = [
     [
+        "versions",
         "internvl",  # the package itself
         "constants",
         "conversation",
@@ -22,7 +23,6 @@ LAYERS = [
         "progress",
         "torch_internals",
         "dist_utils",
-        "versions",
     ],
     ["arguments", "model"],
     ["data"],

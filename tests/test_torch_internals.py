@@ -1,5 +1,6 @@
 """The private names of torch that the package reads exist."""
 
+import time
 from datetime import timedelta
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from internvl.torch_internals import (
     DATALOADER_WAIT_METHOD,
+    destroy_process_groups,
     is_raised_in_dataloader_wait,
     list_process_groups,
     set_group_timeout,
@@ -36,6 +38,17 @@ def test_the_timeout_of_a_group_is_set(tmp_path, monkeypatch, is_public):
         assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("version", "waits"), [("2.6.0+cu124", True), ("2.7.1", True), ("2.8.0", False)])
+def test_groups_are_destroyed_once_their_threads_are_idle(tmp_path, monkeypatch, version, waits):
+    """Without the wait, torch 2.6 hangs within some tens of times."""
+    monkeypatch.setattr(torch, "__version__", version)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    start = time.monotonic()
+    destroy_process_groups()
+    assert not dist.is_initialized()
+    assert (time.monotonic() - start >= 0.5) == waits
 
 
 def fail():

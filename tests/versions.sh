@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Run the model, data and training tests with the oldest and the newest versions that requirements.txt allows, and print a
-# table: `bash tests/versions.sh [floor] [newest] [pytest options]`. The environments are layers over the main one, in
-# .venv-floor and .venv-newest; making them takes some minutes and 4 GB each.
+# Run the tests of models, data, planning, LoRA, ZeRO and resuming with other versions of Python and of the libraries, and
+# print a table:
+#   bash tests/versions.sh                                 all environments of versions.py
+#   bash tests/versions.sh floor newest [pytest options]   some of them
+#   bash tests/versions.sh PATH/bin/python tests/model     an environment that exists, some tests
+# An environment whose Python is not installed is skipped, with a message. They are kept in .venv-NAME; with a torch of
+# its own, one takes some minutes to make and 4 to 8 GB.
 set -euo pipefail
 cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source shell/setup.sh

@@ -4,10 +4,13 @@
 """
 
 import re
+import time
 import traceback
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
+from packaging.version import Version
 
 # Method of `torch.utils.data.dataloader._MultiProcessingDataLoaderIter` that waits for a worker. Seen in torch 2.14.
 DATALOADER_WAIT_METHOD = "_try_get_data"
@@ -33,6 +36,17 @@ def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
         dist.set_timeout(timeout, group)
     else:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def destroy_process_groups() -> None:
+    """Destroy all process groups of this rank.
+
+    torch < 2.8 holds the GIL meanwhile, and waits for the threads of a gloo group. A thread that still frees a tensor
+    of the last collective waits for the GIL: a deadlock. So it gets the time to finish.
+    """
+    if Version(torch.__version__) < Version("2.8"):
+        time.sleep(0.5)
+    dist.destroy_process_group()
 
 
 def is_raised_in_dataloader_wait(error: BaseException) -> bool:

@@ -1,13 +1,36 @@
-"""Versions of the libraries that the tests pass with."""
+"""Versions of libraries: the oldest that work, and the first that the tests have not seen.
 
+`requirements.txt` and `pyproject.toml` have the same lower bounds.
+"""
+
+import importlib.util
 import logging
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from packaging.version import Version
 
 logger = logging.getLogger(__name__)
 
-# Library -> first version that has not been tested; the upper bounds of requirements.txt.
+# Required library -> oldest version that works. A newer API of a library is used behind a guard that names its version.
+OLDEST_VERSIONS = {
+    "torch": "2.6",  # transformers 5.24 requires it
+    "transformers": "5.3",  # the first with Trainer._prepare_for_training and Trainer._get_grad_norm
+    "peft": "0.18",  # transformers 5.3 requires it
+    "accelerate": "1.8.1",  # older ones step after every micro-batch under DeepSpeed
+}
+# Optional package -> module to import, oldest version that works.
+OPTIONAL_PACKAGES = {
+    "av": ("av", "14.0"),
+    "bitsandbytes": ("bitsandbytes", "0.46.1"),  # transformers 5.3 requires it
+    "deepspeed": ("deepspeed", "0.19.8"),  # 0.19.4 gives non-finite gradients with several ranks on CPUs
+    "liger-kernel": ("liger_kernel", "0.8.3"),  # the first whose loss takes the size of its chunks
+    "matplotlib": ("matplotlib", "3.8"),
+    "pyarrow": ("pyarrow", "21.0"),  # the first with ParquetFile(arrow_extensions_enabled=...)
+    "scikit-learn": ("sklearn", "1.3"),
+}
+# Library -> first version that has not been tested.
 UNTESTED_VERSIONS = {
     "torch": "2.15",
     "transformers": "5.25",
@@ -16,6 +39,59 @@ UNTESTED_VERSIONS = {
     "deepspeed": "0.20",
     "bitsandbytes": "0.51",
 }
+PACKAGE_DIR = Path(__file__).resolve().parent
+PROGRAM_DIRS = [
+    PACKAGE_DIR / "train",
+    *(folder / name for folder in PACKAGE_DIR.parents[:2] for name in ("tools", "shell")),
+]
+
+
+def require_supported_versions() -> None:
+    """Check that no required library is too old.
+
+    `import internvl` calls it, before anything else imports a name that an old version lacks.
+
+    Raises:
+        ImportError: a library is too old.
+        SystemExit: so it is, and the running program is one of this repository: it prints the sentence alone.
+    """
+    older = {name: oldest for name, oldest in OLDEST_VERSIONS.items() if is_older(name, oldest)}
+    if not older:
+        return
+    found = ", ".join(f"{name} {version(name)} (required: >= {oldest})" for name, oldest in older.items())
+    wanted = " ".join(f"'{name}>={oldest}'" for name, oldest in older.items())
+    message = f"Versions that are too old: {found}. Update: {sys.executable} -m pip install {wanted}"
+    program = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve()
+    if any(program.is_relative_to(folder) for folder in PROGRAM_DIRS):
+        sys.exit(f"error: {message}")
+    raise ImportError(message)
+
+
+def is_older(library: str, oldest: str) -> bool:
+    """Return whether a library is installed in a version before `oldest`."""
+    try:
+        return Version(version(library)) < Version(oldest)
+    except PackageNotFoundError:
+        return False
+
+
+def require_package(name: str, purpose: str, error_class: type[Exception] = ValueError) -> None:
+    """Check that an optional package is installed, and not too old.
+
+    Args:
+        name: a key of OPTIONAL_PACKAGES, or a package whose module has its name.
+        purpose: begins the message, such as a flag.
+
+    Raises:
+        error_class: it is missing or too old.
+    """
+    module, oldest = OPTIONAL_PACKAGES.get(name, (name.replace("-", "_"), "0"))
+    if importlib.util.find_spec(module) is None:
+        raise error_class(f"{purpose} requires the package {name}: python3 -m pip install {name}.")
+    if is_older(name, oldest):
+        raise error_class(
+            f"{purpose} requires {name} >= {oldest}, got {version(name)}: python3 -m pip install '{name}>={oldest}'."
+        )
 
 
 def warn_about_untested_versions() -> None:

@@ -58,6 +58,7 @@ from internvl.planning.sample_inspection import Inspection, inspect_samples
 from internvl.train.build_data import TrainingData, build_plan_layout, measure_data
 from internvl.train.build_model import build_tokenizer, chat_config_fields, load_config
 from internvl.train.trainable_parameters import find_untrained_tokens
+from internvl.versions import require_package
 
 NUM_HISTOGRAM_LINES = 12
 NUM_EXTREMES = 5  # samples listed at each extreme
@@ -73,6 +74,7 @@ MAX_DECODED_EPOCHS = 10  # each reads other frames of a video
 @exit_on_user_error
 def main(argv=None):
     args, flags = parse_tool_args(argv)
+    require_package("matplotlib", "the report's histogram")
     log_to_console()
     classes, validate_fn, dataset_class = PREFERENCE_PARTS if args.preference else FINETUNE_PARTS
     argv = ["--meta_path", args.meta, "--output_dir", args.report, *flags]

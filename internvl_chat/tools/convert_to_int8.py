@@ -7,7 +7,6 @@ is one.
 """
 
 import argparse
-import importlib.util
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -19,6 +18,7 @@ from internvl.model.chat_template import save_tokenizer
 from internvl.model.code_files import add_remote_code_flag
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.versions import require_package
 
 # Upstream's tool has no arguments, but these two paths.
 DEFAULT_MODEL, DEFAULT_OUTPUT = "OpenGVLab/InternVL-Chat-V1-5", "release/InternVL-Chat-V1-5-Int8"
@@ -41,8 +41,7 @@ def main(argv=None):
     )
     add_remote_code_flag(parser)
     args = parser.parse_args(argv)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("bitsandbytes is required to quantize to 8 bits: pip install bitsandbytes")
+    require_package("bitsandbytes", "quantizing to 8 bits")
     tokenizer = load_tokenizer(args.model_path)
     require_no_adapters(InternVLChatConfig.from_pretrained(args.model_path), args.model_path)
     with create_output_dir(args.output_path) as output_dir:

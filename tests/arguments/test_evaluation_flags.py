@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers.metric_records import read_records
+from transformers.trainer_utils import SchedulerType
 
 from internvl.arguments.evaluation_strategy import is_greater_better
 from internvl.arguments.training import parse_args
@@ -19,7 +20,6 @@ CONTRADICTIONS = {
     "--save_strategy best": "--save_strategy best requires --eval_strategy steps or epoch.",
     "--early_stopping_patience 2": "--early_stopping_patience 2 requires --eval_strategy steps or epoch.",
     "--lr_scheduler_type reduce_lr_on_plateau": "--lr_scheduler_type reduce_lr_on_plateau requires --eval_strategy",
-    "--lr_scheduler_type greedy": "--lr_scheduler_type greedy requires --eval_strategy",
     "--metric_for_best_model loss": "--metric_for_best_model loss requires --eval_strategy steps or epoch.",
     "--eval_delay 3": "--eval_delay 3 requires --eval_strategy steps or epoch.",
     "--eval_steps 50": "--eval_steps 50 requires --eval_strategy steps, not no.",
@@ -97,12 +97,21 @@ def test_loss_is_the_default_metric():
     assert parse(f"{STEPS} --metric_for_best_model loss --greater_is_better True").greater_is_better is True
 
 
+def test_greedy_scheduler_follows_the_metric():
+    flags = f"{STEPS} --lr_scheduler_type greedy --metric_for_best_model a/anls"
+    if "greedy" not in list(SchedulerType):  # transformers < 5.4
+        with pytest.raises(ValueError, match="invalid choice: 'greedy'"):
+            parse(flags)
+        return
+    assert parse(flags).lr_scheduler_kwargs == {"mode": "max", "min_lr": 0.0}
+    with pytest.raises(ValueError, match="^--lr_scheduler_type greedy requires --eval_strategy"):
+        parse("--lr_scheduler_type greedy")
+
+
 def test_scheduler_follows_the_metric():
     plateau = f"{STEPS} --lr_scheduler_type reduce_lr_on_plateau"
     assert parse(plateau).lr_scheduler_kwargs == {"mode": "min"}
     assert parse(f"{plateau} --metric_for_best_model a/anls").lr_scheduler_kwargs == {"mode": "max"}
-    greedy = parse(f"{STEPS} --lr_scheduler_type greedy --metric_for_best_model a/anls")
-    assert greedy.lr_scheduler_kwargs == {"mode": "max", "min_lr": 0.0}
     with pytest.raises(ValueError, match="'nothing' is not supported with --lr_scheduler_type reduce_lr_on_plateau"):
         parse_args(["--output_dir", "out", *plateau.split(), "--lr_scheduler_kwargs", '{"nothing": 1}'])
     with pytest.raises(ValueError, match="reduce_lr_on_plateau with --lr_scheduler_kwargs .* is invalid: Factor"):

@@ -1,12 +1,13 @@
 """Make environments with other versions of some packages, beside the main one.
 
-Each is a layer over the environment that runs this code. What is installed in the layer comes first; everything else,
-above all torch, is found in the main environment through a path file. So a layer takes seconds to make. It is kept in
-`.venv-NAME`.
+Most are layers over the environment that runs this code. What is installed in the layer comes first; everything else,
+above all torch, is found in the main environment through a path file. So a layer takes seconds to make. An environment
+with another Python or torch is complete. All are kept in `.venv-NAME`.
 """
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,12 +39,43 @@ def make_environment_layer(name: str, requirements: list[str]) -> Path:
         (packages,) = folder.glob("lib/python*/site-packages")
         # A path file is read after the layer's own packages, so those of the main environment come later.
         (packages / "below.pth").write_text("import site; " + "; ".join(f"site.addsitedir({p!r})" for p in site_dirs))
-        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--upgrade", *requirements]
-        done = subprocess.run(pip, capture_output=True, text=True)
-        if done.returncode:
-            raise OSError("\n".join(done.stderr.splitlines()[-3:]))
+        _run_pip(python, requirements)
         stamp.write_text(wanted)
     return python
+
+
+def make_environment(name: str, python: str, requirements: list[str]) -> Path:
+    """Install packages into a complete environment `.venv-NAME` of another Python; return its Python.
+
+    It is made again when the requirements have changed.
+
+    Raises:
+        OSError: pip failed; the message is the end of its output.
+    """
+    folder = REPO_ROOT / f".venv-{name}"
+    wanted, stamp = "\n".join([python, str(folder), *requirements]), folder / "installed"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([python, "-m", "venv", folder], check=True)
+        _run_pip(folder / "bin/python", ["setuptools", "wheel"])  # DeepSpeed is built from source, with torch
+        _run_pip(folder / "bin/python", [line for line in requirements if re.match("(torch|torchvision)\\b", line)])
+        _run_pip(folder / "bin/python", ["--no-build-isolation", *requirements])
+        stamp.write_text(wanted)
+    return folder / "bin/python"
+
+
+def find_python(version: str) -> str | None:
+    """Find a Python of a version such as 3.12, on PATH or among those of pyenv."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    candidates = [f"python{version}", *map(str, sorted(pyenv.glob(f"versions/{version}.*/bin/python")))]
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def _run_pip(python: Path, arguments: list[str]) -> None:
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--upgrade", *arguments]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError("\n".join(done.stderr.splitlines()[-3:]))
 
 
 def make_layer_or_skip(name: str, requirements: list[str]) -> Path:

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+from contextlib import suppress
 
 import torch
 from PIL import Image
@@ -15,7 +16,8 @@ MODULES = """
     deepspeed.runtime.superoffload.superoffload_stage3 deepspeed.checkpoint.ds_to_universal
 """.split()
 for module in MODULES:
-    importlib.import_module(module)
+    with suppress(ModuleNotFoundError):  # PEFT 0.18 lacks one
+        importlib.import_module(module)
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 Image.init()

@@ -4,9 +4,12 @@ import json
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import sentencepiece
+from helpers.paths import PACKAGE_DIR
 from helpers.tokenizer_cases import assert_equals_recorded, load_encodings
 from transformers import AutoTokenizer
 
@@ -47,6 +50,22 @@ def test_equals_sentencepiece(goldens, name):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert ids == original.encode(text), text
         assert tokenizer.decode(ids) == original.decode(ids), text
+
+
+PRINT_IDS = """
+import sys
+sys.modules["sentencepiece"] = None  # as if protobuf were too old for the one that is installed
+from internvl.model.tokenizers.loading import load_tokenizer
+print(load_tokenizer(sys.argv[1])("A cat 猫, 12 dogs").input_ids)
+"""
+
+
+@pytest.mark.multiprocess
+def test_protobuf_may_be_older_than_that_of_sentencepiece(goldens):
+    folder = str(goldens / INTERNLM2[0])
+    command = [sys.executable, "-c", PRINT_IDS, folder]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(PACKAGE_DIR)})
+    assert done.stdout.strip() == str(load_tokenizer(folder)("A cat 猫, 12 dogs").input_ids), done.stderr
 
 
 @pytest.mark.parametrize("name", INTERNLM2)

@@ -12,6 +12,7 @@ import transformers
 
 from internvl.arguments.optimizers import ADAMW
 from internvl.dist_utils import get_world_size
+from internvl.versions import require_package
 
 ZERO_CONFIG_DIR = Path(__file__).resolve().parents[3] / "zero_stage_configs"
 if not ZERO_CONFIG_DIR.is_dir():  # in an upstream checkout the files are next to the package
@@ -68,6 +69,7 @@ def load_deepspeed_config(source: str | dict, args: transformers.TrainingArgumen
     Raises:
         ValueError: no such file, or a key or value that is invalid, not supported, or contradicts the flags.
     """
+    require_package("deepspeed", "--deepspeed")
     label, config = read_deepspeed_config(source)
     config = {key: value for key, value in config.items() if not is_disabled_block(key, value)}
     check_keys(label, config)

@@ -67,6 +67,8 @@ def refuse_unsupported_flags(args: transformers.TrainingArguments) -> None:
     """Raise a ValueError for the first flag whose value is not supported."""
     defaults = {field.name: field.default for field in fields(args)}
     for flag, reason in UNSUPPORTED.items():
+        if flag not in defaults:  # of a newer transformers, such as `dataloader_in_order` of 5.17
+            continue
         value, default = getattr(args, flag), defaults[flag]
         # transformers' parser may replace None by False or the reverse: every falsy value counts as the default, unless
         # the default is True.

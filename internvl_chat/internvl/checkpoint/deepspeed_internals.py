@@ -24,10 +24,7 @@ PRIVATE_NAMES = {
         "checkpoint_event_epilogue",
     ),
 }
-PRIVATE_FUNCTIONS = (
-    "deepspeed.runtime.utils.combine_grad_norm_groups",
-    "deepspeed.utils.lazy_init_hp_params_optimizer_state",
-)
+PRIVATE_FUNCTIONS = ("deepspeed.utils.lazy_init_hp_params_optimizer_state",)
 
 
 def compute_grad_norm(optimizer) -> float:
@@ -35,12 +32,11 @@ def compute_grad_norm(optimizer) -> float:
 
     It is the same on all ranks. A collective.
     """
-    from deepspeed.runtime.utils import combine_grad_norm_groups
-
     if hasattr(optimizer, "scaled_global_norm"):  # ZeRO-1 and ZeRO-2
         norm = optimizer.scaled_global_norm()
     else:
-        norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+        norms = torch.tensor([float(norm) for norm in optimizer._get_norm_groups()])
+        norm = norms.where(norms >= 0, torch.inf).norm()  # -1: the norm of the group is not finite
     return float(norm) / optimizer.loss_scale
 
 

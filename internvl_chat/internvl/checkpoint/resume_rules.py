@@ -84,7 +84,7 @@ _FLAGS_OF_RULES = {
         dataloader_multiprocessing_context remove_unused_columns label_names strict_mode
         logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level
         log_level_replica log_freq disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
-        trackio_static_space_id
+        trackio_static_space_id logging_dir
         save_strategy save_steps save_total_limit save_only_model save_on_each_node no_smoke_save
         restore_callback_states_from_checkpoint save_on_signal_seconds watchdog_factor watchdog_seconds
         push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision

@@ -21,6 +21,7 @@ from internvl.constants import shorten
 from internvl.data.disk_cache import get_cache_dir, get_file_version, make_cache_file
 from internvl.data.file_io import get_extension
 from internvl.regular_files import open_regular_file, read_json_object
+from internvl.versions import require_package
 
 TABLE_EXTENSIONS = (".parquet", ".arrow")
 MAX_SEARCHED_FOLDERS = 1000  # below a folder without a table
@@ -157,6 +158,7 @@ def _read_rows(files: list[str], name: str) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: a file cannot be read.
     """
+    require_package("pyarrow", f"annotation file {name}")
     try:
         for path in files:
             with open_regular_file(path) as file:

@@ -23,6 +23,7 @@ from internvl.data.image_files import (
     describe_content,
 )
 from internvl.data.outages import is_outage
+from internvl.versions import require_package
 
 # Supported containers, by FFmpeg's names. FFmpeg supports more, among them playlists (hls, concat), with which an
 # untrusted file could open other files and addresses.
@@ -108,10 +109,9 @@ def _open_container(path: str, header_only: bool = False) -> Iterator:
     Raises:
         UnusableSample: the file, its container or its frames cannot be read.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise MissingPackageError(f"reading {path} requires the package av: pip install av.") from error
+    require_package("av", f"reading {path}", MissingPackageError)
+    import av
+
     head = b""
     try:
         with open_file(path, header_only, MAX_VIDEO_BYTES) as file:

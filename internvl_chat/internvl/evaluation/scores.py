@@ -10,7 +10,6 @@ printed as 100 in papers). Of several references the best counts, unless a metri
 `statistics.py` resamples the terms: an interval of a corpus metric needs no second scoring.
 """
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -45,6 +44,7 @@ from internvl.evaluation.metrics.yes_no_scores import (
     read_yes_no_like_internvl,
     summarize_yes_no,
 )
+from internvl.versions import require_package
 
 INTERNVL_SCORER = "internvl"
 
@@ -235,9 +235,8 @@ def require_library(metric: str) -> None:
     Raises:
         ValueError: it is not.
     """
-    library = get_metric(metric).library
-    if library and importlib.util.find_spec(library.replace("-", "_")) is None:
-        raise ValueError(f"metric {metric} requires the package {library}: python3 -m pip install {library}")
+    if library := get_metric(metric).library:
+        require_package(library, f"metric {metric}")
 
 
 def get_metric(metric: str) -> Metric:

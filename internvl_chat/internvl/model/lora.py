@@ -60,7 +60,7 @@ LLM_TARGETS = {
     "Qwen3MoeForCausalLM": _MOE_TARGETS,
     "GptOssForCausalLM": _MOE_TARGETS,
 }
-_ROUTER_NAMES = {"gate", "router"}  # last names of the layers that assign tokens to experts
+_ROUTER_NAMES = {"gate", "router"}  # of the modules that assign tokens to experts, or that contain such a layer
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,9 @@ def find_llm_targets(llm: PreTrainedModel) -> LoraTargets:
     experts = {_name_suffix(name, 3) for name, shape in shapes.items() if ".experts." in name and len(shape) == 3}
     head = llm.get_output_embeddings()
     linear = [n for n, m in llm.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    linear = [name for name in linear if _ROUTER_NAMES.isdisjoint(name.split("."))]
     modules = {_name_suffix(name, 1) for name in linear if not experts or "att" in name.split(".")[-2]}
-    return LoraTargets(sorted(modules - _ROUTER_NAMES), sorted(experts))
+    return LoraTargets(sorted(modules), sorted(experts))
 
 
 def _name_suffix(name: str, num_components: int) -> str:

@@ -26,7 +26,7 @@ from internvl.dist_utils import get_world_size, init_dist, is_collective_error, 
 from internvl.runtime.rank_monitor import RankMonitorClient, reports_for_rank_0
 from internvl.runtime.rank_monitor_server import ExitReport, format_error, write_stderr
 from internvl.runtime.signals import PREEMPTED_EXIT_STATUS, ignore_signals, kill_workers, preemption
-from internvl.torch_internals import is_raised_in_dataloader_wait
+from internvl.torch_internals import destroy_process_groups, is_raised_in_dataloader_wait
 
 # Errors that are not bugs, by class -> advice.
 ADVICE_BY_ERROR = [
@@ -191,7 +191,7 @@ def exit_process_group(status: int) -> None:
     """
     leave_rank_monitor()
     gc.collect()  # no object may refer to the group any more
-    dist.destroy_process_group()
+    destroy_process_groups()
     if status:
         ignore_signals()
         sys.exit(status)

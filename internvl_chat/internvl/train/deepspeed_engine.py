@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from accelerate.utils import DeepSpeedEngineWrapper
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper  # not from `utils`, which has it with DeepSpeed only
 from torch import nn
 
 

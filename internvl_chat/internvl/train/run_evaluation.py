@@ -144,7 +144,7 @@ def build_run_evaluation(
         *(data_args, args, args.per_device_eval_batch_size, NORMALIZATION_STATS[data_args.normalize_type]),
         report_skipped_fn=skipped.add,
         num_workers=args.dataloader_num_workers,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),  # a flag from 5.17 on
     )
 
     def open_sets(meta: Mapping[str, dict]) -> EvaluationData:

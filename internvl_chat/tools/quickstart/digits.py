@@ -19,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
+
+from internvl.command_line import exit_on_user_error
+from internvl.versions import require_package
 
 SEED = 0
 NUM_HELD_OUT, NUM_VALIDATION = 500, 100  # scans; the others are for training
@@ -124,6 +126,8 @@ def write_meta_file(file: Path, sets: dict[str, str], **entry) -> None:
 
 def write_dataset(folder: Path, seed: int = SEED) -> None:
     """Write images, annotations and meta files of both domains."""
+    from sklearn.datasets import load_digits
+
     scans, digits = load_digits(return_X_y=True)
     scans = scans.reshape(-1, 8, 8)
     for domain in DOMAINS:
@@ -144,11 +148,13 @@ def write_dataset(folder: Path, seed: int = SEED) -> None:
         write_meta_file(folder / f"{split}.json", files, metric="exact_match")
 
 
-def main() -> None:
+@exit_on_user_error
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder for images and annotations")
     parser.add_argument("--seed", type=int, default=SEED)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    require_package("scikit-learn", "the quickstart")
     write_dataset(args.folder.resolve(), args.seed)
 
 

@@ -7,6 +7,7 @@ class gives the same ids and the same text from the same file without running th
 import re
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -123,16 +124,26 @@ class InternLM2Tokenizer(PreTrainedTokenizerFast):
         return PreTrainedTokenizerBase._save_pretrained(self, save_directory, file_names, None, filename_prefix)
 
 
+def import_sentencepiece_protobuf() -> Any:
+    """Import the module with the protobuf classes of sentencepiece models.
+
+    That of sentencepiece requires a protobuf as new as the one that built it (sentencepiece 0.2.3: 7.36), which other
+    packages of an environment may not allow. transformers has a copy for protobuf >= 4.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except Exception:  # ImportError, or protobuf's own VersionError
+        from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model_pb2
+    return sentencepiece_model_pb2
+
+
 def build_backend(vocab_file: str, new_names: dict[int, str]) -> Tokenizer:
     """Build a `tokenizers` pipeline that equals the sentencepiece model.
 
     Args:
         new_names: id -> new name of pieces that the checkpoint renames.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    # pyrefly: ignore[missing-attribute]  # protobuf makes the class at import
-    model = sentencepiece_model_pb2.ModelProto.FromString(Path(vocab_file).read_bytes())
+    model = import_sentencepiece_protobuf().ModelProto.FromString(Path(vocab_file).read_bytes())
     if model.trainer_spec.model_type != BPE_MODEL_TYPE or not model.trainer_spec.byte_fallback:
         raise ValueError(f"{vocab_file} is not supported: expected a BPE model with byte fallback")
     if model.normalizer_spec.precompiled_charsmap or model.normalizer_spec.remove_extra_whitespaces:

@@ -3,6 +3,7 @@
 This package loads tokenizers by `load_tokenizer` only.
 """
 
+import json
 from pathlib import Path
 
 import transformers
@@ -15,6 +16,7 @@ from internvl.model.internvl_chat.safe_loading import one_line_file_errors
 from internvl.model.tokenizers.llama import LlamaTokenizer
 from internvl.model.tokenizers.pipeline import check_tokenizer_files, check_trial
 from internvl.model.tokenizers.v4_compat import Transformers4SavingMixin
+from internvl.regular_files import read_json_object
 
 
 class PreTrainedTokenizerFast(Transformers4SavingMixin, transformers.PreTrainedTokenizerFast):
@@ -77,6 +79,9 @@ def _load_by_class(path: str | Path, config: dict, **kwargs) -> PreTrainedTokeni
     tokenizer_class = TOKENIZER_CLASSES.get(name) or TOKENIZER_CLASSES.get(name.removesuffix("Fast"))
     if name.startswith(LlamaTokenizer.__name__) and config.get("legacy") is False and _has_sentencepiece_model(path):
         tokenizer_class = LlamaTokenizer
+    elif name.startswith(LlamaTokenizer.__name__) and _is_byte_level(path):
+        # Llama's class would split texts in its own way (transformers < 5.22), whatever tokenizer.json says.
+        tokenizer_class = PreTrainedTokenizerFast
     if not tokenizer_class and "auto_map" in config and tokenizer_class_from_name(name) is None:
         raise ValueError(
             f"the tokenizer class {name} in {str(path)!r} is not supported: only Python code of the checkpoint defines "
@@ -92,6 +97,12 @@ def _load_by_class(path: str | Path, config: dict, **kwargs) -> PreTrainedTokeni
         # A class that does not fit its tokenizer.json. It would be saved under a name that transformers 4 lacks.
         return PreTrainedTokenizerFast.from_pretrained(path, **kwargs)
     return tokenizer
+
+
+def _is_byte_level(path: str | Path) -> bool:
+    """Return whether the pipeline in a checkpoint's tokenizer.json works on bytes."""
+    file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    return bool(file) and "ByteLevel" in json.dumps(read_json_object(Path(file)).get("pre_tokenizer"))
 
 
 def _has_sentencepiece_model(path: str | Path) -> bool:
