@@ -33,7 +33,7 @@ TOPICS = {
     "evaluation": "eval_meta_path eval_share eval_num_samples eval_max_new_tokens eval_base_answers "
     "early_stopping_patience early_stopping_threshold",
     "loop": "warmup_ratio overwrite_output_dir do_train save_full_model no_smoke_save evaluation_strategy "
-    "ddp_find_unused_parameters logging_nan_inf_filter log_level log_level_replica use_cpu",
+    "ddp_find_unused_parameters logging_nan_inf_filter log_level log_level_replica optim use_cpu",
     "faults": "ddp_timeout save_on_signal_seconds store_retry_seconds max_skipped_steps skip_above_grad_norm "
     "watchdog_factor watchdog_seconds",
     "preference": "loss_type beta sigmoid_loss_weight bco_pair_loss_weight rpo_alpha label_smoothing reference_free",
