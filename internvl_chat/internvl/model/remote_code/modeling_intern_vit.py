@@ -21,6 +21,8 @@ class InternRMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
+        if hasattr(F, "rms_norm"):  # from torch 2.4 on
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * (x.float() * scale).to(x.dtype)
 
@@ -97,8 +99,8 @@ class InternVisionEncoderLayer(nn.Module):
         self.ls1, self.ls2 = (nn.Parameter(config.initializer_factor * torch.ones(config.hidden_size)) for _ in "12")
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x).to(x.dtype)) * self.ls1
-        return x + self.mlp(self.norm2(x).to(x.dtype)) * self.ls2
+        x = torch.addcmul(x, self.attn(self.norm1(x).to(x.dtype)), self.ls1)
+        return torch.addcmul(x, self.mlp(self.norm2(x).to(x.dtype)), self.ls2)
 
 
 class InternVisionEncoder(nn.Module):
