@@ -111,7 +111,7 @@ def test_compressed_files_are_refused_with_the_command_to_unpack(tmp_path, exten
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (gzip.compress(b'{"id": 0}'), "is compressed by gzip: unpack it first"),
+        (gzip.compress(b'{"id": 0}', mtime=0), "is compressed by gzip: unpack it first"),
         (b"PK\x03\x04 and so on", "is a ZIP archive"),
         (b"PAR1 and so on PAR1", "is a Parquet file: rename it to .parquet"),
         (b"ARROW1\0\0", "is an Arrow file: rename it to .arrow"),
