@@ -94,7 +94,7 @@ def test_an_optional_package_that_is_missing_or_too_old_is_named(monkeypatch):
     versions.require_package("pyarrow", "a table")
     monkeypatch.setattr(versions, "version", {"pyarrow": "1.0"}.__getitem__)
     with pytest.raises(
-        ValueError, match=r"^a table requires pyarrow >= 21.0, got 1.0: python3 -m pip install 'pyarrow"
+        ValueError, match=r"^a table requires pyarrow >= 23.0, got 1.0: python3 -m pip install 'pyarrow"
     ):
         versions.require_package("pyarrow", "a table")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -45,7 +45,8 @@ import importlib.metadata, platform, sys
 print(platform.python_version(), *map(importlib.metadata.version, sys.argv[1:]))
 """
 SHOWN = "torch transformers peft accelerate deepspeed timm numpy pillow".split()
-TEST_EXTRA = "pytest pytest-xdist hypothesis ruff pyrefly moto datasets pillow-heif s3fs".split()  # always the newest
+# Always the newest: tools of the tests, and bitsandbytes, whose lower bound needs a GPU.
+NOT_OLDEST = "pytest pytest-xdist hypothesis ruff pyrefly moto datasets pillow-heif s3fs bitsandbytes".split()
 
 
 def read_requirements() -> list[Requirement]:
@@ -67,9 +68,10 @@ def list_pip_arguments(environment: Environment) -> list[str]:
     if environment.python is None:
         return list(arguments.values())
     for requirement in read_requirements():
-        is_oldest = environment.is_oldest and requirement.name not in TEST_EXTRA
+        is_oldest = environment.is_oldest and requirement.name not in NOT_OLDEST
         version = f"=={get_oldest(requirement)}" if is_oldest else requirement.specifier
-        arguments.setdefault(requirement.name, f"{requirement.name}{version}")
+        extras = f"[{','.join(requirement.extras)}]" if requirement.extras else ""
+        arguments.setdefault(requirement.name, f"{requirement.name}{extras}{version}")
     return list(arguments.values())
 
 

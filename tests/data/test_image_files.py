@@ -12,11 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pillow_heif
 import pytest
 from helpers.samples import ANSWER, QUESTION
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
@@ -224,7 +226,8 @@ def test_metadata_bombs(tmp_path, measure_memory_peak):
                 read_fn(str(tmp_path / name))
             except UnusableSample as reason:
                 assert name in str(reason)
-    assert measure_memory_peak() < 100e6
+    is_bounded_by_pillow = Version(PIL.__version__) >= Version("13")
+    assert measure_memory_peak() < (100e6 if is_bounded_by_pillow else 400e6)
 
 
 @pytest.mark.parametrize("name", [name for name in IMAGE_FORMATS if name != "PSD"])

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import chain, groupby
 from typing import NamedTuple
 
+from packaging.version import Version
 from PIL import Image
 
 from internvl.constants import UnusableSample
@@ -121,7 +122,9 @@ def _open_container(path: str, header_only: bool = False) -> Iterator:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             options = {"format_whitelist": VIDEO_CONTAINERS, "protocol_whitelist": "none"}
-            with av.open(file, options=options, metadata_errors="replace") as container:
+            # Tags may have bytes that are not UTF-8: an error before av 19, which has no `metadata_errors`.
+            text_options = {"metadata_errors": "replace"} if Version(av.__version__) < Version("19") else {}
+            with av.open(file, options=options, **text_options) as container:
                 for stream in container.streams.video:
                     if stream.codec_context is None:
                         raise UnusableSample(f"video {path} cannot be read: FFmpeg has no decoder for its codec")
