@@ -24,7 +24,7 @@ OLDEST_VERSIONS = {
 OPTIONAL_PACKAGES = {
     "av": ("av", "17.1"),  # 17.0.0 crashes when it opens some videos
     "bitsandbytes": ("bitsandbytes", "0.46.1"),  # transformers 5.3 requires it
-    "deepspeed": ("deepspeed", "0.19.8"),  # 0.19.8 gives non-finite gradients with several ranks on CPUs
+    "deepspeed": ("deepspeed", "0.19.8"),  # 0.19.4 gives non-finite gradients with several ranks on CPUs
     "liger-kernel": ("liger_kernel", "0.8.3"),  # the first whose loss takes the size of its chunks
     "matplotlib": ("matplotlib", "3.8"),
     "pyarrow": ("pyarrow", "23.0"),  # 21.0.0 aborts the process at a memory limit

@@ -9,7 +9,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from packaging.version import Version
 from PIL import Image
@@ -121,10 +121,10 @@ def _open_container(path: str, header_only: bool = False) -> Iterator:
                 raise UnusableSample(f"video {path} is empty")
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
-            options = {"format_whitelist": VIDEO_CONTAINERS, "protocol_whitelist": "none"}
-            # Tags may have bytes that are not UTF-8: an error before av 19, which has no `metadata_errors`.
-            text_options = {"metadata_errors": "replace"} if Version(av.__version__) < Version("19") else {}
-            with av.open(file, options=options, **text_options) as container:
+            settings: dict[str, Any] = {"options": {"format_whitelist": VIDEO_CONTAINERS, "protocol_whitelist": "none"}}
+            if Version(av.__version__) < Version("19"):  # which stops at tags that are not UTF-8
+                settings["metadata_errors"] = "replace"
+            with av.open(file, **settings) as container:
                 for stream in container.streams.video:
                     if stream.codec_context is None:
                         raise UnusableSample(f"video {path} cannot be read: FFmpeg has no decoder for its codec")
