@@ -140,6 +140,13 @@ def test_measuring_finds_unusable_video_files(tmp_path):
     assert measured == read and "clip [100, 200] of video" in read and "the video ends at 1.2 s" in read
 
 
+def test_messages_of_ffmpeg_are_not_logged_by_python(tmp_path):
+    """Threads of FFmpeg would wait for the GIL. torchvision 0.21 to 0.24 turn it on."""
+    av.logging.set_level(av.logging.ERROR)
+    read_frames(write_video(tmp_path / "a.mp4", 4), 2)
+    assert av.logging.get_level() is None
+
+
 CONTAINERS = {
     "a.mp4": {"codec": "libx264", "b_frames": 2},
     "b.mkv": {"codec": "libx264", "b_frames": 2},

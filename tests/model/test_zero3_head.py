@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from helpers.tiny_models import TINY_LLM, build_tiny_model
 from helpers.token_loss_cases import HEADS
 
+from internvl.data.collators import compute_indices
 from internvl.model import token_loss
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.train import preference_loss
@@ -44,13 +45,14 @@ def make_batch(step: int, rank: int) -> dict:
     generator = torch.Generator().manual_seed(10 * step + rank)
     ids = torch.randint(3, 1000, (1, 32), generator=generator)
     num_loss_tokens = 0 if rank and step % 2 else int(torch.randint(3, 31, (), generator=generator))
-    return {
+    batch = {
         "input_ids": ids,
         "position_ids": torch.arange(32)[None],
         "labels": ids.masked_fill(torch.arange(32) > num_loss_tokens, -100),
         "pixel_values": torch.zeros(0, 3, 28, 28),
         "image_flags": torch.zeros(0),
     }
+    return batch | compute_indices(batch, image_token_id=0)
 
 
 def build_model(kind: str, head: str, model_class: type) -> InternVLChatModel:

@@ -113,6 +113,9 @@ def _open_container(path: str, header_only: bool = False) -> Iterator:
     require_package("av", f"reading {path}", MissingPackageError)
     import av
 
+    # torchvision 0.21 to 0.24 let Python log FFmpeg's messages. FFmpeg's threads then wait for the GIL while `av` holds
+    # it and waits for them: reading a damaged video hangs.
+    av.logging.set_level(None)
     head = b""
     try:
         with open_file(path, header_only, MAX_VIDEO_BYTES) as file:
