@@ -94,8 +94,8 @@ def require_package(name: str, purpose: str, error_class: type[Exception] = Valu
         )
 
 
-def warn_about_untested_versions() -> None:
-    """Log one warning for libraries that are newer than the tests.
+def describe_untested_versions() -> str:
+    """Describe libraries that are newer than the tests; empty without one.
 
     A new version may rename an argument that a model of this package then ignores, so its numbers need a look.
     """
@@ -107,5 +107,11 @@ def warn_about_untested_versions() -> None:
             continue
         if Version(installed) >= Version(bound):
             newer.append(f"{library} {installed} (tested: < {bound})")
-    if newer:
-        logger.warning("Untested versions: %s. Compare losses and answers before relying on them.", ", ".join(newer))
+    advice = "Compare losses and answers before relying on them."
+    return f"Untested versions: {', '.join(newer)}. {advice}" if newer else ""
+
+
+def warn_about_untested_versions() -> None:
+    """Log one warning for libraries that are newer than the tests."""
+    if description := describe_untested_versions():
+        logger.warning(description)

@@ -22,6 +22,7 @@ from tools.benchmark.sizes import INTERNLM_1_8B, INTERNLM_7B, QWEN_05B, VIT_300M
 from torch import nn
 
 from internvl.arguments.data import DataTrainingArguments
+from internvl.arguments.deepspeed_config import get_zero_stage
 from internvl.arguments.model import ModelArguments
 from internvl.arguments.training import FINETUNE_ARGUMENTS, TrainingArguments, parse_args
 from internvl.command_line import exit_on_user_error, log_to_console
@@ -142,12 +143,16 @@ def parse_training_flags(flags: list[str]) -> Arguments:
 def is_supported(parsed: Arguments) -> bool:
     """Return whether training accepts the flags of a line: QLoRA needs adapters and no ZeRO-3."""
     model_args, _, training_args = parsed
-    stage = read_zero_block(training_args).get("stage", 0)
-    return not model_args.quantize_llm or bool(model_args.use_llm_lora and stage != 3)
+    is_zero3 = get_zero_stage(training_args.deepspeed) == 3
+    return not model_args.quantize_llm or bool(model_args.use_llm_lora and not is_zero3)
 
 
-def read_zero_block(args: TrainingArguments) -> dict:
-    return args.deepspeed.get("zero_optimization", {}) if isinstance(args.deepspeed, dict) else {}
+def complete_zero_block(args: TrainingArguments, model: InternVLChatModel) -> dict | None:
+    """Return `zero_optimization` as training completes it; None without DeepSpeed."""
+    if not args.deepspeed:
+        return None
+    args.hf_deepspeed_config.trainer_config_finalize(args, model, num_training_steps=1)  # fills "auto"
+    return args.hf_deepspeed_config.config["zero_optimization"]
 
 
 def estimate(parsed: Arguments, num_gpus: int) -> MemoryEstimate:
@@ -162,7 +167,7 @@ def estimate(parsed: Arguments, num_gpus: int) -> MemoryEstimate:
     return estimate_memory(
         model,
         step.peak,
-        read_zero_block(training_args) if training_args.deepspeed else None,
+        complete_zero_block(training_args, model),
         num_gpus,
         next((num_bytes for name, num_bytes in MOMENT_BYTES.items() if name in str(training_args.optim)), 8),
         [part for part in PART_FLAGS if is_quantized(model_args, part)],
@@ -219,7 +224,7 @@ def format_settings(parsed: Arguments, num_gpus: int) -> str:
     row = choose_row(model.config, data_args)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     num_parameters = sum(p.numel() for p in model.parameters()) / 1e9
-    zero = f"ZeRO-{read_zero_block(training_args).get('stage', 0)}" if training_args.deepspeed else "no DeepSpeed"
+    zero = f"ZeRO-{get_zero_stage(training_args.deepspeed)}" if training_args.deepspeed else "no DeepSpeed"
     rows = "packed rows" if data_args.use_packed_ds else "padded samples"
     return (
         f"{model_args.model_name_or_path}: {num_parameters:.2f}B parameters, {num_trainable:.1f}M trainable\n"

@@ -3,13 +3,11 @@
 Frozen layers save no tensors for the backward pass.
 """
 
-from collections import Counter
-
 import pytest
 import torch
+from helpers.operator_counter import OperatorCounter
 from helpers.tiny_models import TINY_LLM, TINY_LLMS, TINY_VITS, randomize_weights
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from internvl.model.activation_checkpointing import (
     SAVED_OPS,
@@ -113,18 +111,6 @@ def test_gradient_checkpointing_after_frozen_layers_changes_no_result(first):
         assert_same_step(run_step(model), expected)
 
 
-class OpCounter(TorchDispatchMode):
-    """Counts the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func._schema.name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_saved_outputs_are_not_recomputed():
     """Count attention kernels and matrix products of 3 + 2 layers."""
     attention, products = "_scaled_dot_product_flash_attention_for_cpu", "addmm"
@@ -133,7 +119,7 @@ def test_saved_outputs_are_not_recomputed():
         model = build_model(lora=None, num_key_value_heads=4)  # torch 2.6 has no CPU kernel for fewer heads of keys
         for module in (model.vision_model, model.language_model):
             apply_gradient_checkpointing(module, ratio, keep)
-        with OpCounter() as counter:
+        with OperatorCounter() as counter:
             run_step(model, **make_batch((24,)))
         counts[ratio, keep] = [counter.calls[name] for name in (attention, products)]
     assert {setting: num_kernels for setting, (num_kernels, _) in counts.items()} == {
@@ -161,7 +147,7 @@ def test_the_last_product_of_a_layer_is_not_recomputed():
         model = build_model()
         for module in (model.vision_model, model.language_model):
             apply_gradient_checkpointing(module, ratio)
-        with OpCounter() as counter:
+        with OperatorCounter() as counter:
             run_step(model)
         counts.append(counter.calls["addmm_"])
     assert counts[1] - counts[0] == 3 * (4 - 1) + 2 * (7 - 1)

@@ -1,14 +1,13 @@
 """Norms, layer scale and rotary embedding pass over memory as few times as torch allows, and keep their numbers."""
 
 import re
-from collections import Counter
 
 import pytest
 import torch
+from helpers.operator_counter import OperatorCounter
 from helpers.tiny_models import TINY_LLM, TINY_LLMS, TINY_VITS
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from internvl.model.activation_checkpointing import SAVED_OPS
 from internvl.model.internlm2.modeling_internlm2 import InternLM2Attention, InternLM2Config, InternLM2RMSNorm
@@ -17,18 +16,6 @@ from internvl.model.internvl_chat.modeling_intern_vit import InternRMSNorm, Inte
 
 HAS_FUSED_RMS_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # from torch 2.9 on
 NORMS = [InternRMSNorm, InternLM2RMSNorm]
-
-
-class OpCounter(TorchDispatchMode):
-    """Counts the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func._schema.name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def compute_expected_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -55,7 +42,7 @@ def test_rms_norm_is_one_kernel_on_cuda(norm_class, weight_dtype):
     with FakeTensorMode(), torch.device("cuda"):
         norm = norm_class(32)
         norm.weight = nn.Parameter(torch.empty(32, dtype=weight_dtype))
-        with torch.no_grad(), OpCounter() as counter:
+        with torch.no_grad(), OperatorCounter() as counter:
             output = norm(torch.empty(2, 32, device="cuda", dtype=torch.bfloat16))
     assert output.dtype == torch.bfloat16
     names = {name for name in counter.calls if not name.startswith("prim::")}
@@ -80,7 +67,7 @@ def test_layer_scale_equals_its_formula(is_frozen, dtype):
 def test_elementwise_operators_of_a_vision_layer():
     layer = InternVisionEncoderLayer(InternVisionConfig(**TINY_VITS["300M"]), 0.0).requires_grad_(False)
     x = torch.randn(2, 17, 24, requires_grad=True)
-    with OpCounter() as counter:
+    with OperatorCounter() as counter:
         layer(x)
     elementwise = ("native_layer_norm", "addcmul", "gelu", "add", "mul", "add_", "mul_", "clone", "cat", "_to_copy")
     counts = {name: counter.calls[name] for name in elementwise if counter.calls[name]}
@@ -94,7 +81,7 @@ def test_the_gradient_of_wqkv_is_made_at_once():
     attention = InternLM2Attention(config, 0)
     x, cos, sin = torch.randn(1, 6, 32, requires_grad=True), torch.randn(1, 6, 8), torch.randn(1, 6, 8)
     output, _ = attention(x, (cos, sin))
-    with OpCounter() as counter:
+    with OperatorCounter() as counter:
         output.sum().backward()
     assert counter.calls["select_backward"] == 0
     assert counter.calls["slice_backward"] == 4  # the halves of queries and keys

@@ -3,13 +3,13 @@
 Packing is refused for LLMs that do not support it.
 """
 
-from collections import Counter
 from itertools import accumulate
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.flash_kernels import flash_kernels_on_cpu
+from helpers.operator_counter import OperatorCounter
 from helpers.synchronizations import SynchronizationCounter, fake_device
 from helpers.tiny_models import ARCHITECTURES, RANDOM_IDS, build_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -161,18 +161,6 @@ def kernel_on_cpu(monkeypatch):
         yield
 
 
-class OpCounter(TorchDispatchMode):
-    """Counts the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 KERNEL = "torch_attn::_varlen_attn"
 
 
@@ -184,7 +172,7 @@ def compute_with_gradients(documents: DocumentBoundaries, heads=(4, 2), head_dim
         torch.randn(1, num_heads, length, head_dim, generator=generator).to(dtype).requires_grad_()
         for num_heads in (heads[0], heads[1], heads[1])
     ]
-    with OpCounter() as counter:
+    with OperatorCounter() as counter:
         output, _ = compute_varlen_attention(torch.nn.Identity(), *states, None, documents=documents, **kwargs)
         (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum().backward()
     return [output, *(x.grad for x in states)], counter.calls
@@ -274,7 +262,7 @@ def test_only_gpus_from_ampere_on_have_the_kernel(monkeypatch):
 def test_the_kernel_computes_in_the_dtype_of_autocast(kernel_on_cpu):
     """The norm of a float32 weight makes queries of float32, while values are those of a bfloat16 product."""
     states = [torch.randn(1, 4, 40, 64, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
-    with torch.autocast("cpu", torch.bfloat16), OpCounter() as counter:
+    with torch.autocast("cpu", torch.bfloat16), OperatorCounter() as counter:
         output, _ = compute_varlen_attention(torch.nn.Identity(), *states, None, documents=make_documents(9, 31))
     assert output.dtype == torch.bfloat16 and counter.calls[KERNEL] == 1
 
@@ -289,7 +277,7 @@ def test_documents_stay_apart_in_the_kernel(architecture, kernel_on_cpu):
     lengths = (9, 5, 10)
     row = torch.randn(1, 24, llm.config.hidden_size).bfloat16().requires_grad_()
     positions = [torch.arange(length) for length in lengths]
-    with OpCounter() as counter:
+    with OperatorCounter() as counter:
         states = run_decoder(llm, row, None, torch.cat(positions)[None]).last_hidden_state
     assert counter.calls[KERNEL] == llm.config.num_hidden_layers
     for part, alone, position_ids in zip(states.split(lengths, 1), row.split(lengths, 1), positions, strict=True):
@@ -312,7 +300,7 @@ def test_the_kernel_is_not_called_again_in_the_recomputation(keep, num_calls, ke
     for ratio in (0, 1):
         apply_gradient_checkpointing(model.language_model, ratio, keep)
         model.zero_grad()
-        with OpCounter() as counter:
+        with OperatorCounter() as counter:
             model(**batch).loss.backward()
         results.append({name: p.grad for name, p in model.language_model.named_parameters()})
     assert (counter.calls[KERNEL], counter.calls[f"{KERNEL}_backward"]) == (num_calls, 2)
@@ -330,7 +318,7 @@ def test_the_number_of_operators_does_not_depend_on_the_number_of_documents(arch
         embeds = torch.empty(1, 128, llm.config.hidden_size, dtype=torch.bfloat16, device="cuda")
         positions = torch.empty(1, 128, dtype=torch.int64, device="cuda")
         for num_documents in (1, 9, 64):
-            with OpCounter() as counter:
+            with OperatorCounter() as counter:
                 run_decoder(llm, embeds, None, positions, [*range(num_documents), 128])
             counts.append(counter.calls)
     assert counts[0][KERNEL] == llm.config.num_hidden_layers

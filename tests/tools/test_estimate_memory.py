@@ -57,6 +57,23 @@ def test_zero3_and_full_training_have_no_line_with_qlora(estimate, checkpoint):
     assert [*lines] == ["", "these flags"]
 
 
+def test_automatic_sizes_are_those_of_training(estimate, checkpoint, tmp_path):
+    """transformers derives them from the LLM's hidden size."""
+    hidden_size = MODEL_SIZES["tiny"].llm["hidden_size"]
+    sizes = {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    flags = ["--model_name_or_path", checkpoint, *FLAGS, "--use_packed_ds", "True", "--only_these_flags"]
+    flags += "--use_llm_lora 16 --freeze_llm True --freeze_mlp True --freeze_backbone True --gpus 2".split()
+    lines = []
+    for values in (sizes, dict.fromkeys(sizes, "auto")):
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3, **values}}))
+        lines.append(estimate(*flags, "--deepspeed", tmp_path / "zero.json"))
+    assert lines[0] == lines[1]
+
+
 def test_the_8b_recipe_fits_three_quarters_of_80_gb():
     flags = estimate_memory.read_recipe_flags(str(VISION_LORA_RECIPE), 1, [])
     memory = estimate_memory.estimate(estimate_memory.parse_training_flags(flags), num_gpus=1)

@@ -86,15 +86,20 @@ def compute_indices(batch: dict, image_token_id: int | None = None) -> dict:
     return indices
 
 
-def move_batch(batch: dict, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> dict:
-    """Move a batch to a device, and normalize its tiles there.
+def copy_to_device(batch: dict, device: torch.device) -> dict:
+    """Copy the tensors of a batch to a device.
 
     From pinned memory the copies run beside the work of the device: the CPU does not wait.
     """
-    moved = {
+    return {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
     }
+
+
+def move_batch(batch: dict, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> dict:
+    """Move a batch to a device, and normalize its tiles there."""
+    moved = copy_to_device(batch, device)
     return moved | {"pixel_values": normalize_tiles(moved["pixel_values"], mean, std)}
 
 

@@ -240,7 +240,7 @@ def estimate_memory(
 
     Args:
         model: on the meta device or of fake tensors, with the dtypes of training.
-        zero: the block `zero_optimization` of DeepSpeed's configuration; None without DeepSpeed.
+        zero: the block `zero_optimization` of DeepSpeed's configuration, without "auto"; None without DeepSpeed.
         moment_bytes: of the optimizer's moments, per trainable parameter.
         quantized_parts: attributes of the model whose linear layers have 4-bit weights.
     """
@@ -274,7 +274,10 @@ def estimate_memory(
 
 
 def find_quantized_weights(part: nn.Module) -> list[torch.Tensor]:
-    """List the weights that QLoRA keeps in 4 bits: linear layers except the LM head and adapters."""
+    """List the weights that QLoRA keeps in 4 bits.
+
+    These are linear layers except the LM head and adapters.
+    """
     get_head = getattr(unwrap_peft(part), "get_output_embeddings", lambda: None)
     return [
         layer.weight
@@ -284,7 +287,7 @@ def find_quantized_weights(part: nn.Module) -> list[torch.Tensor]:
 
 
 def partition_weights(parameters: list[nn.Parameter], zero: dict, num_gpus: int) -> tuple[int, int]:
-    """Return the bytes of a rank's weights under ZeRO-3, and of those that are gathered at a time.
+    """Return the bytes of a rank's weights under ZeRO-3 and of gathered ones.
 
     Small parameters stay on every rank. As many others are gathered as the configuration allows, and the largest of
     them may be in flight.

@@ -26,7 +26,10 @@ class MicroBatchWeights:
     def begin_step(
         self, batches: list[dict], device: torch.device, mean_over_ranks_fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        """Measure the micro-batches of a step, which are still on the CPU. A collective on `device`."""
+        """Measure the micro-batches of a step. A collective on `device`.
+
+        They are still on the CPU.
+        """
         if self.all_gather and batches:
             weight: Any = sum(map(self.sum_label_weights, batches))
             self.mean_label_weight = mean_over_ranks_fn(weight.to(device, non_blocking=True)) / len(batches)

@@ -1,7 +1,6 @@
 """Report versions, GPUs and the kernels that a model gets on this machine."""
 
 import importlib
-import logging
 import os
 import platform
 import re
@@ -18,10 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internvl import versions
 from internvl.metrics.device_peak import get_device_peak, is_tf32_enabled
+from internvl.model.internvl_chat.decoder import FLASH_VERSIONS
 from internvl.model.liger_kernels import use_liger_kernels
 from internvl.model.lora import unwrap_peft
+from internvl.runtime.dataloader_workers import HOW_TO_ENLARGE, SHARED_MEMORY_DIR
+from internvl.versions import describe_untested_versions
 
 from .checks import Checks, SkippedCheck
 from .models import build_adapted_model, build_row, move_batch
@@ -33,9 +34,7 @@ OPTIONAL_PACKAGES = {
     "triton": "triton",
     "liger-kernel": "liger_kernel",
     "bitsandbytes": "bitsandbytes",
-    "flash-attn": "flash_attn",
-    "flash-attn-3": "flash_attn_interface",
-    "flash-attn-4": "flash_attn.cute",
+    **{version.package: version.module for version in reversed(FLASH_VERSIONS.values())},
 }
 MIN_SHM_GIB = 1.0  # per GPU; Docker's default of 64 MB holds a fraction of a batch
 COMMAND_TIMEOUT = 30.0  # seconds for nvidia-smi and compilers
@@ -60,13 +59,8 @@ def report_libraries() -> dict:
     found |= {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     if torch.cuda.is_available():
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    versions.logger.addHandler(handler)
-    versions.warn_about_untested_versions()
-    versions.logger.removeHandler(handler)
-    return found | ({"warning": " ".join(messages)} if messages else {})
+    warning = describe_untested_versions()
+    return found | ({"warning": warning} if warning else {})
 
 
 def report_optional_packages() -> dict:
@@ -110,13 +104,13 @@ def report_host() -> dict:
     """Return cores, memory and the sizes of file systems, with a warning for /dev/shm."""
     found: dict = {"cpu_cores": len(os.sched_getaffinity(0))}
     found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1)
-    if Path("/dev/shm").is_dir():
-        found["dev_shm_gib"] = round(shutil.disk_usage("/dev/shm").total / GIB, 2)
+    if Path(SHARED_MEMORY_DIR).is_dir():
+        found["dev_shm_gib"] = round(shutil.disk_usage(SHARED_MEMORY_DIR).total / GIB, 2)
         required = MIN_SHM_GIB * max(1, torch.cuda.device_count())
         if found["dev_shm_gib"] < required:
             found["warning"] = (
-                f"/dev/shm has less than {required:g} GiB: fewer dataloader workers will start; "
-                "docker run --shm-size=8g gives them more"
+                f"{SHARED_MEMORY_DIR} has less than {required:g} GiB: fewer dataloader workers will start; "
+                f"enlarge it ({HOW_TO_ENLARGE})"
             )
     return found
 

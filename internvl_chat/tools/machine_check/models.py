@@ -7,7 +7,7 @@ import torch
 from tools.benchmark.samples import make_random_samples
 from tools.benchmark.sizes import ModelSize, build_config, build_random_model, get_image_token_id
 
-from internvl.data.collators import collate_rows
+from internvl.data.collators import collate_rows, copy_to_device
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
 from internvl.model.varlen_attention import use_varlen_attention
@@ -46,5 +46,5 @@ def build_row(size: ModelSize, documents: Sequence[tuple[int, int]], seed: int =
 
 def move_batch(batch: dict, device: torch.device, dtype: torch.dtype) -> dict:
     """Move the tensors of a batch to a device, pixels in `dtype`."""
-    moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    moved = copy_to_device(batch, device)
     return moved | {"pixel_values": moved["pixel_values"].to(dtype)}

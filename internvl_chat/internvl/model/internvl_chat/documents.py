@@ -85,12 +85,18 @@ def find_loss_indices(labels: torch.Tensor, position_ids: torch.Tensor | None) -
 
 
 def find_true(mask: torch.Tensor) -> torch.Tensor:
-    """Return the indices (n,) of True in a flattened mask. On a GPU this waits for the device."""
+    """Return the indices (n,) of True in a flattened mask.
+
+    On a GPU this waits for the device.
+    """
     return mask.flatten().nonzero().flatten()
 
 
 def select_loss_tokens(
     states: torch.Tensor, labels: torch.Tensor, loss_indices: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Select states (n, C) and labels (n,) of loss tokens from (B, L, C) and (B, L)."""
+    """Select the states and the labels of loss tokens.
+
+    (B, L, C) and (B, L) -> (n, C) and (n,).
+    """
     return states.flatten(0, 1).index_select(0, loss_indices), labels.flatten()[loss_indices + 1]

@@ -52,9 +52,10 @@ class InternRMSNorm(nn.Module):
 
 
 def compute_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Compute an RMS norm over the last axis; one kernel on CUDA from torch 2.9 on.
+    """Compute an RMS norm over the last axis.
 
-    The result has the dtype of x. So has the weight in the product: the kernel requires it.
+    It is one kernel on CUDA from torch 2.9 on. The result has the dtype of x. So has the weight in the product: the
+    kernel requires it.
     """
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
