@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.paths import REPO_ROOT
 
-COMMANDS = ("bash", "dirname", "df", "awk", "tail", "mkdir", "rm", "realpath")
+COMMANDS = ("bash", "dirname", "awk", "tail", "mkdir", "rm", "realpath")
 PRINT_STATE = 'source "$0/shell/setup.sh" && echo "$VIRTUAL_ENV $(command -v python3) $PYTHONPATH $-"'
 
 
@@ -27,7 +27,7 @@ def repository(tmp_path):
 
 @pytest.fixture
 def tools(tmp_path):
-    """Make a PATH folder with only `COMMANDS`, Python and a compiler."""
+    """Make a PATH folder with only `COMMANDS`, Python, a compiler and a `df` that finds enough free space."""
     folder = tmp_path / "tools"
     folder.mkdir()
     for name in COMMANDS:
@@ -35,7 +35,14 @@ def tools(tmp_path):
     python = Path(sys.base_prefix) / "bin/python3"
     (folder / "python3").symlink_to(python)
     (folder / "c++").symlink_to("/bin/true")
+    report_free_space(folder, gigabytes=20)
     return folder
+
+
+def report_free_space(folder, gigabytes):
+    """Put a `df` into a PATH folder: the tests do not depend on this machine's disk."""
+    (folder / "df").write_text(f'#!/bin/bash\nprintf "head\\nx 90000000 1 {gigabytes * 2**20} 9%% /\\n"\n')
+    (folder / "df").chmod(0o755)
 
 
 def setup(repository, script=PRINT_STATE, **variables):
@@ -87,12 +94,13 @@ def test_the_second_call_is_silent_and_instant(repository, tools):
 
 
 @pytest.mark.e2e
-def test_new_requirements_are_installed_while_the_environment_is_active(repository):
+def test_new_requirements_are_installed_while_the_environment_is_active(repository, tools):
+    path = f"{tools}:{os.environ['PATH']}"
     more = 'echo "# more" >>"$0/requirements.txt"'
-    done = setup(repository, f'source "$0/shell/setup.sh"; {more}; {PRINT_STATE}')
+    done = setup(repository, f'source "$0/shell/setup.sh"; {more}; {PRINT_STATE}', PATH=path)
     assert done.returncode == 0 and done.stderr.count("\n") == 2, done.stderr
     assert done.stdout.startswith(f"{repository}/.venv {repository}/.venv/bin/python3 ")
-    assert setup(repository).stderr == "", "already installed"
+    assert setup(repository, PATH=path).stderr == "", "already installed"
 
 
 def test_a_second_job_waits_for_the_installation(repository):
@@ -160,9 +168,7 @@ def test_incomplete_python(repository, tools, asked, word):
 
 
 def test_too_little_disk_space(repository, tools):
-    (tools / "df").unlink()
-    (tools / "df").write_text('#!/bin/bash\nprintf "head\\nx 20000000 1 3145728 9%% /\\n"\n')
-    (tools / "df").chmod(0o755)
+    report_free_space(tools, gigabytes=3)
     assert_one_sentence(setup(repository, PATH=tools), "10 GB", "3 GB are free")
 
 

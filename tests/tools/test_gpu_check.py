@@ -84,8 +84,16 @@ def test_operator_counter():
     assert counter.list_matching("^mm$") == "mm x 2" and counter.list_matching("attention") == "none"
 
 
+def read_fp32_precision():
+    if hasattr(torch.backends, "fp32_precision"):
+        return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
 def test_parity():
+    before = read_fp32_precision()
     results = run("parity", list_parity_checks(CPU))
+    assert read_fp32_precision() == before, "TF32 is disabled only while results are compared"
     liger = [name for name in results if "Liger" in name]
     assert len(liger) == 2 and all(results[name].reason.startswith(LIGER_REASON) for name in liger)
     assert set(read_statuses({n: r for n, r in results.items() if n not in liger}).values()) == {"passed"}

@@ -5,7 +5,8 @@ and the gradients of all adapters. Without a GPU, the device is the CPU itself.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,19 +54,39 @@ def list_parity_checks(device: torch.device, limits: Mapping[str, tuple[float, f
     Args:
         limits: precision -> largest relative error of the loss, and of the gradients.
     """
-    # torch's default for convolutions is TF32, whose rounding would hide errors in fp32. Older names of the settings,
-    # which every version has.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    for llm, fields in LLMS.items():
-        size = MODEL_SIZES["test"]._replace(llm=MODEL_SIZES["test"].llm | fields, rank=4)
-        model, batch = build_sensitive_model(size), build_row(size, DOCUMENTS)
-        reference = compute_outcome(model, batch, torch.device("cpu"), "fp32")
-        compare = partial(compare_with_reference, reference, limits, model, batch, device)
-        for precision in PRECISIONS:
-            yield f"{llm}, {precision}", partial(compare, precision)
-        yield f"{llm}, documents apart", partial(check_documents_apart, model, batch, device)
-        yield f"{llm}, gradient checkpointing", partial(check_recomputation, size, batch, device, limits)
-        yield f"{llm}, Liger", partial(check_liger, compare)
+    with disable_tf32():
+        for llm, fields in LLMS.items():
+            size = MODEL_SIZES["test"]._replace(llm=MODEL_SIZES["test"].llm | fields, rank=4)
+            model, batch = build_sensitive_model(size), build_row(size, DOCUMENTS)
+            reference = compute_outcome(model, batch, torch.device("cpu"), "fp32")
+            compare = partial(compare_with_reference, reference, limits, model, batch, device)
+            for precision in PRECISIONS:
+                yield f"{llm}, {precision}", partial(compare, precision)
+            yield f"{llm}, documents apart", partial(check_documents_apart, model, batch, device)
+            yield f"{llm}, gradient checkpointing", partial(check_recomputation, size, batch, device, limits)
+            yield f"{llm}, Liger", partial(check_liger, compare)
+
+
+@contextmanager
+def disable_tf32() -> Iterator[None]:
+    """Compute in float32 as it is, without TF32.
+
+    torch's default for convolutions is TF32, and NVIDIA's containers enable it for matrix products, too. Its rounding
+    would hide errors.
+    """
+    if hasattr(torch.backends, "fp32_precision"):  # torch >= 2.9
+        # pyrefly: ignore[missing-attribute]  # torch replaces the module by an object with `conv`
+        settings, name, exact = [torch.backends.cudnn.conv, torch.backends.cuda.matmul], "fp32_precision", "ieee"
+    else:
+        settings, name, exact = [torch.backends.cudnn, torch.backends.cuda.matmul], "allow_tf32", False
+    before = [getattr(backend, name) for backend in settings]
+    for backend in settings:
+        setattr(backend, name, exact)
+    try:
+        yield
+    finally:
+        for backend, value in zip(settings, before, strict=True):
+            setattr(backend, name, value)
 
 
 # -- model and its outcome ---------------------------------------------------------------------------------------------
