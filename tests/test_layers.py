@@ -39,8 +39,9 @@ FACADES = {f"internvl.train.{name}" for name in ("constants", "dataset", "datase
 
 
 def get_module_name(file: Path) -> str:
-    """Return the dotted name of a file (for `__init__.py`: its package)."""
+    """Return the dotted name of a file (for `__init__.py`: its package). `internvl.tools` is a link to `tools/`."""
     parts = file.relative_to(PACKAGE_DIR).with_suffix("").parts
+    parts = parts if parts[0] == "internvl" else ("internvl", *parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -49,7 +50,7 @@ MODULES = {get_module_name(file): file for file in FILES}
 
 def get_folder(module: str) -> str:
     """Return the entry of LAYERS that a module belongs to."""
-    return "tools" if module.startswith("tools") else module.removeprefix("internvl.").split(".")[0]
+    return module.removeprefix("internvl.").split(".")[0]
 
 
 def is_type_checking_block(node: ast.AST) -> bool:
@@ -98,7 +99,7 @@ def find_reachable_modules(module: str) -> set[str]:
 def test_imports_only_lower_layers(module):
     own = get_folder(module)
     for name in read_imports(module):
-        if not name.startswith(("internvl.", "tools.")):
+        if not name.startswith("internvl."):
             continue
         other = get_folder(name)
         lower = LEVEL[other] < LEVEL[own]

@@ -15,10 +15,6 @@ from helpers.paths import REPO_ROOT
 from helpers.vllm_environment import make_vllm_environment_or_skip, run_engine
 from PIL import Image
 from sklearn.datasets import load_digits
-from tools.check_served import load_tiles
-from tools.export_adapters import main as export_adapters
-from tools.internvl_custom2hf import main as custom2hf
-from tools.merge_lora import main as merge
 
 from internvl.constants import SPECIAL_TOKENS
 from internvl.conversation import get_conv_template
@@ -26,6 +22,10 @@ from internvl.evaluation.scores import score
 from internvl.model.auxiliary_files import read_normalization
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.check_served import load_tiles
+from internvl.tools.export_adapters import main as export_adapters
+from internvl.tools.internvl_custom2hf import main as custom2hf
+from internvl.tools.merge_lora import main as merge
 
 sys.path.insert(0, str(REPO_ROOT / "internvl_chat/tools/quickstart"))
 

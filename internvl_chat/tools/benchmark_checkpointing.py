@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tools.benchmark.memory import reset_peak_memory
-from tools.benchmark.turns import compare_turns, compute_median_interval, format_interval, measure_in_turns
 
 from internvl.command_line import exit_on_user_error
 from internvl.constants import IGNORE_INDEX
@@ -26,6 +24,8 @@ from internvl.metrics.step_metrics import get_peak_memory
 from internvl.model.activation_checkpointing import apply_gradient_checkpointing, compile_layers
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.varlen_attention import use_varlen_attention
+from internvl.tools.benchmark.memory import reset_peak_memory
+from internvl.tools.benchmark.turns import compare_turns, compute_median_interval, format_interval, measure_in_turns
 
 VOCAB_SIZE, IMAGE_TOKEN_ID = 8000, 7
 IMAGE_SIZE, TILE_TOKENS = 224, 64  # pixels of a tile's side; image tokens of a tile: (224 / 14 / 2) ** 2
@@ -148,7 +148,7 @@ def main(argv=None):
     args = parse_args(argv)
     tasks = {name: vars(args) | {"name": name} for name in args.variants}
     measured = measure_in_turns(
-        "tools.benchmark_checkpointing:start_variant", tasks, [{}] * args.steps, together=args.device == "cpu"
+        "internvl.tools.benchmark_checkpointing:start_variant", tasks, [{}] * args.steps, together=args.device == "cpu"
     )
     reference = measured[args.variants[0]].list_values("seconds")
     print(f"{'variant':36}{'seconds/step':>24}{'relative':>20}{'first step':>12}{'memory (MB)':>13}{'loss':>10}")

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tools.benchmark.turns import compute_median_interval, format_interval
 from torch.utils.data import DataLoader, Dataset
 
 from internvl.arguments.data import DataTrainingArguments
@@ -27,6 +26,7 @@ from internvl.constants import SPECIAL_TOKENS
 from internvl.data.collators import collate_rows
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.planning.packed_dataset import PackedDataset
+from internvl.tools.benchmark.turns import compute_median_interval, format_interval
 
 NUM_IMAGES = 64
 NUM_PARTS = 12  # whose rates have an interval

@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tools.benchmark.memory import reset_peak_memory
-from tools.benchmark.turns import compare_turns, compute_median_interval, format_interval, measure_in_turns
 from torch import nn
 from transformers import Qwen2Config, Qwen2Model
 
@@ -28,6 +26,8 @@ from internvl.metrics.step_metrics import get_peak_memory
 from internvl.model.internvl_chat.configuration_intern_vit import InternVisionConfig
 from internvl.model.internvl_chat.modeling_intern_vit import InternVisionModel
 from internvl.model.lora import LLM_TARGETS, VISION_TARGETS, LoraSettings, LoraTargets, add_adapters
+from internvl.tools.benchmark.memory import reset_peak_memory
+from internvl.tools.benchmark.turns import compare_turns, compute_median_interval, format_interval, measure_in_turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -157,7 +157,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     tasks = {name: vars(args) | {"name": name} for name in CONTENDERS}
-    measured = measure_in_turns("tools.benchmark_lora:start_contender", tasks, [{}] * args.steps)
+    measured = measure_in_turns("internvl.tools.benchmark_lora:start_contender", tasks, [{}] * args.steps)
     steps = {name: measurement.list_values("step") for name, measurement in measured.items()}
     print(f"{'adapters':10}{'forward (s)':>24}{'step (s)':>24}{'times as long as none':>24}{'memory (MB)':>14}")
     for name, measurement in measured.items():

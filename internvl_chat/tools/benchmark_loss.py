@@ -16,14 +16,14 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from tools.benchmark.memory import reset_peak_memory
-from tools.benchmark.turns import compare_turns, compute_median_interval, format_interval, measure_in_turns
 from torch import nn
 
 from internvl.command_line import exit_on_user_error
 from internvl.constants import IGNORE_INDEX
 from internvl.metrics.step_metrics import get_peak_memory
 from internvl.model.token_loss import compute_token_loss
+from internvl.tools.benchmark.memory import reset_peak_memory
+from internvl.tools.benchmark.turns import compare_turns, compute_median_interval, format_interval, measure_in_turns
 
 DEFAULT_SHAPE: dict[str, Any] = {"tokens": [4096, 16384], "vocabulary": 32768, "hidden": 256}
 FULL_SHAPE: dict[str, Any] = {"tokens": [8192, 32768], "vocabulary": 151674, "hidden": 896}
@@ -108,7 +108,7 @@ def main(argv=None):
             for name in CONTENDERS
             if fits[name]
         }
-        measured = measure_in_turns("tools.benchmark_loss:start_contender", tasks, [{}] * args.turns)
+        measured = measure_in_turns("internvl.tools.benchmark_loss:start_contender", tasks, [{}] * args.turns)
         for name in CONTENDERS:
             label = f"{tokens:8,}{shape['vocabulary']:12,}  {name:24}"
             if not fits[name]:

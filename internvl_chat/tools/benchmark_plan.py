@@ -20,8 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from tools.benchmark.sizes import MODEL_SIZES, ROW_TILES, ROW_TOKENS, TILE_TOKENS, build_config
-from tools.benchmark.turns import MIN_TURNS, compute_median_interval, format_interval
+from internvl.tools.benchmark.sizes import MODEL_SIZES, ROW_TILES, ROW_TOKENS, TILE_TOKENS, build_config
+from internvl.tools.benchmark.turns import MIN_TURNS, compute_median_interval, format_interval
 
 from internvl.command_line import exit_on_user_error
 from internvl.planning.epoch_plan import EpochPlan, PlanLayout, SampleCost, make_sample_lengths, plan_epoch

@@ -45,8 +45,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tools.benchmark.contenders import BASELINE, CONTENDERS, DEFAULT_CONTENDERS, LORA_PARTS, OURS
-from tools.benchmark.reports import (
+from internvl.tools.benchmark.contenders import BASELINE, CONTENDERS, DEFAULT_CONTENDERS, LORA_PARTS, OURS
+from internvl.tools.benchmark.reports import (
     SCALING_COLUMNS,
     compare,
     describe_machine,
@@ -54,9 +54,9 @@ from tools.benchmark.reports import (
     print_results,
     print_table,
 )
-from tools.benchmark.samples import MIXTURES, PADDED_BATCH_SIZE
-from tools.benchmark.sizes import MODEL_SIZES
-from tools.benchmark.turns import measure_in_turns
+from internvl.tools.benchmark.samples import MIXTURES, PADDED_BATCH_SIZE
+from internvl.tools.benchmark.sizes import MODEL_SIZES
+from internvl.tools.benchmark.turns import measure_in_turns
 
 from internvl.command_line import exit_on_user_error
 from internvl.launchers import find_free_port
@@ -65,7 +65,7 @@ from internvl.versions import require_package
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 TORCHRUN = PACKAGE_DIR.parent / "shell/torchrun.py"
 CHECKPOINTING_MODES = {"on": [True], "off": [False], "both": [True, False]}
-START_FN = "tools.benchmark.contender_run:start_contender"
+START_FN = "internvl.tools.benchmark.contender_run:start_contender"
 
 
 @exit_on_user_error
@@ -193,10 +193,10 @@ def measure_scaling(args: argparse.Namespace, stage: int) -> list[dict]:
     task["checkpointing"] = args.checkpointing != "off"
     print(f"measuring: ZeRO {stage}", file=sys.stderr, flush=True)
     launcher = [TORCHRUN, f"--nproc_per_node={args.ranks}", f"--master_port={find_free_port()}"]
-    command = [sys.executable, "-W", "ignore", *map(str, launcher), "-m", "tools.benchmark.scaling", json.dumps(task)]
+    command = [sys.executable, "-W", "ignore", *map(str, launcher), "-m", "internvl.tools.benchmark.scaling", json.dumps(task)]
     process = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
     if process.returncode:
-        raise ValueError(f"tools.benchmark.scaling failed with exit status {process.returncode}, see above: {task}")
+        raise ValueError(f"internvl.tools.benchmark.scaling failed with exit status {process.returncode}, see above: {task}")
     return json.loads(process.stdout.splitlines()[-1])
 
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 
 import torch
-from tools.benchmark.sizes import INTERNLM_1_8B, INTERNLM_7B, QWEN_05B, VIT_300M, set_default_dtype
 from torch import nn
 
 from internvl.arguments.data import DataTrainingArguments
@@ -30,6 +29,7 @@ from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
 from internvl.model.lora import PART_FLAGS
 from internvl.planning.memory_estimate import GIB, MemoryEstimate, Row, estimate_memory, trace_step
+from internvl.tools.benchmark.sizes import INTERNLM_1_8B, INTERNLM_7B, QWEN_05B, VIT_300M, set_default_dtype
 from internvl.train.build_model import get_model_dtype, load_config, prepare_for_training, set_kernels
 from internvl.train.quantization import is_quantized
 from internvl.train.trainable_parameters import set_trainable

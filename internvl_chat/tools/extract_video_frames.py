@@ -1,6 +1,12 @@
 """Upstream's path to `tools/upstream/extract_video_frames.py`."""
 
-from tools.upstream.extract_video_frames import fetch_images, fetch_images_parallel, get_index, main, transform_video
+from internvl.tools.upstream.extract_video_frames import (
+    fetch_images,
+    fetch_images_parallel,
+    get_index,
+    main,
+    transform_video,
+)
 
 __all__ = ["fetch_images", "fetch_images_parallel", "get_index", "transform_video"]
 

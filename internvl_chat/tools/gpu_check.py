@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tools.machine_check.checks import CheckResult, run_checks
 
 from internvl.command_line import exit_on_user_error, log_to_console
+from internvl.tools.machine_check.checks import CheckResult, run_checks
 
 SCHEMA_VERSION = 1  # of the JSON file
 MAX_TIMEOUT = 86_400  # seconds
@@ -40,7 +40,7 @@ EXIT_TIMEOUT = 30.0  # seconds from the last result of a part to the end of its 
 
 
 class Part(NamedTuple):
-    """Module below `tools.machine_check`, and the function that lists its checks."""
+    """Module below `internvl.tools.machine_check`, and the function that lists its checks."""
 
     module: str
     function: str
@@ -142,7 +142,7 @@ def send_results(part: str, folder: Path, timeout: float, sender: Connection) ->
             os.dup2(log.fileno(), 2)
     log_to_console()
     module, function, needs_folder = PARTS[part]
-    list_checks = getattr(importlib.import_module(f"tools.machine_check.{module}"), function)
+    list_checks = getattr(importlib.import_module(f"internvl.tools.machine_check.{module}"), function)
     arguments = (folder, timeout * SHARE_OF_A_RUN) if needs_folder else ()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":

@@ -1,6 +1,6 @@
 """Upstream's path to `tools/upstream/images_stitching.py`."""
 
-from tools.upstream.images_stitching import custom_image, get_images, main
+from internvl.tools.upstream.images_stitching import custom_image, get_images, main
 
 __all__ = ["custom_image", "get_images"]
 

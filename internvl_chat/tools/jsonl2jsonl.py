@@ -1,6 +1,6 @@
 """Upstream's path to `tools/upstream/jsonl.py`."""
 
-from tools.upstream.jsonl import jsonl2jsonl as main
+from internvl.tools.upstream.jsonl import jsonl2jsonl as main
 
 if __name__ == "__main__":
     main()

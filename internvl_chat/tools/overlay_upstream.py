@@ -22,7 +22,12 @@ TARGET_PATHS = {
     "zero_stage_configs": "internvl_chat",
     "requirements.txt": "internvl_chat/requirements.txt",
 }
-EXCLUDED_PATHS = {"internvl_chat/tools/overlay_upstream.py", "internvl_chat/tools/quickstart", "shell/quickstart.sh"}
+EXCLUDED_PATHS = {
+    "internvl_chat/tools/overlay_upstream.py",
+    "internvl_chat/tools/quickstart",
+    "internvl_chat/internvl/zero_stage_configs",  # a link; upstream has these files elsewhere
+    "shell/quickstart.sh",
+}
 FALLBACK_IDENTITY = {"user.name": "overlay_upstream.py", "user.email": "overlay@localhost"}
 COMMIT_MESSAGE = """Overlay the compatible internvl_chat
 
@@ -47,7 +52,7 @@ def run_git(folder: Path, *args, check: bool = True) -> subprocess.CompletedProc
 
 
 def list_overlay_files() -> dict[Path, Path]:
-    """Return path in a checkout of upstream -> our file.
+    """Return path in a checkout of upstream -> our file or link.
 
     Files are found on disk, not by git: the repository may be a plain copy.
     """
@@ -58,13 +63,15 @@ def list_overlay_files() -> dict[Path, Path]:
             relative = file.relative_to(ROOT)
             is_excluded = bool({str(relative), *map(str, relative.parents)} & EXCLUDED_PATHS)
             is_cache = "__pycache__" in relative.parts or any(part.startswith(".") for part in relative.parts)
-            if file.is_file() and not is_excluded and not is_cache:
+            if (file.is_file() or file.is_symlink()) and not is_excluded and not is_cache:
                 files[Path(target) / file.relative_to(top)] = file
     return files
 
 
 def is_same_file(ours: Path, theirs: Path) -> bool:
-    """Compare content and executable bit."""
+    """Compare content and executable bit, or the targets of links."""
+    if ours.is_symlink() or theirs.is_symlink():
+        return ours.is_symlink() and theirs.is_symlink() and ours.readlink() == theirs.readlink()
     has_same_mode = (ours.stat().st_mode & 0o100) == (theirs.stat().st_mode & 0o100)
     return has_same_mode and filecmp.cmp(ours, theirs, shallow=False)
 
@@ -120,7 +127,7 @@ def commit_overlay(upstream: Path, branch: str, files: dict[Path, Path], paths_b
     run_git(upstream, "checkout", "-q", "-b", branch)
     for path in paths:
         (upstream / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(files[path], upstream / path)
+        shutil.copy(files[path], upstream / path, follow_symlinks=False)
     # --force: upstream's .gitignore matches some of our names.
     run_git(upstream, "add", "--force", "--", *map(str, paths))
     missing = [key for key in FALLBACK_IDENTITY if run_git(upstream, "config", key, check=False).returncode]

@@ -11,12 +11,11 @@ import argparse
 import os
 from pathlib import Path
 
-from tools.report_page.page import GENERATOR, render_page
-from tools.report_page.run_files import read_run
-
 from internvl.command_line import exit_on_user_error
 from internvl.evaluation.results import PREDICTIONS_FILE
 from internvl.regular_files import open_regular_file
+from internvl.tools.report_page.page import GENERATOR, render_page
+from internvl.tools.report_page.run_files import read_run
 
 REPORT_FILE = "report.html"
 

@@ -20,14 +20,14 @@ from helpers.training_runs import (
     train_in_process,
 )
 from safetensors.torch import load_file, save_file
-from tools import merge_lora
-from tools.internvl_custom2hf import main as custom2hf
-from tools.internvl_hf2custom import main as hf2custom
 from transformers import InternVLForConditionalGeneration
 
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.adapter_checkpoint import fingerprint_weights, strip_peft_prefix
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools import merge_lora
+from internvl.tools.internvl_custom2hf import main as custom2hf
+from internvl.tools.internvl_hf2custom import main as hf2custom
 
 SAVE_FULL_MODEL = ["--save_full_model", "True"]
 VISION, LLM = ["--use_backbone_lora", "4"], ["--use_llm_lora", "4"]

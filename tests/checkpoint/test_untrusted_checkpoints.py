@@ -27,7 +27,6 @@ from helpers.training_runs import (
 )
 from safetensors.torch import load_file, save_file
 from stress.checkpoint_edits import edit_safetensors
-from tools.pickle2safetensors import main as pickle2safetensors
 
 from internvl.checkpoint.manifest import write_manifest
 from internvl.checkpoint.optimizer_state import find_deepspeed_shards
@@ -42,6 +41,7 @@ from internvl.model.internvl_chat.adapter_checkpoint import (
 )
 from internvl.model.safetensors_io import CheckpointTensors
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.pickle2safetensors import main as pickle2safetensors
 
 
 class Attack:

@@ -7,8 +7,6 @@ import pytest
 import torch
 from helpers.tiny_models import make_tiny_checkpoint
 from helpers.training_runs import TRAIN_ADAPTERS, run_training
-from tools.internvl_custom2hf import main as custom2hf
-from tools.merge_lora import main as merge_lora
 
 from internvl.arguments.data import DataTrainingArguments
 from internvl.constants import IMG_CONTEXT_TOKEN
@@ -19,6 +17,8 @@ from internvl.evaluation.checkpoint_settings import (
     load_chat_model,
 )
 from internvl.model.auxiliary_files import build_preprocessor_config
+from internvl.tools.internvl_custom2hf import main as custom2hf
+from internvl.tools.merge_lora import main as merge_lora
 
 FLAGS = {"conv_style": "Hermes-2", "max_seq_length": 300, "max_packed_tokens": 700, "dynamic_image_size": False}
 FLAGS |= {"max_num_frame": 9, "num_images_expected": 5, "normalize_type": "siglip", "learning_rate": 0.1, "bf16": True}

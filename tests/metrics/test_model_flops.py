@@ -3,7 +3,6 @@
 import pytest
 import torch
 from helpers.tiny_models import TINY_LLM, TINY_LLMS, TINY_VITS
-from tools.benchmark.sizes import MODEL_SIZES, build_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +15,7 @@ from internvl.model.lora_linear import LoraLinear
 from internvl.model.varlen_attention import use_varlen_attention
 from internvl.planning.epoch_plan import SampleCost
 from internvl.planning.sample_cost import compute_sample_cost, count_forward_flops, scale_to_training
+from internvl.tools.benchmark.sizes import MODEL_SIZES, build_config
 
 DOCUMENTS, NUM_TILES, LOSS_TOKENS = [37, 3, 120], 3, [11, 2, 11]
 PARTS = ("vision_model", "mlp1", "language_model")

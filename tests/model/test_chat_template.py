@@ -13,11 +13,6 @@ from helpers.tiny_models import make_tiny_checkpoint
 from PIL import Image
 from programs import render_chat_template
 from safetensors.torch import load_file
-from tools.internvl_custom2hf import main as custom2hf
-from tools.internvl_hf2custom import main as hf2custom
-from tools.merge_lora import main as merge_lora
-from tools.replace_llm import main as replace_llm
-from tools.resize_pos_embed import main as resize_pos_embed
 from transformers import AutoProcessor, AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -27,6 +22,11 @@ from internvl.model.chat_template import build_jinja_chat_template, save_tokeniz
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
 from internvl.model.tokenizers.v4_compat import update_json
+from internvl.tools.internvl_custom2hf import main as custom2hf
+from internvl.tools.internvl_hf2custom import main as hf2custom
+from internvl.tools.merge_lora import main as merge_lora
+from internvl.tools.replace_llm import main as replace_llm
+from internvl.tools.resize_pos_embed import main as resize_pos_embed
 
 TOKENIZERS = ["tokenizer", "tokenizer_internlm2", "tokenizer_internlm2_prefix", "tokenizer_phi3", "tokenizer_phi3_fast"]
 SYSTEM_MESSAGE = 'Be {{ brief }}, {% raw %} "你" \\ \r\n.'

@@ -17,11 +17,6 @@ from helpers.tiny_models import TINY_LLM, TINY_LLMS, TINY_VITS, make_tiny_checkp
 from huggingface_hub import ModelCard
 from programs import remote_code_answers
 from safetensors.torch import save_file
-from tools.internvl_custom2hf import main as custom2hf
-from tools.internvl_hf2custom import main as hf2custom
-from tools.merge_lora import main as merge_lora
-from tools.resize_pos_embed import main as resize_pos_embed
-from tools.write_remote_code import main as write_remote_code
 from transformers import AutoTokenizer
 
 from internvl.model import code_files
@@ -37,6 +32,11 @@ from internvl.model.remote_code import configuration_internvl_chat, modeling_int
 from internvl.model.tokenizers.loading import load_tokenizer
 from internvl.model.tokenizers.v4_compat import update_json
 from internvl.regular_files import read_json_object
+from internvl.tools.internvl_custom2hf import main as custom2hf
+from internvl.tools.internvl_hf2custom import main as hf2custom
+from internvl.tools.merge_lora import main as merge_lora
+from internvl.tools.resize_pos_embed import main as resize_pos_embed
+from internvl.tools.write_remote_code import main as write_remote_code
 
 VERSIONS = ("4.37.2", "4.57.6", None)  # None: the installed one
 LLMS = {"qwen2": "tokenizer", "internlm2_dynamic": "tokenizer_internlm2", "qwen3": "tokenizer"}

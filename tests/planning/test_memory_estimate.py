@@ -5,7 +5,6 @@ from itertools import accumulate
 
 import pytest
 import torch
-from tools.benchmark.sizes import INTERNLM_1_8B, MODEL_SIZES, build_config, get_image_token_id, set_default_dtype
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -22,6 +21,13 @@ from internvl.planning.memory_estimate import (
     measure_step,
     trace_step,
     use_fused_kernels,
+)
+from internvl.tools.benchmark.sizes import (
+    INTERNLM_1_8B,
+    MODEL_SIZES,
+    build_config,
+    get_image_token_id,
+    set_default_dtype,
 )
 
 ROW = Row(tokens=256, tiles=6)

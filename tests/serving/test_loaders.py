@@ -12,10 +12,10 @@ import pytest
 from helpers.lora_models import add_lora, randomize_adapters
 from helpers.tiny_models import make_tiny_checkpoint
 from safetensors import safe_open
-from tools.internvl_custom2hf import main as custom2hf
-from tools.merge_lora import main as merge
 
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.internvl_custom2hf import main as custom2hf
+from internvl.tools.merge_lora import main as merge
 
 CHAT_FIELDS = "force_image_size downsample_ratio ps_version select_layer template dynamic_image_size use_thumbnail"
 CHAT_FIELDS += " min_dynamic_patch max_dynamic_patch llm_config vision_config"

@@ -12,16 +12,16 @@ from helpers.lora_models import randomize_adapters
 from helpers.tiny_models import TINY_LLM, TINY_LLMS, TINY_VITS, randomize_weights, save_part_adapters
 from helpers.vllm_environment import make_vllm_environment_or_skip, run_engine, serve
 from PIL import Image
-from tools.check_served import load_tiles
-from tools.check_served import main as check_served
-from tools.export_adapters import main as export_adapters
-from tools.internvl_custom2hf import main as custom2hf
 
 from internvl.model.auxiliary_files import read_normalization
 from internvl.model.chat_adapter import VLLM_HEAD_CLASSES, VLLM_LORA_RANKS
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.lora import LLM_TARGETS, LoraSettings
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.check_served import load_tiles
+from internvl.tools.check_served import main as check_served
+from internvl.tools.export_adapters import main as export_adapters
+from internvl.tools.internvl_custom2hf import main as custom2hf
 
 pytestmark = pytest.mark.serving
 

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from tools.benchmark_checkpointing import main
+
+from internvl.tools.benchmark_checkpointing import main
 
 SMALL = "--width 128 --layers 2 --tokens 512 --tiles 4 --steps 2 --device cpu".split()
 

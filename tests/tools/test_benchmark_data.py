@@ -4,7 +4,8 @@ import json
 import re
 
 import pytest
-from tools import benchmark_loader, benchmark_plan
+
+from internvl.tools import benchmark_loader, benchmark_plan
 
 
 def test_our_plan_has_the_best_packing_and_load_balance(tmp_path, capsys):

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from tools import benchmark_lora
+
+from internvl.tools import benchmark_lora
 
 SMALL = "--llm 1 --width 64 --tokens 32 --vit 1 --vit_width 64 --rank 2 --steps 2 --threads 1 --device cpu".split()
 INTERVAL = re.compile(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]")

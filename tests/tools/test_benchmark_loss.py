@@ -1,7 +1,8 @@
 """tools/benchmark_loss.py: all contenders compute the same loss."""
 
 import pytest
-from tools import benchmark_loss
+
+from internvl.tools import benchmark_loss
 
 
 @pytest.mark.parametrize("train_head", [False, True])

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.paths import PACKAGE_DIR, TESTS_DIR
-from tools.benchmark.contender_run import ContenderRun, build_turns, count_work, start_contender
-from tools.benchmark.contenders import CONTENDERS
-from tools.benchmark.reports import compare
-from tools.benchmark.samples import MIXTURES, count_loss_tokens, draw_sample_lengths, split_into_turns
-from tools.benchmark.sizes import MODEL_SIZES, build_config, get_max_row_tokens
-from tools.benchmark.turns import Measurement
-from tools.benchmark_step import main
 from transformers import InternVLForConditionalGeneration
 
 from internvl.model.hf.config import convert_config_to_hf
 from internvl.model.hf.weights import convert_weights_to_hf
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
+from internvl.tools.benchmark.contender_run import ContenderRun, build_turns, count_work, start_contender
+from internvl.tools.benchmark.contenders import CONTENDERS
+from internvl.tools.benchmark.reports import compare
+from internvl.tools.benchmark.samples import MIXTURES, count_loss_tokens, draw_sample_lengths, split_into_turns
+from internvl.tools.benchmark.sizes import MODEL_SIZES, build_config, get_max_row_tokens
+from internvl.tools.benchmark.turns import Measurement
+from internvl.tools.benchmark_step import main
 
 SIZE = MODEL_SIZES["test"]
 # Size -> configuration in tests/real_configs, number of parameters.

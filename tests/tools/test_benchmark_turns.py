@@ -4,7 +4,8 @@ from math import comb
 
 import numpy as np
 import pytest
-from tools.benchmark.turns import compare_turns, compute_median_interval, format_interval, measure_in_turns
+
+from internvl.tools.benchmark.turns import compare_turns, compute_median_interval, format_interval, measure_in_turns
 
 CONTENDER_MODULE = """
 import os

@@ -10,20 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
-import tools.chat
 import torch
 from helpers.forked_ranks import ForkedRanks
 from helpers.paths import REPO_ROOT
 from helpers.samples import make_turns
 from helpers.tiny_models import make_tiny_checkpoint
 from PIL import Image
-from tools.chat import ChatSession, run_session
-from tools.chat import main as run_chat
 
+import internvl.tools.chat
 from internvl.data.images import NORMALIZATION_STATS, build_transform, dynamic_preprocess
 from internvl.data.supervised_dataset import LazySupervisedDataset
 from internvl.evaluation.checkpoint_settings import build_data_arguments, load_chat_model
 from internvl.launchers import find_free_port
+from internvl.tools.chat import ChatSession, run_session
+from internvl.tools.chat import main as run_chat
 
 PROGRAM = REPO_ROOT / "internvl_chat/tools/chat.py"
 NUM_TOKENS = 6
@@ -377,4 +377,4 @@ def make_controlling_terminal() -> None:
 def test_help_is_the_docstring(capsys):
     with pytest.raises(SystemExit) as stopped:
         run_chat(["--help"])
-    assert stopped.value.code == 0 and tools.chat.__doc__.splitlines()[0] in capsys.readouterr().out
+    assert stopped.value.code == 0 and internvl.tools.chat.__doc__.splitlines()[0] in capsys.readouterr().out

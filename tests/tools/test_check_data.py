@@ -18,9 +18,9 @@ from helpers.training_runs import (
     remove_image_tokens,
     write_meta_file,
 )
-from tools import check_data
 
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools import check_data
 
 FLAGS = """--conv_style internvl2_5 --force_image_size 56 --dynamic_image_size True --use_thumbnail True
     --max_dynamic_patch 4""".split()

@@ -12,14 +12,14 @@ import pytest
 import torch
 from helpers.tiny_models import make_tiny_checkpoint
 from PIL import Image
-from tools.check_served import Question, build_content, list_neutral_settings, load_tiles, read_questions
-from tools.check_served import main as check_served
 
 from internvl.data.images import NORMALIZATION_STATS, build_transform
 from internvl.model.auxiliary_files import build_preprocessor_config, read_normalization
 from internvl.model.chat_template import set_chat_template
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.check_served import Question, build_content, list_neutral_settings, load_tiles, read_questions
+from internvl.tools.check_served import main as check_served
 
 ANSWER = {"from": "gpt", "value": "A tile."}
 

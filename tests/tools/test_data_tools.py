@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from helpers.paths import PACKAGE_DIR
 from PIL import Image
-from tools.extract_video_frames import get_index, transform_video
-from tools.extract_video_frames import main as extract_video_frames
-from tools.images_stitching import main as images_stitching
-from tools.json2jsonl import main as json2jsonl
-from tools.jsonl2jsonl import main as jsonl2jsonl
-from tools.upstream.images_stitching import CAMERAS, LABEL_COLOR
+
+from internvl.tools.extract_video_frames import get_index, transform_video
+from internvl.tools.extract_video_frames import main as extract_video_frames
+from internvl.tools.images_stitching import main as images_stitching
+from internvl.tools.json2jsonl import main as json2jsonl
+from internvl.tools.jsonl2jsonl import main as jsonl2jsonl
+from internvl.tools.upstream.images_stitching import CAMERAS, LABEL_COLOR
 
 RECORDS = [
     {"conversations": [{"from": "system", "value": "Réponds."}, {"from": "human", "value": "猫?"}], "image": "a.jpg"},

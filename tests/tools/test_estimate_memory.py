@@ -4,10 +4,10 @@ import json
 
 import pytest
 from helpers.paths import REAL_CONFIGS, VISION_LORA_RECIPE
-from tools import estimate_memory
-from tools.benchmark.sizes import MODEL_SIZES, build_config
 
 from internvl.planning.memory_estimate import GIB
+from internvl.tools import estimate_memory
+from internvl.tools.benchmark.sizes import MODEL_SIZES, build_config
 
 # InternVL2.5 has the shapes of these; their LLM's vocabulary differs by a few tokens.
 SAME_SHAPES = {"internvl2_8b": "8B", "internvl2_26b": "26B", "internvl3_1b": "1B"}

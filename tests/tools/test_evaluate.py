@@ -9,12 +9,12 @@ from helpers.forked_ranks import ForkedRanks
 from helpers.paths import REPO_ROOT
 from helpers.tiny_models import make_tiny_checkpoint
 from helpers.training_runs import TRAIN_ADAPTERS, ZERO_FLAGS, build_run_environment, run_training
-from tools.evaluate import collect_data_flags, evaluate_folders, parse_args
-from tools.internvl_custom2hf import main as custom2hf
 
 from internvl.checkpoint.manifest import find_checkpoint_errors
 from internvl.evaluation.results import read_metrics, read_predictions
 from internvl.launchers import find_free_port
+from internvl.tools.evaluate import collect_data_flags, evaluate_folders, parse_args
+from internvl.tools.internvl_custom2hf import main as custom2hf
 
 EVALUATE_PROGRAM = REPO_ROOT / "internvl_chat/tools/evaluate.py"
 SETS = {"one_tile": "anls", "tiles": "cer", "texts": "exact_match"}

@@ -9,8 +9,6 @@ from helpers.lora_models import randomize_adapters
 from helpers.tiny_models import make_tiny_checkpoint, save_part_adapters
 from peft import PeftModel
 from safetensors.torch import load_file
-from tools.export_adapters import main as export_adapters
-from tools.internvl_custom2hf import main as custom2hf
 from transformers import AutoModelForImageTextToText
 
 from internvl.model.internvl_chat import InternVLChatModel
@@ -21,6 +19,8 @@ from internvl.model.internvl_chat.adapter_checkpoint import (
 )
 from internvl.model.lora import LoraSettings, LoraTargets, add_adapters
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.export_adapters import main as export_adapters
+from internvl.tools.internvl_custom2hf import main as custom2hf
 
 PARTS = {"vision_model": (2, 4), "mlp1": (3, 3), "language_model": (4, 6)}  # different ranks and alphas
 

@@ -9,12 +9,14 @@ import tempfile
 import pytest
 import torch
 from helpers.paths import PACKAGE_DIR
-from tools.benchmark.sizes import MODEL_SIZES
-from tools.gpu_check import PARTS, build_report, format_result, get_exit_status, main, run_part
-from tools.machine_check.checks import SkippedCheck, run_checks
-from tools.machine_check.machine import OperatorCounter, list_kernel_checks, list_version_checks
-from tools.machine_check.models import build_row
-from tools.machine_check.parity import (
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from internvl.tools.benchmark.sizes import MODEL_SIZES
+from internvl.tools.gpu_check import PARTS, build_report, format_result, get_exit_status, main, run_part
+from internvl.tools.machine_check.checks import SkippedCheck, run_checks
+from internvl.tools.machine_check.machine import OperatorCounter, list_kernel_checks, list_version_checks
+from internvl.tools.machine_check.models import build_row
+from internvl.tools.machine_check.parity import (
     DOCUMENTS,
     ERROR_LIMITS,
     OBSERVED_DOCUMENT,
@@ -25,9 +27,8 @@ from tools.machine_check.parity import (
     compute_outcome,
     list_parity_checks,
 )
-from tools.machine_check.speed import TILES, list_speed_checks
-from tools.machine_check.training import LOSS_TOLERANCES, NUM_STEPS, list_training_checks
-from transformers.modeling_layers import GradientCheckpointingLayer
+from internvl.tools.machine_check.speed import TILES, list_speed_checks
+from internvl.tools.machine_check.training import LOSS_TOLERANCES, NUM_STEPS, list_training_checks
 
 CPU = torch.device("cpu")
 SIZE = MODEL_SIZES["test"]

@@ -8,12 +8,12 @@ import torch
 from helpers.lora_models import randomize_adapters
 from helpers.token_recorder import TokenRecorder
 from PIL import Image
-from tools.internvl_custom2hf import main as custom2hf
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from internvl.data.images import build_transform, dynamic_preprocess
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.internvl_custom2hf import main as custom2hf
 
 GREEDY = {"max_new_tokens": 64, "do_sample": False}
 

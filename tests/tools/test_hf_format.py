@@ -7,10 +7,6 @@ import torch
 from helpers.paths import REAL_CONFIGS
 from helpers.tiny_models import TINY_LLMS, make_tiny_checkpoint
 from safetensors.torch import load_file, save_file
-from tools.internvl_custom2hf import convert_keys_to_hf
-from tools.internvl_custom2hf import main as custom2hf
-from tools.internvl_hf2custom import convert_keys_back
-from tools.internvl_hf2custom import main as hf2custom
 from transformers import AutoModelForImageTextToText, InternVLForConditionalGeneration
 
 from internvl.model.hf.config import convert_config_to_hf
@@ -18,6 +14,10 @@ from internvl.model.hf.weights import convert_weights_to_hf
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.safetensors_io import CheckpointTensors, save_tensors
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.internvl_custom2hf import convert_keys_to_hf
+from internvl.tools.internvl_custom2hf import main as custom2hf
+from internvl.tools.internvl_hf2custom import convert_keys_back
+from internvl.tools.internvl_hf2custom import main as hf2custom
 
 CASES = {llm: {"llm": llm} for llm in TINY_LLMS}
 CASES["6B"] = {"vit": "6B", "select_layer": -2}

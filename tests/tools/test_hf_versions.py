@@ -16,10 +16,10 @@ from helpers.token_recorder import TokenRecorder
 from PIL import Image
 from programs import hf_answers
 from safetensors.torch import save_file
-from tools.internvl_custom2hf import main as custom2hf
 
 from internvl.data.images import build_transform, dynamic_preprocess
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.internvl_custom2hf import main as custom2hf
 
 pytestmark = pytest.mark.multiprocess
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from helpers.tiny_models import make_tiny_checkpoint, save_part_adapters
 from safetensors.torch import load_file, save_file
-from tools.export_adapters import main as export_adapters
-from tools.inspect_checkpoint import LOADERS, describe_checkpoint, read_tensor_headers
-from tools.inspect_checkpoint import main as inspect_checkpoint
-from tools.internvl_custom2hf import main as custom2hf
-from tools.merge_lora import main as merge_lora
+
+from internvl.tools.export_adapters import main as export_adapters
+from internvl.tools.inspect_checkpoint import LOADERS, describe_checkpoint, read_tensor_headers
+from internvl.tools.inspect_checkpoint import main as inspect_checkpoint
+from internvl.tools.internvl_custom2hf import main as custom2hf
+from internvl.tools.merge_lora import main as merge_lora
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from helpers.paths import PACKAGE_DIR
 from helpers.tiny_models import make_tiny_checkpoint, save_part_adapters
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tools.merge_lora import main as merge_lora
 
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.adapter_checkpoint import (
@@ -21,6 +20,7 @@ from internvl.model.internvl_chat.adapter_checkpoint import (
 )
 from internvl.model.lora import LoraSettings, LoraTargets, add_adapters
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.merge_lora import main as merge_lora
 
 LAYER = "language_model.model.layers.1.mlp.up_proj"
 

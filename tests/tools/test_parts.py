@@ -6,11 +6,6 @@ import pytest
 import torch
 from helpers.lora_models import randomize_adapters
 from helpers.tiny_models import LLM_WIDTH, TINY_LLM, TINY_VITS, make_tiny_checkpoint
-from tools.convert_to_int8 import main as convert_to_int8
-from tools.extract_mlp import main as extract_mlp
-from tools.extract_vit import main as extract_vit
-from tools.replace_llm import main as replace_llm
-from tools.resize_pos_embed import main as resize_pos_embed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from internvl.constants import SPECIAL_TOKENS
@@ -24,6 +19,11 @@ from internvl.model.internvl_chat.adapter_checkpoint import (
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.lora import LORA_RANK_FIELDS, LoraSettings
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.convert_to_int8 import main as convert_to_int8
+from internvl.tools.extract_mlp import main as extract_mlp
+from internvl.tools.extract_vit import main as extract_vit
+from internvl.tools.replace_llm import main as replace_llm
+from internvl.tools.resize_pos_embed import main as resize_pos_embed
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ from helpers.evaluation_runs import FOLLOW_LOSS, read_evaluations, write_evaluat
 from helpers.report_pages import Page, append_lines, make_prediction, make_step, write_evaluation
 from helpers.training_runs import TRAIN_ADAPTERS, read_losses, run_training
 from PIL import Image
-from tools.report import main as write_report
-from tools.report_page.run_files import read_run
-from tools.report_page.samples_section import NUM_SHOWN
-from tools.report_page.settings_section import find_set_flags
-from tools.report_page.thumbnails import MAX_PAGE_BYTES
+
+from internvl.tools.report import main as write_report
+from internvl.tools.report_page.run_files import read_run
+from internvl.tools.report_page.samples_section import NUM_SHOWN
+from internvl.tools.report_page.settings_section import find_set_flags
+from internvl.tools.report_page.thumbnails import MAX_PAGE_BYTES
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&<!--\ud800"
 

@@ -4,8 +4,18 @@ import re
 
 import numpy as np
 import pytest
-from tools.report_page.charts import NUM_COLUMNS, NUM_HOVERS, Axis, Chart, Line, choose_axis, choose_points, smooth
-from tools.report_page.text import format_count, format_duration, format_number, format_ticks
+
+from internvl.tools.report_page.charts import (
+    NUM_COLUMNS,
+    NUM_HOVERS,
+    Axis,
+    Chart,
+    Line,
+    choose_axis,
+    choose_points,
+    smooth,
+)
+from internvl.tools.report_page.text import format_count, format_duration, format_number, format_ticks
 
 
 def draw(y, x=None, **values) -> str:

@@ -22,16 +22,6 @@ from helpers.base_files import (
     read_generation_config,
 )
 from helpers.tiny_models import TINY_LLM, TINY_LLMS, make_tiny_checkpoint
-from tools.convert_to_int8 import main as convert_to_int8
-from tools.extract_mlp import main as extract_mlp
-from tools.extract_vit import main as extract_vit
-from tools.internvl_custom2hf import main as custom2hf
-from tools.internvl_hf2custom import main as hf2custom
-from tools.merge_lora import main as merge_lora
-from tools.pickle2safetensors import main as pickle2safetensors
-from tools.replace_llm import main as replace_llm
-from tools.resize_pos_embed import main as resize_pos_embed
-from tools.write_remote_code import main as write_remote_code
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from internvl.model.auxiliary_files import read_auxiliary_files, write_auxiliary_files
@@ -43,6 +33,16 @@ from internvl.model.internvl_chat.adapter_checkpoint import (
     save_adapter_checkpoint,
 )
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.convert_to_int8 import main as convert_to_int8
+from internvl.tools.extract_mlp import main as extract_mlp
+from internvl.tools.extract_vit import main as extract_vit
+from internvl.tools.internvl_custom2hf import main as custom2hf
+from internvl.tools.internvl_hf2custom import main as hf2custom
+from internvl.tools.merge_lora import main as merge_lora
+from internvl.tools.pickle2safetensors import main as pickle2safetensors
+from internvl.tools.replace_llm import main as replace_llm
+from internvl.tools.resize_pos_embed import main as resize_pos_embed
+from internvl.tools.write_remote_code import main as write_remote_code
 
 LICENSES = {"LICENSE", "NOTICE.txt"}
 CARRIED = {*CODE_FILES, *LICENSES, "preprocessor_config.json"}

@@ -7,10 +7,10 @@ import torch
 from helpers.agreement import compute_probe_logits
 from helpers.tiny_models import make_tiny_checkpoint as make_model
 from helpers.training_runs import TRAIN_ADAPTERS, load_weights, read_losses, run_training, write_meta_file
-from tools.merge_lora import main as merge_lora
 
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools.merge_lora import main as merge_lora
 
 pytestmark = pytest.mark.multiprocess
 

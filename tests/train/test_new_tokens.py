@@ -17,10 +17,10 @@ from helpers.training_runs import (
     train_in_process,
     write_meta_file,
 )
-from tools import merge_lora
 
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tools import merge_lora
 
 NEW_TOKENS = ["<left>", "<right>"]
 LLM_LORA = [*FREEZE_ALL, "--use_llm_lora", "4", "--llm_lora_dropout", "0"]

@@ -20,12 +20,12 @@ from helpers.training_runs import (
     read_losses,
     run_training,
 )
-from tools import merge_lora
 
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.adapter_checkpoint import gather_trained_tensors, save_adapter_checkpoint
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.lora import PART_FLAGS
+from internvl.tools import merge_lora
 
 QUANTIZED = [*TRAIN_ADAPTERS, *"--quantize_backbone True --quantize_llm True --max_steps 4 --save_steps 2".split()]
 WAYS = {"alone": ("none", 1), "2 ranks, ZeRO-2": ("zero2", 2)}

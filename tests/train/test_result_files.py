@@ -17,12 +17,12 @@ from helpers.base_files import (
 )
 from helpers.training_runs import TRAIN_ADAPTERS, build_composition_flags, build_run_flags, prepare_trainer
 from huggingface_hub import ModelCard
-from tools.merge_lora import main as merge_lora
 
 from internvl.checkpoint.manifest import MANIFEST_FILE, find_checkpoint_errors
 from internvl.conversation import get_conv_template
 from internvl.model.chat_template import build_jinja_chat_template
 from internvl.model.internvl_chat import InternVLChatModel
+from internvl.tools.merge_lora import main as merge_lora
 
 CARRIED = {*CODE_FILES, "LICENSE", "NOTICE.txt", "README.md", "preprocessor_config.json", "generation_config.json"}
 MODES = {

@@ -14,9 +14,9 @@ from internvl.arguments.optimizers import ADAMW
 from internvl.dist_utils import get_world_size
 from internvl.versions import require_package
 
-ZERO_CONFIG_DIR = Path(__file__).resolve().parents[3] / "zero_stage_configs"
+ZERO_CONFIG_DIR = Path(__file__).parents[1] / "zero_stage_configs"
 if not ZERO_CONFIG_DIR.is_dir():  # in an upstream checkout the files are next to the package
-    ZERO_CONFIG_DIR = Path(__file__).resolve().parents[2]
+    ZERO_CONFIG_DIR = Path(__file__).parents[2]
 MAX_CONFIG_BYTES = 2**20  # the shipped files have 1 kB
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

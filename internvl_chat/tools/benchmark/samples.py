@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tools.benchmark_plan import PADDED_BATCH_SIZE, draw_mixture
 
 from internvl.constants import IGNORE_INDEX
 from internvl.data.collators import collate_rows
@@ -18,6 +17,7 @@ from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
 from internvl.planning.epoch_plan import EpochPlan, PlanLayout, make_sample_lengths, plan_epoch
 from internvl.planning.sample_cost import count_forward_flops, scale_to_training
+from internvl.tools.benchmark_plan import PADDED_BATCH_SIZE, draw_mixture
 
 from .sizes import NUM_RESERVED_IDS, ROW_TILES, TILE_TOKENS, get_image_token_id, get_max_row_tokens
 

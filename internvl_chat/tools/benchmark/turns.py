@@ -4,7 +4,7 @@ Each contender is a process of its own. In a turn, all of them do the same work,
 in the opposite order. Other programs on the machine slow down all contenders alike, so contenders are compared turn by
 turn.
 
-    python -m tools.benchmark.turns MODULE:FUNCTION    # started by `ContenderProcess`
+    python -m internvl.tools.benchmark.turns MODULE:FUNCTION    # started by `ContenderProcess`
 """
 
 import json
@@ -82,7 +82,7 @@ class ContenderProcess:
     """
 
     def __init__(self, start_fn: str, folder: str | None = None):
-        command = [sys.executable, "-W", "ignore", "-m", "tools.benchmark.turns", start_fn]
+        command = [sys.executable, "-W", "ignore", "-m", "internvl.tools.benchmark.turns", start_fn]
         pipe = subprocess.PIPE
         self.process: Any = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, text=True)
 

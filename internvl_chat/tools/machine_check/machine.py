@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from tools.benchmark.sizes import MODEL_SIZES, ModelSize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +21,7 @@ from internvl.model.internvl_chat.decoder import FLASH_VERSIONS
 from internvl.model.liger_kernels import use_liger_kernels
 from internvl.model.lora import unwrap_peft
 from internvl.runtime.dataloader_workers import HOW_TO_ENLARGE, SHARED_MEMORY_DIR
+from internvl.tools.benchmark.sizes import MODEL_SIZES, ModelSize
 from internvl.versions import describe_untested_versions
 
 from .checks import Checks, SkippedCheck

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tools.benchmark.samples import make_random_samples
-from tools.benchmark.sizes import ModelSize, build_config, build_random_model, get_image_token_id
 
 from internvl.data.collators import collate_rows, copy_to_device
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
 from internvl.model.varlen_attention import use_varlen_attention
 from internvl.planning.epoch_plan import make_sample_lengths
+from internvl.tools.benchmark.samples import make_random_samples
+from internvl.tools.benchmark.sizes import ModelSize, build_config, build_random_model, get_image_token_id
 
 
 def build_adapted_model(size: ModelSize, dropout: float = 0.0) -> InternVLChatModel:

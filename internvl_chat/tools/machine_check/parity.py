@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from tools.benchmark.sizes import MODEL_SIZES, ModelSize
 
 from internvl.data.collators import collate_rows
 from internvl.model.activation_checkpointing import apply_gradient_checkpointing
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.liger_kernels import use_liger_kernels
 from internvl.model.lora import unwrap_peft
+from internvl.tools.benchmark.sizes import MODEL_SIZES, ModelSize
 
 from .checks import Checks, SkippedCheck
 from .models import build_adapted_model, build_row, move_batch

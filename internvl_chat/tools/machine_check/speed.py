@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from tools.benchmark.memory import reset_peak_memory
-from tools.benchmark.samples import count_loss_tokens
-from tools.benchmark.sizes import MODEL_SIZES, TILE_TOKENS, ModelSize, build_config
 
 from internvl.metrics.device_peak import get_device_peak
 from internvl.metrics.model_flops import count_model_flops
@@ -24,6 +21,9 @@ from internvl.model.activation_checkpointing import apply_gradient_checkpointing
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
 from internvl.model.liger_kernels import use_liger_kernels
+from internvl.tools.benchmark.memory import reset_peak_memory
+from internvl.tools.benchmark.samples import count_loss_tokens
+from internvl.tools.benchmark.sizes import MODEL_SIZES, TILE_TOKENS, ModelSize, build_config
 
 from .checks import Checks, SkippedCheck
 from .models import build_adapted_model, build_row, move_batch

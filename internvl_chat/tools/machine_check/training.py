@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tools.quickstart.tiny_model import build_model, read_texts, train_tokenizer
 
 from internvl.launchers import find_free_port
 from internvl.metrics.step_metrics import METRICS_FILE
 from internvl.model.chat_template import save_tokenizer
 from internvl.model.internvl_chat import InternVLChatModel
+from internvl.tools.quickstart.tiny_model import build_model, read_texts, train_tokenizer
 
 from .checks import Checks, SkippedCheck
 

@@ -10,7 +10,8 @@ from html import escape
 from typing import NamedTuple
 
 import numpy as np
-from tools.report_page.text import format_number, format_ticks
+
+from internvl.tools.report_page.text import format_number, format_ticks
 
 WIDTH, HEIGHT = 1000.0, 300.0  # of the plot, in SVG units
 NUM_COLORS = 8

@@ -3,12 +3,12 @@
 from typing import NamedTuple
 
 import numpy as np
-from tools.report_page.charts import Chart, Line
-from tools.report_page.run_files import Run
-from tools.report_page.text import clean, format_number, render_table
 
 from internvl.arguments.evaluation_strategy import is_greater_better
 from internvl.data.schema import BASE_ANSWERS_SPLIT
+from internvl.tools.report_page.charts import Chart, Line
+from internvl.tools.report_page.run_files import Run
+from internvl.tools.report_page.text import clean, format_number, render_table
 
 ALL_SETS = "all sets"
 # Titles of quantities; a metric has its own name.

@@ -5,15 +5,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tools.report_page.evaluation_section import ALL_SETS, list_curves, render_evaluations
-from tools.report_page.run_files import Run
-from tools.report_page.samples_section import render_samples
-from tools.report_page.settings_section import count_trainable, render_settings
-from tools.report_page.style import STYLE
-from tools.report_page.text import clean, format_count, format_duration, format_number
-from tools.report_page.training_section import get_curve, render_training, summarize_losses
 
 from internvl.arguments.evaluation_strategy import LOG_PREFIX, normalize_metric
+from internvl.tools.report_page.evaluation_section import ALL_SETS, list_curves, render_evaluations
+from internvl.tools.report_page.run_files import Run
+from internvl.tools.report_page.samples_section import render_samples
+from internvl.tools.report_page.settings_section import count_trainable, render_settings
+from internvl.tools.report_page.style import STYLE
+from internvl.tools.report_page.text import clean, format_count, format_duration, format_number
+from internvl.tools.report_page.training_section import get_curve, render_training, summarize_losses
 
 GENERATOR = '<meta name="generator" content="internvl tools/report.py">'
 

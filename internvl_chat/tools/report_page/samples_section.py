@@ -8,12 +8,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.report_page.run_files import Run, parse_number
-from tools.report_page.text import clean, fold, format_number
-from tools.report_page.thumbnails import Thumbnails
-
 from internvl.data.schema import BASE_ANSWERS_SPLIT
 from internvl.evaluation.results import PREDICTIONS_FILE, read_predictions
+from internvl.tools.report_page.run_files import Run, parse_number
+from internvl.tools.report_page.text import clean, fold, format_number
+from internvl.tools.report_page.thumbnails import Thumbnails
 
 NUM_SHOWN = 12  # samples of a tab
 SEED = 0

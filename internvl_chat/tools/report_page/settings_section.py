@@ -5,15 +5,14 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from tools.inspect_checkpoint import measure_tensors, read_adapter_settings
-from tools.report_page.run_files import Run, is_step
-from tools.report_page.text import clean, render_table
-
 from internvl.arguments.deepspeed_config import get_zero_stage
 from internvl.arguments.per_part import PART_NAMES
 from internvl.arguments.preference import PREFERENCE_ARGUMENTS
 from internvl.arguments.training import FINETUNE_ARGUMENTS
 from internvl.model.lora import PART_FLAGS
+from internvl.tools.inspect_checkpoint import measure_tensors, read_adapter_settings
+from internvl.tools.report_page.run_files import Run, is_step
+from internvl.tools.report_page.text import clean, render_table
 
 NOT_SET = (None, False, "", [], {}, "no", "none")  # flags of these values are not set
 # Shown elsewhere, or set by the launcher.

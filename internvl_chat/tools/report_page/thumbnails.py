@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
-from tools.report_page.text import clean
 
 from internvl.constants import UnusableSample
 from internvl.data.file_io import is_remote
 from internvl.data.image_files import load_image
 from internvl.data.videos import read_frames
+from internvl.tools.report_page.text import clean
 
 SINGLE_SIZE, SEVERAL_SIZE = 320, 160  # pixels of the longer side
 JPEG_QUALITY = 78

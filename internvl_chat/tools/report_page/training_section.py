@@ -4,11 +4,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from tools.report_page.charts import Chart, Line, smooth
-from tools.report_page.run_files import Run
-from tools.report_page.text import clean
 
 from internvl.metrics.step_timer import STEP_PHASES
+from internvl.tools.report_page.charts import Chart, Line, smooth
+from internvl.tools.report_page.run_files import Run
+from internvl.tools.report_page.text import clean
 
 NUM_AREA_BINS = 160
 
