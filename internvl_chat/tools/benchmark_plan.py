@@ -20,14 +20,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from internvl.tools.benchmark.sizes import MODEL_SIZES, ROW_TILES, ROW_TOKENS, TILE_TOKENS, build_config
-from internvl.tools.benchmark.turns import MIN_TURNS, compute_median_interval, format_interval
 
 from internvl.command_line import exit_on_user_error
 from internvl.planning.epoch_plan import EpochPlan, PlanLayout, SampleCost, make_sample_lengths, plan_epoch
 from internvl.planning.plan_report import compute_load_imbalance, compute_packing_efficiency
 from internvl.planning.sample_cost import count_forward_flops, scale_to_training
-from internvl.versions import require_package
+from internvl.tools.benchmark.sizes import MODEL_SIZES, ROW_TILES, ROW_TOKENS, TILE_TOKENS, build_config
+from internvl.tools.benchmark.turns import MIN_TURNS, compute_median_interval, format_interval
 
 ROW_LIMITS = {"max_tokens": ROW_TOKENS, "max_tiles": ROW_TILES}
 BUFFER_ROWS = 20  # open rows of upstream's packing
@@ -171,6 +170,8 @@ def main(argv=None):
     parser.add_argument("--draws", type=int, default=MIN_TURNS, help="of the mixture (default: %(default)s)")
     parser.add_argument("--output", default="benchmark_plan", help="path of the figure and the JSON file, no suffix")
     args = parser.parse_args(argv)
+    from internvl.versions import require_package  # here: `benchmark_step.py --against` runs older checkouts, too
+
     require_package("matplotlib", "the figure")
     get_sample_cost()  # cached: not part of the first plan's time
     results = []

@@ -45,6 +45,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from internvl.command_line import exit_on_user_error
+from internvl.launchers import find_free_port
 from internvl.tools.benchmark.contenders import BASELINE, CONTENDERS, DEFAULT_CONTENDERS, LORA_PARTS, OURS
 from internvl.tools.benchmark.reports import (
     SCALING_COLUMNS,
@@ -57,9 +60,6 @@ from internvl.tools.benchmark.reports import (
 from internvl.tools.benchmark.samples import MIXTURES, PADDED_BATCH_SIZE
 from internvl.tools.benchmark.sizes import MODEL_SIZES
 from internvl.tools.benchmark.turns import measure_in_turns
-
-from internvl.command_line import exit_on_user_error
-from internvl.launchers import find_free_port
 from internvl.versions import require_package
 
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
@@ -150,8 +150,8 @@ class Entry(NamedTuple):
 def measure_contenders(args: argparse.Namespace) -> list[dict]:
     """Measure all contenders in all settings: a result per mixture and entry."""
     with tempfile.TemporaryDirectory() as folder:
-        if args.against:  # there `internvl` is the other checkout's, and `tools` are these
-            Path(folder, "internvl").symlink_to((args.against / "internvl_chat/internvl").resolve())
+        if args.against:
+            link_other_package(args.against / "internvl_chat/internvl", Path(folder, "internvl"))
         entries = list_entries(args, folder)
         measurements = measure_in_turns(
             START_FN,
@@ -165,6 +165,15 @@ def measure_contenders(args: argparse.Namespace) -> list[dict]:
         for mixture in args.mixtures
         for key, entry in entries.items()
     ]
+
+
+def link_other_package(other: Path, package: Path) -> None:
+    """Make a package of another checkout's `internvl`, but with the tools of this one."""
+    package.mkdir()
+    for path in other.resolve().iterdir():
+        if path.name != "tools":
+            (package / path.name).symlink_to(path)
+    (package / "tools").symlink_to(PACKAGE_DIR / "tools")
 
 
 def list_entries(args: argparse.Namespace, folder: str) -> dict[str, Entry]:
@@ -193,10 +202,11 @@ def measure_scaling(args: argparse.Namespace, stage: int) -> list[dict]:
     task["checkpointing"] = args.checkpointing != "off"
     print(f"measuring: ZeRO {stage}", file=sys.stderr, flush=True)
     launcher = [TORCHRUN, f"--nproc_per_node={args.ranks}", f"--master_port={find_free_port()}"]
-    command = [sys.executable, "-W", "ignore", *map(str, launcher), "-m", "internvl.tools.benchmark.scaling", json.dumps(task)]
+    program = ["-m", "internvl.tools.benchmark.scaling", json.dumps(task)]
+    command = [sys.executable, "-W", "ignore", *map(str, launcher), *program]
     process = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
     if process.returncode:
-        raise ValueError(f"internvl.tools.benchmark.scaling failed with exit status {process.returncode}, see above: {task}")
+        raise ValueError(f"the benchmark of ZeRO failed with exit status {process.returncode}, see above: {task}")
     return json.loads(process.stdout.splitlines()[-1])
 
 
