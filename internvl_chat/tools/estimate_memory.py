@@ -1,7 +1,7 @@
 """Estimate the GPU memory of a training, on any machine without a GPU.
 
-    python tools/estimate_memory.py ../shell/internvl2.5/8b_vit_lora.sh --gpus 8 [flags of the training]
-    python tools/estimate_memory.py --gpus 8 --model_name_or_path MODEL --use_llm_lora 16 [flags of the training]
+    internvl plan internvl2.5/8b_vit_lora --gpus 8 [flags of the training]
+    internvl plan --gpus 8 --model_name_or_path MODEL --use_llm_lora 16 [flags of the training]
 
 The flags are those of the recipe (which DRY_RUN=1 prints), then those given here. MODEL is a checkpoint folder, of
 which only `config.json` is read, or the hub name of a published InternVL2.5, whose shapes are built in. The model runs
@@ -24,11 +24,18 @@ from internvl.arguments.data import DataTrainingArguments
 from internvl.arguments.deepspeed_config import get_zero_stage
 from internvl.arguments.model import ModelArguments
 from internvl.arguments.training import FINETUNE_ARGUMENTS, TrainingArguments, parse_args
+from internvl.arguments.validate import (
+    validate_data_arguments,
+    validate_gradient_checkpointing,
+    validate_lora_arguments,
+)
 from internvl.command_line import exit_on_user_error, log_to_console
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.configuration_internvl_chat import count_image_tokens
+from internvl.model.internvl_chat.resize import check_image_size
 from internvl.model.lora import PART_FLAGS
 from internvl.planning.memory_estimate import GIB, MemoryEstimate, Row, estimate_memory, trace_step
+from internvl.recipes import find_recipe
 from internvl.tools.benchmark.sizes import INTERNLM_1_8B, INTERNLM_7B, QWEN_05B, VIT_300M, set_default_dtype
 from internvl.train.build_model import get_model_dtype, load_config, prepare_for_training, set_kernels
 from internvl.train.quantization import is_quantized
@@ -38,7 +45,9 @@ MAX_GPUS = 65_536
 GPU_GIB = {"80 GB": 79.0, "40 GB": 39.4, "24 GB": 22.4}  # what such GPUs have at least (H100, A100, A10)
 MAX_SHARE = 0.9  # of a GPU's memory; the rest is for fragmentation and what is not estimated
 MIN_TEXT_TOKENS = 128  # of a row that is full of images
-MOMENT_BYTES = {"8bit": 2, "sgd": 0}  # part of an optimizer's name -> bytes per parameter; others like AdamW: 8
+# Part of an optimizer's name -> moments per parameter. Adafactor's are factored, a row and a column per matrix; SGD is
+# without momentum.
+NUM_MOMENTS = {"ademamix": 3, "adamw": 2, "adafactor": 0, "adagrad": 1, "rmsprop": 1, "lion": 1, "sgd": 0}
 # Lines of the table after the first -> flags that they add; `{half}` is half of --max_packed_tokens.
 VARIANTS = {
     "recompute all layers": "--grad_checkpoint True --grad_checkpoint_ratio 1",
@@ -88,6 +97,7 @@ def main(argv=None):
     if args.recipe:
         flags = read_recipe_flags(args.recipe, args.gpus, flags)
     parsed = parse_training_flags(flags)
+    validate_flags(*parsed)
     data_args = parsed[1]
     lines = {"these flags": flags}
     for label, words in VARIANTS.items() if not args.only_these_flags else ():
@@ -126,7 +136,8 @@ def read_recipe_flags(recipe: str, num_gpus: int, flags: list[str]) -> list[str]
         ValueError: the recipe fails, or trains on preference pairs, whose memory is not estimated.
     """
     variables = {"DRY_RUN": "1", "GPUS": str(num_gpus), "NODES": "1", "CUDA_VISIBLE_DEVICES": "", "LAUNCHER": "pytorch"}
-    done = subprocess.run(["bash", recipe, *flags], env=os.environ | variables, capture_output=True, text=True)
+    command = ["bash", str(find_recipe(recipe)), *flags]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"the recipe {recipe!r:.200} failed: {done.stderr.strip()[-300:]}")
     words = shlex.split(done.stdout)
@@ -137,7 +148,24 @@ def read_recipe_flags(recipe: str, num_gpus: int, flags: list[str]) -> list[str]
 
 
 def parse_training_flags(flags: list[str]) -> Arguments:
-    return parse_args(["--output_dir", "estimate_memory", *flags], FINETUNE_ARGUMENTS)
+    return parse_args(["--output_dir", "unused", "--meta_path", "unused", *flags], FINETUNE_ARGUMENTS)
+
+
+def validate_flags(
+    model_args: ModelArguments, data_args: DataTrainingArguments, training_args: TrainingArguments
+) -> None:
+    """Raise a ValueError if training would refuse the flags.
+
+    Not checked is what depends on this machine.
+    """
+    validate_data_arguments(data_args)
+    validate_lora_arguments(model_args)
+    validate_gradient_checkpointing(model_args, training_args)
+    if not is_supported((model_args, data_args, training_args)):
+        raise ValueError(
+            "--quantize_llm True requires --use_llm_lora, and --deepspeed without ZeRO-3, which cannot divide 4-bit "
+            "weights."
+        )
 
 
 def is_supported(parsed: Arguments) -> bool:
@@ -169,9 +197,16 @@ def estimate(parsed: Arguments, num_gpus: int) -> MemoryEstimate:
         step.peak,
         complete_zero_block(training_args, model),
         num_gpus,
-        next((num_bytes for name, num_bytes in MOMENT_BYTES.items() if name in str(training_args.optim)), 8),
+        get_moment_bytes(training_args.optim),
         [part for part in PART_FLAGS if is_quantized(model_args, part)],
     )
+
+
+def get_moment_bytes(optimizer: str) -> float:
+    """Return the bytes of an optimizer's states per trainable parameter."""
+    name = str(getattr(optimizer, "value", optimizer))  # an enum if parsed from the command line
+    kind = next((kind for kind in NUM_MOMENTS if kind in name), "adamw")
+    return NUM_MOMENTS[kind] * (1 if "8bit" in name else 4)
 
 
 def build_model(
@@ -206,6 +241,7 @@ def read_config(model_args: ModelArguments, data_args: DataTrainingArguments) ->
         config = InternVLChatConfig(dict(vision), dict(llm), **fields)
     else:
         config = load_config(model_args, data_args)
+    check_image_size(data_args.force_image_size, config.vision_config.patch_size, config.downsample_ratio)
     config.force_image_size = config.vision_config.image_size = data_args.force_image_size
     return config
 

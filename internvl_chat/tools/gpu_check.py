@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from internvl.command_line import exit_on_user_error, log_to_console
+from internvl.tool_parser import ToolParser
 from internvl.tools.machine_check.checks import CheckResult, run_checks
 
 SCHEMA_VERSION = 1  # of the JSON file
@@ -80,7 +81,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: an unknown part, a time limit out of range, or an output file that cannot be new.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--only", default=",".join(PARTS), metavar="PART,...", help="parts (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the results as JSON")
     parser.add_argument("--timeout", type=float, default=400, help="seconds for each part (default: %(default)s)")
@@ -140,6 +141,7 @@ def send_results(part: str, folder: Path, timeout: float, sender: Connection) ->
         with open(folder / f"{part}.log", "w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     log_to_console()
     module, function, needs_folder = PARTS[part]
     list_checks = getattr(importlib.import_module(f"internvl.tools.machine_check.{module}"), function)

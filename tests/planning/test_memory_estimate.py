@@ -167,6 +167,15 @@ def test_zero3_divides_large_weights(two_layers):
     assert divided.buffers == 2 * 2 * LINEAR, "the largest weight, gathered and in flight"
 
 
+def test_the_host_keeps_what_is_offloaded(two_layers):
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 10}
+    offload = {"device": "cpu"}
+    kept = estimate_memory(two_layers, 0, zero | {"offload_optimizer": {"device": "none"}}, 4)
+    assert (kept.weights, kept.optimizer) == (LINEAR, 16 * LINEAR / 4)
+    moved = estimate_memory(two_layers, 0, zero | dict.fromkeys(["offload_optimizer", "offload_param"], offload), 4)
+    assert (moved.weights, moved.optimizer) == (0, 0) and moved.buffers == kept.buffers
+
+
 def test_quantized_weights():
     model = nn.ModuleDict({"language_model": nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.LayerNorm(64))})
     model.to(torch.bfloat16).requires_grad_(False)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.paths import REAL_CONFIGS, VISION_LORA_RECIPE
+from helpers.paths import REAL_CONFIGS, REPO_ROOT, VISION_LORA_RECIPE
 
 from internvl.planning.memory_estimate import GIB
 from internvl.tools import estimate_memory
@@ -76,6 +76,7 @@ def test_automatic_sizes_are_those_of_training(estimate, checkpoint, tmp_path):
 
 def test_the_8b_recipe_fits_three_quarters_of_80_gb():
     flags = estimate_memory.read_recipe_flags(str(VISION_LORA_RECIPE), 1, [])
+    assert flags == estimate_memory.read_recipe_flags("internvl2.5/8b_vit_lora", 1, [])
     memory = estimate_memory.estimate(estimate_memory.parse_training_flags(flags), num_gpus=1)
     assert memory.weights / GIB == pytest.approx(16.24e9 / GIB, rel=0.01)
     assert memory.optimizer / 16 == pytest.approx(44.0e6, rel=0.01), "adapters of rank 16 in vision encoder and LLM"
@@ -101,16 +102,33 @@ def test_built_in_shapes_have_the_published_number_of_parameters(name):
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "num_bytes"),
+    [("adamw_torch", 8), ("adamw_bnb_8bit", 2), ("lion_32bit", 4), ("paged_ademamix_8bit", 3), ("adafactor", 0)],
+)
+def test_bytes_of_optimizer_states(optimizer, num_bytes):
+    assert estimate_memory.get_moment_bytes(optimizer) == num_bytes
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--gpus", "0"], "--gpus 0 is invalid: expected an integer from 1"),
         (["--use_llm_lora", "16"], "--model_name_or_path is required"),
-        (["no_recipe.sh"], "the recipe 'no_recipe.sh' failed: .*No such file"),
+        (["no_recipe.sh"], "unknown recipe: 'no_recipe.sh'"),
+        (["internvl2.5/8b_vit_lor"], "unknown recipe: .*; did you mean internvl2.5/8b_vit_lora?"),
         (
             [VISION_LORA_RECIPE.parents[1] / "internvl3_5_qwen3/internvl3_5_1b_mpo.sh"],
             "is not supported: expected one of supervised fine-tuning",
         ),
         (["--model_name_or_path", "x", "--use_lora", "1"], "--use_lora"),
+        ([REPO_ROOT / "shell/quickstart.sh"], "quickstart.sh' is not a recipe: it does not end with"),
+        (["--max_packed_tokens", "0"], "--max_packed_tokens 0 is invalid: expected an integer >= 1"),
+        (["--grad_checkpoint_ratio", "0"], "--grad_checkpoint_ratio 0.0 is invalid"),
+        (["--quantize_llm", "True"], "--quantize_llm True requires --use_llm_lora"),
+        (
+            ["--model_name_or_path", "OpenGVLab/InternVL2_5-1B", "--force_image_size", "100"],
+            "An image size of 100 pixels is invalid: expected a multiple of 28",
+        ),
     ],
 )
 def test_user_errors(argv, message):

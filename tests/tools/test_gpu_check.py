@@ -1,11 +1,16 @@
 """Self-check of a machine: each part on the CPU, failing checks, JSON, time limits."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers.paths import PACKAGE_DIR
@@ -203,6 +208,36 @@ def test_failed_training_has_the_last_line_of_its_output(tmp_path):
 def test_training_that_hangs_is_killed(tmp_path):
     [result, _] = run("training", list_training_checks(CPU, tmp_path, 0.5, ["without DeepSpeed"])).values()
     assert result.status == "failed" and result.reason == "the run has not ended within 0.5 s" and result.seconds < 10
+
+
+@pytest.mark.multiprocess
+def test_interrupted_training_ends(tmp_path):
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    program = [sys.executable, PACKAGE_DIR / "tools/gpu_check.py", "--only", "training"]
+    env = os.environ | {"PYTHONPATH": str(PACKAGE_DIR), "TMPDIR": str(folder)}
+    check = subprocess.Popen(program, env=env, stdout=subprocess.DEVNULL)
+    runs = wait_for(lambda: [run for run in psutil.process_iter() if is_training_below(run, folder)])
+    check.terminate()
+    assert check.wait(timeout=60) == 128 + signal.SIGTERM
+    psutil.wait_procs(runs, timeout=20)
+    assert not any(run.is_running() for run in runs) and not list(folder.iterdir())
+
+
+def is_training_below(process: psutil.Process, folder: Path) -> bool:
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()
+        return any("finetune.py" in word for word in words) and any(str(folder) in word for word in words)
+    return False
+
+
+def wait_for(find, seconds: float = 120):
+    """Call `find` until it returns something."""
+    end = time.monotonic() + seconds
+    while not (found := find()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found
 
 
 # -- program -----------------------------------------------------------------------------------------------------------

@@ -264,13 +264,19 @@ def estimate_memory(
         buffers += num_buckets * bucket_size * trainable[0].itemsize
     # fp32 weight and gradient of a step; a trainable parameter in fp32 is its own copy
     master_bytes = 8 if zero is not None and trainable[0].itemsize < 4 else 0
+    optimizer = int((master_bytes + moment_bytes) * num_trainable) // (num_gpus if stage >= 1 else 1)
     return MemoryEstimate(
         weights=weights,
         gradients=trainable_bytes // (num_gpus if stage >= 2 else 1),
-        optimizer=int((master_bytes + moment_bytes) * num_trainable) // (num_gpus if stage >= 1 else 1),
+        optimizer=0 if is_offloaded(zero, "offload_optimizer") else optimizer,
         activations=activations + dequantized,
         buffers=buffers,
     )
+
+
+def is_offloaded(zero: dict | None, key: str) -> bool:
+    """Return whether the host keeps `offload_optimizer` or `offload_param`."""
+    return ((zero or {}).get(key) or {}).get("device", "none") != "none"
 
 
 def find_quantized_weights(part: nn.Module) -> list[torch.Tensor]:
@@ -290,7 +296,7 @@ def partition_weights(parameters: list[nn.Parameter], zero: dict, num_gpus: int)
     """Return the bytes of a rank's weights under ZeRO-3 and of gathered ones.
 
     Small parameters stay on every rank. As many others are gathered as the configuration allows, and the largest of
-    them may be in flight.
+    them may be in flight. With `offload_param` the host keeps a rank's share.
     """
     threshold = int(zero.get("stage3_param_persistence_threshold", 1e5))
     persistent = sum(parameter.nbytes for parameter in parameters if parameter.numel() <= threshold)
@@ -301,4 +307,5 @@ def partition_weights(parameters: list[nn.Parameter], zero: dict, num_gpus: int)
     max_live = max(min(int(zero.get("stage3_max_live_parameters", 1e9)), num_partitioned), largest)
     in_flight = max(min(int(zero.get("stage3_prefetch_bucket_size", 5e7)), num_partitioned), largest)
     all_bytes = sum(parameter.nbytes for parameter in parameters)
-    return all_bytes // num_gpus + persistent, (max_live + in_flight) * itemsize
+    share = 0 if is_offloaded(zero, "offload_param") else all_bytes // num_gpus
+    return share + persistent, (max_live + in_flight) * itemsize

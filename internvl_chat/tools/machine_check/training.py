@@ -8,7 +8,6 @@ import importlib.util
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -24,12 +24,12 @@ from internvl.metrics.step_metrics import METRICS_FILE
 from internvl.model.chat_template import save_tokenizer
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.tools.quickstart.tiny_model import build_model, read_texts, train_tokenizer
+from internvl.versions import PACKAGE_DIR
 
 from .checks import Checks, SkippedCheck
 
-CODE_DIR = Path(__file__).resolve().parents[2]
-PROGRAM = CODE_DIR / "internvl/train/internvl_chat_finetune.py"
-TORCHRUN = next(d / "shell/torchrun.py" for d in (CODE_DIR.parent, CODE_DIR) if (d / "shell/torchrun.py").exists())
+PROGRAM = PACKAGE_DIR / "train/internvl_chat_finetune.py"
+TORCHRUN = PACKAGE_DIR / "shell/torchrun.py"
 COLORS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (40, 60, 200), "white": (240, 240, 240)}
 NUM_SAMPLES, NUM_STEPS, GLOBAL_BATCH_SIZE = 24, 4, 4
 IMAGE_SIZE = 224  # a tile of the tiny model
@@ -143,21 +143,23 @@ def build_command(name: str, folder: Path, output: Path, num_ranks: int, device:
 def run_training(command: list[str], folder: Path, timeout: float) -> None:
     """Run a command to its end; stop it and its children at the time limit.
 
+    It stays in the process group of this program, and ends with it.
+
     Raises:
         ValueError: it failed; with the last line of its output.
     """
-    env = os.environ | {"PYTHONPATH": f"{CODE_DIR}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)}
+    paths = [str(PACKAGE_DIR.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     env |= {"OMP_NUM_THREADS": "1", "INTERNVL_CACHE": str(folder / "cache")}
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         printed, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         raise ValueError(f"the run has not ended within {timeout:g} s") from None
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                one.kill()
             process.wait()
     if process.returncode:
         lines = [line for line in printed.splitlines() if line.strip()]

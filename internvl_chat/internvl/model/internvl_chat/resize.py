@@ -25,6 +25,15 @@ def resize_embeddings(model, num_rows: int, num_known: int | None = None):
     model.config.llm_config.vocab_size = llm.config.vocab_size = num_rows
 
 
+def check_image_size(size: int, patch_size: int, downsample_ratio: float) -> None:
+    """Raise a ValueError unless a tile of `size` pixels consists of whole image tokens."""
+    token_size = patch_size * round(1 / downsample_ratio)  # pixels of the side of an image token
+    if size < token_size or size % token_size:
+        raise ValueError(
+            f"An image size of {size} pixels is invalid: expected a multiple of {token_size} (an image token)"
+        )
+
+
 def set_image_size(model, size: int):
     """Adapt the model to tiles of `size` pixels.
 
@@ -32,11 +41,7 @@ def set_image_size(model, size: int):
     """
     vision_model = unwrap_peft(model.vision_model)
     patch_size, old_size = vision_model.config.patch_size, vision_model.config.image_size
-    token_size = patch_size * round(1 / model.downsample_ratio)  # pixels of the side of an image token
-    if size < token_size or size % token_size:
-        raise ValueError(
-            f"An image size of {size} pixels is invalid: expected a multiple of {token_size} (an image token)"
-        )
+    check_image_size(size, patch_size, model.downsample_ratio)
     if size != old_size:
         with gathered_parameters(vision_model.embeddings.position_embedding):
             vision_model.resize_pos_embeddings(old_size, size, patch_size)

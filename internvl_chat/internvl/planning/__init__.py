@@ -1,0 +1,1 @@
+"""Sample lengths to an epoch plan, and a plan to packed sequences."""
