@@ -30,8 +30,8 @@ class Environment(NamedTuple):
 
 ENVIRONMENTS = {
     "floor": Environment("3.10", is_oldest=True),
-    "libraries": Environment(None, "transformers==5.3.0 peft==0.18.0 accelerate==1.8.1"),
-    "torch29": Environment("3.12", "torch==2.9.1 transformers==5.8.0 peft==0.19.0 accelerate==1.12.0"),
+    "libraries": Environment(None, "transformers==5.8.0 peft==0.19.1 accelerate==1.8.1"),
+    "torch29": Environment("3.12", "torch==2.9.1 transformers==5.12.0 peft==0.20.0 accelerate==1.12.0"),
     "middle": Environment("3.12", "torch==2.11.0 transformers==5.17.0 peft==0.20.0 accelerate==1.15.0"),
     "newest": Environment("3.13"),
 }
@@ -46,7 +46,7 @@ print(platform.python_version(), *map(importlib.metadata.version, sys.argv[1:]))
 """
 SHOWN = "torch transformers peft accelerate deepspeed timm numpy pillow".split()
 # Always the newest: tools of the tests, and bitsandbytes, whose lower bound needs a GPU.
-NOT_OLDEST = "pytest pytest-xdist hypothesis ruff pyrefly moto datasets pillow-heif s3fs bitsandbytes".split()
+NOT_OLDEST = "pytest pytest-xdist hypothesis ruff pyrefly moto pillow-heif bitsandbytes".split()
 
 
 def read_requirements() -> list[Requirement]:

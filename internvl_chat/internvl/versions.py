@@ -9,15 +9,13 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from packaging.version import Version
-
 logger = logging.getLogger(__name__)
 
 # Required library -> oldest version that works. A newer API of a library is used behind a guard that names its version.
 OLDEST_VERSIONS = {
     "torch": "2.6",  # transformers 5.24 requires it
-    "transformers": "5.3",  # the first with Trainer._prepare_for_training and Trainer._get_grad_norm
-    "peft": "0.18",  # transformers 5.3 requires it
+    "transformers": "5.8",  # 5.6 keeps the number of outputs of a resized, tied LM head
+    "peft": "0.19.1",  # 0.18 cannot train rows of new tokens of a tied LM head, 0.19.0 needs torch 2.7
     "accelerate": "1.8.1",  # older ones step after every micro-batch under DeepSpeed
 }
 # Optional package -> module to import, oldest version that works.
@@ -40,16 +38,21 @@ UNTESTED_VERSIONS = {
     "bitsandbytes": "0.51",
 }
 PACKAGE_DIR = Path(__file__).resolve().parent
-PROGRAM_DIRS = [
-    PACKAGE_DIR / "train",
-    *(folder / name for folder in PACKAGE_DIR.parents[:2] for name in ("tools", "shell")),
-]
+PROGRAM_PATHS = [(PACKAGE_DIR / name).resolve() for name in ("__main__.py", "shell", "tools", "train")]
+COMMAND = "internvl"
+
+
+def is_command() -> bool:
+    """Return whether the running program is `internvl` or the doctor, or one of its processes."""
+    name = Path(sys.argv[0]).name.partition(" ")[0]  # "internvl doctor" in the processes that it starts
+    return name in (COMMAND, "doctor.py") or sys.orig_argv[1:3] == ["-m", COMMAND]
 
 
 def require_supported_versions() -> None:
     """Check that no required library is too old.
 
-    `import internvl` calls it, before anything else imports a name that an old version lacks.
+    `import internvl` calls it, before anything else imports a name that an old version lacks. The command `internvl`
+    calls it before it starts a tool: its help needs no library, and the doctor reports old ones.
 
     Raises:
         ImportError: a library is too old.
@@ -62,7 +65,7 @@ def require_supported_versions() -> None:
     wanted = " ".join(f"'{name}>={oldest}'" for name, oldest in older.items())
     message = f"Versions that are too old: {found}. Update: {sys.executable} -m pip install {wanted}"
     program = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve()
-    if any(program.is_relative_to(folder) for folder in PROGRAM_DIRS):
+    if program.name == COMMAND or any(map(program.is_relative_to, PROGRAM_PATHS)):
         sys.exit(f"error: {message}")
     raise ImportError(message)
 
@@ -70,9 +73,20 @@ def require_supported_versions() -> None:
 def is_older(library: str, oldest: str) -> bool:
     """Return whether a library is installed in a version before `oldest`."""
     try:
-        return Version(version(library)) < Version(oldest)
+        return parse_release(version(library)) < parse_release(oldest)
     except PackageNotFoundError:
         return False
+
+
+def parse_release(text: str):
+    """Parse a version without its marks: 2.6.0a0+nv25.01, which NVIDIA's containers have, counts as 2.6.0.
+
+    Returns:
+        A `packaging.version.Version`.
+    """
+    from packaging.version import Version  # the doctor runs without it, too
+
+    return Version(Version(text).base_version)
 
 
 def require_package(name: str, purpose: str, error_class: type[Exception] = ValueError) -> None:
@@ -105,7 +119,7 @@ def describe_untested_versions() -> str:
             installed = version(library)
         except PackageNotFoundError:  # an optional library
             continue
-        if Version(installed) >= Version(bound):
+        if parse_release(installed) >= parse_release(bound):
             newer.append(f"{library} {installed} (tested: < {bound})")
     advice = "Compare losses and answers before relying on them."
     return f"Untested versions: {', '.join(newer)}. {advice}" if newer else ""

@@ -194,7 +194,7 @@ MEDIA_TYPES = {
     "audio": datasets.Audio(),
     "video": datasets.Video(),
     "pdf": datasets.Pdf(),
-    "nifti": datasets.Nifti(),
+    **({"nifti": datasets.Nifti()} if hasattr(datasets, "Nifti") else {}),  # datasets >= 4.4
 }
 
 

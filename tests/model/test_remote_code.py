@@ -15,6 +15,7 @@ from helpers.environments import layer_environment, make_layer_or_skip
 from helpers.paths import PACKAGE_DIR
 from helpers.tiny_models import TINY_LLM, TINY_LLMS, TINY_VITS, make_tiny_checkpoint, randomize_weights
 from huggingface_hub import ModelCard
+from packaging.version import Version
 from programs import remote_code_answers
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
@@ -233,9 +234,10 @@ def test_both_implementations_agree_bitwise(llm, vit):
         states = [m.vision_model(tiles, output_hidden_states=True).hidden_states for m in (model, other)]
         logits = [m(None, ids, mask).logits for m in (model, other)]
         features = [m.extract_feature(tiles[:, :, :56, :56]) for m in (model, other)]
-    for actual, expected in zip(*states, strict=True):
-        assert torch.equal(actual, expected)
-    assert torch.equal(*logits) and torch.equal(*features)
+    # The kernels of torch < 2.9 round a masked attention otherwise: by two units of bf16.
+    tolerance = 0 if Version(torch.__version__) >= Version("2.9") else 0.02
+    for actual, expected in [*zip(*states, strict=True), logits, features]:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max())
 
 
 def test_files_import_only_one_another(goldens, tmp_path):

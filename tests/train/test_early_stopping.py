@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers.evaluation_runs import read_evaluations, read_state, write_evaluation_meta
 from helpers.training_runs import TRAIN_ADAPTERS, load_weights, read_losses, read_step_logs, run_training
-from transformers.trainer_utils import SchedulerType
 
 # The loss falls while these samples are trained. As a greater one is better here, the first evaluation is the best.
 FIRST_IS_BEST = ["--metric_for_best_model", "eval/loss", "--greater_is_better", "True"]
@@ -72,7 +71,6 @@ SCHEDULERS = {
     "reduce_lr_on_plateau": ('{"patience": 0, "factor": 0.5, "threshold": 0}', [1, 1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]),
     "greedy": ('{"patience": 0, "factor": 0.5}', [1, 2, 1, 1 / 2, 1 / 4, 1 / 8]),
 }
-SCHEDULERS = {name: expected for name, expected in SCHEDULERS.items() if name in list(SchedulerType)}  # not in 5.3
 
 
 @pytest.mark.multiprocess

@@ -8,6 +8,7 @@ import torch
 from helpers.model_cases import ModelCase
 from helpers.synchronizations import SynchronizationCounter, assert_one_synchronization_a_step, fake_device, make_fake
 from helpers.training_runs import TRAIN_ADAPTERS, build_run_flags, prepare_trainer
+from packaging.version import Version
 
 from internvl.data.collators import collate_rows, move_batch
 from internvl.model.varlen_attention import use_varlen_attention
@@ -79,6 +80,9 @@ def test_forward_and_backward_pass_read_no_values(goldens, name, kind):
         assert loss.shape == () and all(p.grad is not None for p in model.mlp1.parameters())
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"), reason="torch 2.6 needs a driver for fake CUDA tensors"
+)
 @pytest.mark.parametrize("kind", ["blank tiles", "text"])
 @torch.no_grad()
 def test_copies_to_the_device_do_not_block(goldens, kind):

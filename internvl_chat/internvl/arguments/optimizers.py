@@ -34,7 +34,6 @@ UNSUPPORTED_OPTIMIZERS = {
     ("stable_adamw",): "it requires torch-optimi, which this trainer is not tested with",
     ("grokadamw",): "it requires grokadamw, which this trainer is not tested with",
     ("adamw_anyprecision",): "it requires torchdistx, which is no longer maintained",
-    ("adamw_apex_fused",): "it requires NVIDIA's apex; use adamw_torch_fused",  # before transformers 5.8
     ("adamw_torch_xla",): "it is for TPUs",
     ("adamw_torch_npu_fused",): "it is for Ascend NPUs",
 }

@@ -5,7 +5,6 @@ import math
 
 import torch
 import transformers
-from packaging.version import Version
 from transformers import get_scheduler, optimization
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
@@ -13,13 +12,10 @@ from transformers.trainer_utils import SchedulerType
 # Schedulers that change the rate after evaluations, by the metric of the best model. Their classes have the arguments.
 NEED_METRIC: dict[SchedulerType, type] = {
     SchedulerType.REDUCE_ON_PLATEAU: torch.optim.lr_scheduler.ReduceLROnPlateau,
+    SchedulerType.GREEDY: optimization.GreedyLR,
 }
 # transformers drops the arguments of these
 TAKE_NO_ARGUMENTS = [SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP]
-if Version(transformers.__version__) >= Version("5.4"):
-    NEED_METRIC[SchedulerType.GREEDY] = optimization.GreedyLR
-else:
-    TAKE_NO_ARGUMENTS.append(SchedulerType.INVERSE_SQRT)
 # All others compute the rate from the number of the step.
 STEP_SCHEDULERS = tuple(name.value for name in SchedulerType if name not in NEED_METRIC)
 SET_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")

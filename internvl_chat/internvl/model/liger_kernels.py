@@ -28,13 +28,14 @@ def use_liger_kernels(model: InternVLChatModel) -> None:
         ValueError: liger-kernel is not installed or too old, or there is no device that can run its kernels.
     """
     require_package("liger-kernel", "--use_liger True")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("--use_liger True requires a CUDA device: Liger's kernels are written in Triton.")
+    # Triton 3.2, of torch 2.6, cannot even be imported without a device.
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     from internvl.model.liger_layers import LIGER_LAYERS
 
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("--use_liger True requires a CUDA device: Liger's kernels are written in Triton.")
     for module in model.modules():
         module.__class__ = LIGER_LAYERS.get(type(module), type(module))
     llm = unwrap_peft(model.language_model)

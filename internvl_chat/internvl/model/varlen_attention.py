@@ -200,13 +200,11 @@ def _compute_attention(query, key, value, mask, *, scaling, dropout, softcap, si
     return F.dropout(weights, dropout) @ value
 
 
-def create_varlen_mask(kv_length: int, attention_mask=None, **kwargs) -> torch.Tensor | None:
+def create_varlen_mask(q_length: int, kv_length: int, attention_mask=None, **kwargs) -> torch.Tensor | None:
     """Create a mask only for padding or cached tokens, as `sdpa_mask` does."""
-    # transformers 5.3 passes the positions of the queries, newer versions their number.
-    q_length = len(kwargs["cache_position"]) if "cache_position" in kwargs else kwargs["q_length"]
     if attention_mask is None and q_length == kv_length:
         return None
-    return sdpa_mask(kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register(VARLEN_TORCH, compute_varlen_attention)

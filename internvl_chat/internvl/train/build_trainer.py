@@ -100,7 +100,7 @@ def build_trainer(
     if training_args.deepspeed:
         num_trainable = sum(count_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
         limit_reduce_bucket(training_args.hf_deepspeed_config.config, num_trainable)
-    trainer = trainer_class(
+    return trainer_class(
         model=model,
         args=training_args,
         train_dataset=data.dataset,
@@ -116,9 +116,6 @@ def build_trainer(
         evaluation=evaluation,
         **kwargs,
     )
-    # The trainer divides the loss by the number of micro-batches. transformers < 5.6 lets accelerate divide it again.
-    trainer.accelerator.gradient_accumulation_steps = 1
-    return trainer
 
 
 def log_evaluation_plan(

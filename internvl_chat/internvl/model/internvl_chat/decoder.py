@@ -1,6 +1,5 @@
 """Attention implementation of the LLM, and its decoder on packed rows."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -212,6 +211,4 @@ def create_packed_masks(llm: PreTrainedModel, embeds: torch.Tensor, position_ids
     from transformers.masking_utils import create_masks_for_generate
 
     arguments: dict[str, Any] = {CACHE_NAME: None, "position_ids": position_ids}
-    if "cache_position" in inspect.signature(create_masks_for_generate).parameters:  # transformers 5.3
-        arguments["cache_position"] = torch.arange(embeds.shape[1], device=embeds.device)
     return create_masks_for_generate(llm.config, embeds, attention_mask=None, **arguments)

@@ -75,6 +75,10 @@ def _load_by_class(path: str | Path, config: dict, **kwargs) -> PreTrainedTokeni
     """Load a tokenizer with the class that its tokenizer_config.json names."""
     if not config:
         raise ValueError(f"no tokenizer in {str(path)!r}: tokenizer_config.json is missing")
+    # The checkpoint's own files, whatever paths its configuration has: transformers 5.8 would open those.
+    for key in config:
+        if key.endswith("_file"):
+            kwargs.setdefault(key, None)
     name = config.get("tokenizer_class") or ""
     tokenizer_class = TOKENIZER_CLASSES.get(name) or TOKENIZER_CLASSES.get(name.removesuffix("Fast"))
     if name.startswith(LlamaTokenizer.__name__) and config.get("legacy") is False and _has_sentencepiece_model(path):
