@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Launch a training run: environment, batch size arithmetic, torchrun or srun, log. The only script with logic. A recipe
-# sets variables and FLAGS, in syntax that `sh` can read too, and ends with `. .../launch.sh`.
+# sets variables and FLAGS, in syntax that `sh` can read too, and ends with `. .../launch.sh`. Run by itself, this script
+# passes on the flags that it is given, without those of recipes. `internvl train` runs either.
 #
 #   MODEL_PATH META_PATH OUTPUT_DIR          checkpoint, data sets, output folder
 #   BATCH_SIZE PER_DEVICE_BATCH_SIZE         global batch size, maximum micro-batch size; of a packed recipe in rows
@@ -13,6 +14,7 @@
 #                                            CLUSTER_GPUS, its number of GPUs on a cluster
 #   NODE_RANK MASTER_ADDR MASTER_PORT        pytorch with several nodes: start the recipe on each node
 #   PARTITION GRES CPUS_PER_TASK SRUN_ARGS   slurm; GRES=none for tasks without a GPU
+#   INTERNVL_PYTHON                          the Python to train with; nothing is installed. Without it setup.sh chooses
 #   DRY_RUN=1                                print the command and exit
 # The user's flags come last and override the recipe's. The exit status is the training's; preemption signals are
 # forwarded to it.
@@ -32,9 +34,13 @@ stop_unless_dry_run() { # for what this machine lacks: a dry run, on any machine
 ROOT=$(realpath -- "$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")/..")
 CODE=$ROOT/internvl_chat
 [[ -d $CODE ]] || CODE=$ROOT # copied into an upstream checkout: shell/ is inside internvl_chat/
+IMPORT_PATH=$CODE${PYTHONPATH:+:$PYTHONPATH}
+[[ ! -f $ROOT/__init__.py ]] || CODE=${ROOT%/*} IMPORT_PATH='' # installed: shell/ is inside the package
+PYTHON=${INTERNVL_PYTHON:-python3}
 RECIPE=$(realpath -- "$0")
 [[ $RECIPE == "$ROOT"/shell/* ]] && RECIPE=${RECIPE#"$ROOT"/shell/} || RECIPE=${RECIPE##*/}
 RECIPE=${RECIPE%.sh}
+[[ ${BASH_SOURCE[0]} == "$0" ]] && RECIPE=internvl IS_RECIPE='' || IS_RECIPE=1
 [[ -z ${PROJECT_NAME:-} ]] || RECIPE=$PROJECT_NAME/${RECIPE##*/}
 : "${ENTRY:=internvl_chat_finetune.py}" "${META_PATH:=$ROOT/shell/data/internvl_1_2_finetune_custom.json}"
 [[ $ENTRY == */* ]] || ENTRY=$CODE/internvl/train/$ENTRY
@@ -42,12 +48,11 @@ RECIPE=${RECIPE%.sh}
 : "${OUTPUT_DIR:=work_dirs/$RECIPE}" "${ZERO_CONFIG:=zero_stage2_config.json}"
 
 get_last_value() { # arguments: flag, words; print the flag's last value among the words, which the parser uses
-    local flag=$1 value=
+    local flag=${1//-/_} value='' name
     while shift && (($#)); do
-        case $1 in
-            "$flag") value=${2:-} ;;
-            "$flag"=*) value=${1#*=} ;;
-        esac
+        name=${1%%=*}
+        [[ ${name//-/_} == "$flag" ]] || continue # --output-dir is --output_dir
+        if [[ $1 == *=* ]]; then value=${1#*=}; else value=${2:-}; fi
     done
     printf '%s' "$value"
 }
@@ -122,41 +127,49 @@ if [[ $LAUNCHER-$SLURM_PLACE == slurm-task ]] && ((GPUS != STEP_TASKS)); then
     stop "GPUS=$GPUS is invalid: this step of SLURM has $STEP_TASKS tasks"
 fi
 
-if ((GPUS <= BATCH_SIZE && BATCH_SIZE < GPUS * PER_DEVICE_BATCH_SIZE)); then
-    PER_DEVICE_BATCH_SIZE=$((BATCH_SIZE / GPUS))
-    echo "launch.sh: micro-batch size reduced to $PER_DEVICE_BATCH_SIZE: BATCH_SIZE=$BATCH_SIZE / GPUS=$GPUS." >&2
-fi
-UNIT=$((PER_DEVICE_BATCH_SIZE * GPUS))
-GRADIENT_ACC=$((BATCH_SIZE / UNIT))
-if ((GRADIENT_ACC * UNIT != BATCH_SIZE)); then
-    NEAREST=$((UNIT * (GRADIENT_ACC + 1)))
-    ((GRADIENT_ACC == 0)) || NEAREST="$((UNIT * GRADIENT_ACC)) and $NEAREST"
-    stop "BATCH_SIZE=$BATCH_SIZE is not a multiple of PER_DEVICE_BATCH_SIZE=$PER_DEVICE_BATCH_SIZE x GPUS=$GPUS" \
-        "= $UNIT; nearest valid: $NEAREST"
-fi
+if [[ -n $IS_RECIPE ]]; then
+    [[ " $*" != *" --config"[=\ ]* ]] || stop "--config replaces a recipe: internvl train --config FILE"
+    if ((GPUS <= BATCH_SIZE && BATCH_SIZE < GPUS * PER_DEVICE_BATCH_SIZE)); then
+        PER_DEVICE_BATCH_SIZE=$((BATCH_SIZE / GPUS))
+        echo "launch.sh: micro-batch size reduced to $PER_DEVICE_BATCH_SIZE: BATCH_SIZE=$BATCH_SIZE / GPUS=$GPUS." >&2
+    fi
+    UNIT=$((PER_DEVICE_BATCH_SIZE * GPUS))
+    GRADIENT_ACC=$((BATCH_SIZE / UNIT))
+    if ((GRADIENT_ACC * UNIT != BATCH_SIZE)); then
+        NEAREST=$((UNIT * (GRADIENT_ACC + 1)))
+        ((GRADIENT_ACC == 0)) || NEAREST="$((UNIT * GRADIENT_ACC)) and $NEAREST"
+        stop "BATCH_SIZE=$BATCH_SIZE is not a multiple of PER_DEVICE_BATCH_SIZE=$PER_DEVICE_BATCH_SIZE x GPUS=$GPUS" \
+            "= $UNIT; nearest valid: $NEAREST"
+    fi
 
-ARGS=( # flags common to upstream's InternVL2.5 recipes; recipes of other models override them in FLAGS
-    --conv_style internvl2_5 --force_image_size 448 --down_sample_ratio 0.5 --ps_version v2
-    --dynamic_image_size True --use_thumbnail True --max_dynamic_patch 6 --max_seq_length 8192 --group_by_length True
-    --do_train True --num_train_epochs 1 --bf16 True --grad_checkpoint True --dataloader_num_workers 4
-    --lr_scheduler_type cosine --warmup_ratio 0.03 --evaluation_strategy no
-    --save_strategy steps --save_steps 200 --save_total_limit 1 --logging_steps 1 --report_to tensorboard
-    --meta_path "$META_PATH" --output_dir "$OUTPUT_DIR"
-    --per_device_train_batch_size "$PER_DEVICE_BATCH_SIZE" --gradient_accumulation_steps "$GRADIENT_ACC"
-)
-[[ -z ${MODEL_PATH:-} ]] || ARGS+=(--model_name_or_path "$MODEL_PATH")
-[[ $ZERO_CONFIG == none ]] || ARGS+=(--deepspeed "$ZERO_CONFIG")
-# shellcheck disable=SC2206 # FLAGS is split into words
-ARGS+=(${FLAGS:-} "$@")
+    ARGS=( # flags common to upstream's InternVL2.5 recipes; recipes of other models override them in FLAGS
+        --conv_style internvl2_5 --force_image_size 448 --down_sample_ratio 0.5 --ps_version v2
+        --dynamic_image_size True --use_thumbnail True --max_dynamic_patch 6 --max_seq_length 8192
+        --group_by_length True --do_train True --num_train_epochs 1 --bf16 True --grad_checkpoint True
+        --dataloader_num_workers 4 --lr_scheduler_type cosine --warmup_ratio 0.03 --evaluation_strategy no
+        --save_strategy steps --save_steps 200 --save_total_limit 1 --logging_steps 1 --report_to tensorboard
+        --meta_path "$META_PATH" --output_dir "$OUTPUT_DIR"
+        --per_device_train_batch_size "$PER_DEVICE_BATCH_SIZE" --gradient_accumulation_steps "$GRADIENT_ACC"
+    )
+    [[ -z ${MODEL_PATH:-} ]] || ARGS+=(--model_name_or_path "$MODEL_PATH")
+    [[ $ZERO_CONFIG == none ]] || ARGS+=(--deepspeed "$ZERO_CONFIG")
+    # shellcheck disable=SC2206 # FLAGS is split into words
+    ARGS+=(${FLAGS:-} "$@")
+    MODEL_NAME=MODEL_PATH= META_NAME=META_PATH= OUTPUT_NAME=OUTPUT_DIR= # for messages
+else
+    ARGS=("$@")
+    MODEL_NAME='--model_name_or_path ' META_NAME='--meta_path ' OUTPUT_NAME='--output_dir '
+fi
 
 MODEL=$(get_last_value --model_name_or_path "${ARGS[@]}")
 META=$(get_last_value --meta_path "${ARGS[@]}")
 OUTPUT=$(get_last_value --output_dir "${ARGS[@]}")
+[[ -n $META && -n $OUTPUT ]] || stop "--meta_path and --output_dir are required: data sets, output folder"
 # ORG/NAME is downloaded from the Hugging Face hub, unless ORG is a folder here: then it is a wrong path.
 if [[ -n $MODEL && ! -d $MODEL && (! $MODEL =~ ^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$ || -d ${MODEL%%/*}) ]]; then
-    stop_unless_dry_run "MODEL_PATH=$MODEL is not a folder and not a model ORG/NAME of the Hugging Face hub"
+    stop_unless_dry_run "$MODEL_NAME$MODEL is not a folder and not a model ORG/NAME of the Hugging Face hub"
 fi
-[[ -f $META ]] || stop_unless_dry_run "META_PATH=$META is not a file; copy shell/data/example.json"
+[[ -f $META ]] || stop_unless_dry_run "$META_NAME$META is not a file; copy $ROOT/shell/data/example.json"
 [[ -f $ENTRY ]] || stop_unless_dry_run "ENTRY=$ENTRY is not a file"
 
 find_free_port() { # below the range from which systems take ports for outgoing connections
@@ -178,12 +191,12 @@ case $LAUNCHER-$SLURM_PLACE in
         ((NODES == 1)) || : "${MASTER_PORT:=34229}" # the same on every node
         : "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=$(find_free_port)}"
         CPUS_PER_TASK=${CPUS_PER_TASK:-$(($(env -u OMP_NUM_THREADS nproc) / GPUS_PER_NODE))}
-        START=(python3 "$ROOT/shell/torchrun.py" --nnodes="$NODES" --node_rank="$NODE_RANK"
+        START=("$PYTHON" "$ROOT/shell/torchrun.py" --nnodes="$NODES" --node_rank="$NODE_RANK"
             --nproc_per_node="$GPUS_PER_NODE" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT")
         ;;
     slurm-task)
         CPUS_PER_TASK=${CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}
-        START=(python3 -u)
+        START=("$PYTHON" -u)
         ;;
     slurm-*)
         command -v srun >/dev/null || stop_unless_dry_run "LAUNCHER=slurm requires srun, which is not on PATH"
@@ -198,7 +211,7 @@ case $LAUNCHER-$SLURM_PLACE in
         fi
         [[ $GRES == none ]] || START+=(--gres="$GRES")
         # shellcheck disable=SC2206 # SRUN_ARGS is split into words
-        START+=(--cpus-per-task="$CPUS_PER_TASK" --kill-on-bad-exit=1 ${SRUN_ARGS:-} python3 -u)
+        START+=(--cpus-per-task="$CPUS_PER_TASK" --kill-on-bad-exit=1 ${SRUN_ARGS:-} "$PYTHON" -u)
         ;;
 esac
 
@@ -209,7 +222,7 @@ COMMAND=(
     env PYTORCH_ALLOC_CONF="$ALLOC_CONF" PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF-$ALLOC_CONF}"
     LAUNCHER="$LAUNCHER" ${MASTER_PORT:+MASTER_PORT="$MASTER_PORT"} TF_CPP_MIN_LOG_LEVEL=3
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CPUS_PER_TASK > 0 ? CPUS_PER_TASK : 1))}"
-    PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"
+    ${IMPORT_PATH:+PYTHONPATH="$IMPORT_PATH"}
     "${START[@]}" "$ENTRY" "${ARGS[@]}"
 )
 if [[ ${DRY_RUN:-0} == 1 ]]; then
@@ -218,10 +231,11 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
 fi
 
 # shellcheck source=shell/setup.sh
-source "$ROOT/shell/setup.sh"
+[[ -n ${INTERNVL_PYTHON:-} ]] || source "$ROOT/shell/setup.sh"
+[[ -z $IMPORT_PATH ]] || export PYTHONPATH=$IMPORT_PATH
 [[ $LAUNCHER-$SLURM_PLACE == slurm-task && $SLURM_PROCID != 0 ]] && exec "${COMMAND[@]}" # task 0 alone writes the log
-[[ ${NODE_RANK:-0} != 0 ]] || python3 -m internvl.runtime.output_lock "${ARGS[@]}"
-ERROR=$(mkdir -p "$OUTPUT" 2>&1) || stop "cannot create OUTPUT_DIR=$OUTPUT: ${ERROR##*: }"
+[[ ${NODE_RANK:-0} != 0 ]] || "$PYTHON" -m internvl.runtime.output_lock "${ARGS[@]}"
+ERROR=$(mkdir -p "$OUTPUT" 2>&1) || stop "cannot create $OUTPUT_NAME$OUTPUT: ${ERROR##*: }"
 [[ ! -e $OUTPUT/training_log.txt || -f $OUTPUT/training_log.txt ]] || stop "$OUTPUT/training_log.txt is not a regular file"
 
 # Whatever signals come, tee and this shell stay until the training has exited and the log is complete. The log is

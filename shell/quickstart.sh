@@ -23,8 +23,9 @@ for option; do
 done
 
 ROOT=$(CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-TOOLS=$ROOT/internvl_chat/tools
-WORK=$(realpath -m -- "${OUTPUT_DIR:-$ROOT/work_dirs/quickstart}")
+TOOLS=$ROOT/internvl_chat/tools BASE=$ROOT
+[[ -d $TOOLS ]] || TOOLS=$ROOT/tools BASE=$PWD # an installed package
+WORK=$(realpath -m -- "${OUTPUT_DIR:-$BASE/work_dirs/quickstart}")
 unset OUTPUT_DIR MODEL_PATH META_PATH DRY_RUN # each training stage sets its own
 # shellcheck source=shell/setup.sh
 source "$ROOT/shell/setup.sh"

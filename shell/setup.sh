@@ -4,12 +4,14 @@
 #   INTERNVL_VENV=none   use the active environment; missing requirements are installed into it
 #   INTERNVL_VENV=PATH   use another folder for the environment
 #   INTERNVL_FLASH_ATTN=1   also compile flash-attn, up to 30 minutes; PyTorch >= 2.10 has such a kernel itself
+# In an installed package there is nothing to set up: pip has installed what it requires.
 # An interactive shell can source this file: it sets no shell options and calls exit only in subshells. The return
 # status is that of _internvl_setup.
 
 _internvl_setup() {
     local root code env wanted compiler=${CXX:-c++}
     root=$(CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd) || return
+    [[ ! -f $root/__init__.py ]] || return 0 # inside an installed package
     code=$root/internvl_chat
     [[ -d $code ]] || code=$root # copied into an upstream checkout: shell/ is inside internvl_chat/
     env=${INTERNVL_VENV:-$root/.venv}
@@ -41,20 +43,22 @@ _internvl_setup() {
 _internvl_log() { printf 'setup.sh: %s\n' "$*" >&2; }
 _internvl_fail() { _internvl_log "$*." && exit 1; }
 
+_INTERNVL_IS_RECENT='import sys; sys.exit(sys.version_info < (3, 10))'
 _internvl_python() { # print the first Python >= 3.10; with INTERNVL_VENV=none only python3 qualifies
     local python candidates=(python3 python3.13 python3.12 python3.11 python3.10)
     [[ ${INTERNVL_VENV:-} == none ]] && candidates=(python3)
     for python in "${candidates[@]}"; do
-        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$python" && return
+        "$python" -c "$_INTERNVL_IS_RECENT" 2>/dev/null && echo "$python" && return
     done
     return 1
 }
 
 _internvl_install() { # arguments: repository root, environment, content of its stamp
     local root=$1 env=$2 wanted=$3 python version free error
-    # Lock: one installation at a time, also by jobs that share the disk. The kernel releases it when its owner exits.
-    # With a read-only checkout, or a file system without locks, install without it.
-    { exec 9<>"$root/requirements.txt"; } 2>/dev/null
+    [[ ${INTERNVL_VENV:-} == none ]] || error=$(mkdir -p "$env" 2>&1) || _internvl_fail "cannot create $env: ${error##*: }"
+    # Lock: one installation at a time, also by jobs that share the disk and by other checkouts. The kernel releases it
+    # when its owner exits. With a read-only environment, or a file system without locks, install without it.
+    { exec 9>>"$env/.internvl-lock"; } 2>/dev/null
     if [[ -e /dev/fd/9 ]] && command -v flock >/dev/null && ! flock -n 9 2>/dev/null; then
         _internvl_log "another process is installing into $env; waiting for it"
         flock 9 || true
@@ -70,15 +74,18 @@ _internvl_install() { # arguments: repository root, environment, content of its 
     if [[ ${INTERNVL_VENV:-} != none ]]; then
         "$python" -c 'import venv, ensurepip' 2>/dev/null ||
             _internvl_fail "Python $version cannot create environments: apt-get install python$version-venv"
-        error=$(mkdir -p "$env" 2>&1) || _internvl_fail "cannot create $env: ${error##*: }"
         if [[ ! -f $env/.internvl ]]; then
             free=$(df -Pk "$env" | awk 'NR == 2 {print int($4 / 1048576)}')
             ((${free:-0} >= 10)) ||
                 _internvl_fail "$env needs 10 GB of disk, $free GB are free: set INTERNVL_VENV to another folder"
         fi
         _internvl_log "installing requirements.txt into $env with Python $version (once, takes some minutes)"
+        if "$env/bin/python3" -c "$_INTERNVL_IS_RECENT" 2>/dev/null; then
+            python=$env/bin/python3 # it may be running
+        else
+            rm -f "$env"/bin/python* # venv keeps existing links, also to a Python that was removed
+        fi
         python=$("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))') # not $env's
-        rm -f "$env"/bin/python* # venv keeps existing links, also to a Python that was removed
         "$python" -m venv "$env" || _internvl_fail "'$python -m venv $env' failed, see above"
         python=$env/bin/python3
     fi

@@ -147,6 +147,7 @@ def test_number_of_zero_configs():
 INVALID = {
     "unknown ZeRO config": (["--deepspeed", "zero_stage9.json"], "zero_stage9.json: no such file"),
     "unknown flag": (["--no_such_flag", "3"], "unknown flag: --no_such_flag 3"),
+    "abbreviation": (["--use_packed", "False"], "unknown flag: --use_packed False; did you mean --use_packed_ds?"),
     "a second value": (
         ["--max_steps", "3", "--report_to", "tensorboard", "3"],
         "^--report_to tensorboard 3: 3 belongs to no flag; a flag takes one value, and a list has commas: A,B.$",

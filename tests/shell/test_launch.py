@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 import psutil
 import pytest
 from helpers.live_runs import wait_until
-from helpers.paths import REPO_ROOT, VISION_LORA_RECIPE
+from helpers.paths import EXAMPLE_META, REPO_ROOT, VISION_LORA_RECIPE
 from helpers.recipe_runs import replace_training
 
 NVIDIA_SMI = '#!/bin/sh\n[ "$1" = -L ] && printf "GPU 0: A (UUID: x)\\nGPU 1: A (UUID: y)\\n"\n'
@@ -161,6 +162,65 @@ def test_world_size_counts_nodes_in_the_recipes_of_3_5(dry_run, variables):
     words += [f"--master_port={port}"] if (port := variables.get("MASTER_PORT")) else []
     assert {*words} <= {*start}
     assert args[args.index("--gradient_accumulation_steps") + 1] == str(512 // 8 // nodes)
+
+
+LAUNCH_SCRIPT = REPO_ROOT / "shell/launch.sh"
+PLAIN_FLAGS = f"--meta_path {EXAMPLE_META} --output_dir out --learning_rate=1e-3".split()
+
+
+def test_launch_sh_by_itself_passes_on_only_the_given_flags(dry_run):
+    variables = {"MODEL_PATH": "other", "OUTPUT_DIR": "other", "BATCH_SIZE": 7, "FLAGS": "--other 1", "GPUS": 2}
+    start, args = dry_run(LAUNCH_SCRIPT, *PLAIN_FLAGS, **variables)
+    assert args == PLAIN_FLAGS
+    assert "--nproc_per_node=2" in start
+    assert dry_run(LAUNCH_SCRIPT, *PLAIN_FLAGS, ENTRY="internvl_chat_mpo.py")[0][-1].endswith("_mpo.py")
+    start, _ = dry_run(LAUNCH_SCRIPT, *PLAIN_FLAGS, **JOB)
+    assert {"srun", "--ntasks=8", "--job-name=internvl"} <= {*start}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (LAUNCH_SCRIPT, [], "--meta_path and --output_dir are required: data sets, output folder"),
+        (LAUNCH_SCRIPT, PLAIN_FLAGS[:2], "--meta_path and --output_dir are required: data sets, output folder"),
+        (
+            LAUNCH_SCRIPT,
+            [*PLAIN_FLAGS, "--meta_path=no.json"],
+            "--meta_path no.json is not a file; copy .*example.json",
+        ),
+        (VISION_LORA_RECIPE, ["--config", "run.yaml"], "--config replaces a recipe: internvl train --config FILE"),
+        (VISION_LORA_RECIPE, ["--config=run.yaml"], "--config replaces a recipe: internvl train --config FILE"),
+    ],
+)
+def test_plain_flags_and_recipes_have_their_own_messages(bash, script, flags, message):
+    done = bash(script, *flags)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(f"launch.sh: {message}.\n", done.stderr), done.stderr
+
+
+def test_the_python_that_trains_can_be_chosen(dry_run):
+    for variables in ({}, TASK):
+        start, _ = dry_run(VISION_LORA_RECIPE, INTERNVL_PYTHON="/a/python", **variables)
+        assert "/a/python" in start and "python3" not in start
+
+
+@pytest.mark.multiprocess
+def test_a_chosen_python_needs_no_setup(bash, tmp_path):
+    """setup.sh would stop without a compiler."""
+    variables = replace_training(tmp_path, "import internvl, sys; print(sys.executable)") | {"CXX": "/bin/false"}
+    done = bash(VISION_LORA_RECIPE, INTERNVL_PYTHON=sys.executable, **variables)
+    assert done.stdout == f"{sys.executable}\n", done.stderr
+    assert bash(VISION_LORA_RECIPE, **variables).returncode != 0
+
+
+def test_an_installed_package_is_found_by_its_python(bash, tmp_path):
+    package = tmp_path / "packages/internvl"
+    shutil.copytree(REPO_ROOT / "shell", package / "shell")
+    (package / "__init__.py").touch()
+    done = bash(package / "shell/internvl2.5/8b_vit_lora.sh", DRY_RUN=1, PYTHONPATH="/mine")
+    assert "PYTHONPATH" not in done.stdout
+    assert f" {package}/train/internvl_chat_finetune.py " in done.stdout
+    assert f" {package}/shell/torchrun.py " in done.stdout
 
 
 @pytest.mark.parametrize("shell", [{}, {"SLURM_PROCID": 0}, {"SLURM_PROCID": 0, "SLURM_STEP_ID": 4294967290}])

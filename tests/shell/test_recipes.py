@@ -52,7 +52,13 @@ def test_flags_of_the_vision_lora_recipes(parse_recipe, size):
 
 
 @pytest.mark.parametrize(
-    "words", ["--use_packed_ds False", "--use_packed_ds=no", "--use_packed_ds True --use_packed_ds 0"]
+    "words",
+    [
+        "--use_packed_ds False",
+        "--use_packed_ds=no",
+        "--use_packed_ds True --use_packed_ds 0",
+        "--use-packed-ds False",
+    ],
 )
 @pytest.mark.parametrize("size", EXPECTED_BY_SIZE)
 def test_without_packing_a_step_has_128_padded_samples(parse_recipe, size, words):

@@ -86,7 +86,9 @@ def test_the_second_call_is_silent_and_instant(repository, tools):
     assert twice.stdout == first.stdout, "sourcing again changes nothing"
 
     (repository / "requirements.txt").write_text("# something else\n")
+    python = (env / "bin/python3").lstat().st_ctime_ns
     assert "once" in setup(repository, PATH=tools).stderr, "new requirements are installed"
+    assert (env / "bin/python3").lstat().st_ctime_ns == python, "a running Python is not replaced"
     moved = repository.rename(repository.with_name("moved"))
     again = setup(moved, PATH=tools)
     assert again.stdout.startswith(str(moved / ".venv")), "a moved environment is repaired"
@@ -104,13 +106,14 @@ def test_new_requirements_are_installed_while_the_environment_is_active(reposito
 
 
 def test_a_second_job_waits_for_the_installation(repository):
-    with (repository / "requirements.txt").open("r+") as file:
+    (repository / ".venv").mkdir()
+    with (repository / ".venv/.internvl-lock").open("w") as file:
         subprocess.run(["flock", str(file.fileno())], pass_fds=[file.fileno()], check=True)
         job = subprocess.Popen(
             ["/bin/bash", repository / "shell/setup.sh"], stderr=subprocess.PIPE, env=os.environ | {"INTERNVL_VENV": ""}
         )
         assert b"waiting" in job.stderr.readline()
-        (repository / ".venv/bin").mkdir(parents=True)
+        (repository / ".venv/bin").mkdir()
         (repository / ".venv/bin/activate").touch()
         (repository / ".venv/.internvl").write_text(f"{repository}/.venv\n# no packages")
     assert job.wait(timeout=20) == 0, "the other job has installed everything"
@@ -189,3 +192,15 @@ def test_internvl_venv_none_uses_the_active_environment():
         assert done.stderr == ""
         assert f"{sys.prefix}/bin/python3 {REPO_ROOT}/internvl_chat" in done.stdout
     assert seconds < 0.3
+
+
+def test_an_installed_package_needs_no_setup(tmp_path):
+    """pip has installed it: neither a compiler nor requirements.txt is there, and PYTHONPATH stays."""
+    package = tmp_path / "site-packages/internvl"
+    (package / "shell").mkdir(parents=True)
+    shutil.copy(REPO_ROOT / "shell/setup.sh", package / "shell")
+    (package / "__init__.py").touch()
+    script = 'source "$0/shell/setup.sh" && echo "<${PYTHONPATH-unset}>"'
+    done = setup(package, script, CXX="no-such-compiler")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "<unset>\n", "")
+    assert sorted(path.name for path in package.iterdir()) == ["__init__.py", "shell"]

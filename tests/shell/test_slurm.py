@@ -86,9 +86,17 @@ def assert_equal_runs(output: Path, unbroken_run: Path) -> None:
 
 
 class Job:
-    """A batch job of shell/slurm/8b_vit_lora.sbatch."""
+    """A batch job of a script, by default shell/slurm/8b_vit_lora.sbatch."""
 
-    def __init__(self, cluster: Cluster, folder: Path, *flags: str, options: tuple[str, ...] = (), **variables):
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        *flags: str,
+        options: tuple[str, ...] = (),
+        script: str = "shell/slurm/8b_vit_lora.sbatch",
+        **variables,
+    ):
         self.cluster, self.log = cluster, folder / "job.log"
         cpu = [
             "--parsable",
@@ -98,7 +106,7 @@ class Job:
             "--time=10",
             f"--chdir={REPO_ROOT}",
         ]
-        command = ["sbatch", *cpu, f"--output={self.log}", *options, "shell/slurm/8b_vit_lora.sbatch", *flags]
+        command = ["sbatch", *cpu, f"--output={self.log}", *options, script, *flags]
         done = cluster.run(
             *command, env=os.environ | {name: str(value) for name, value in variables.items()}, cwd=REPO_ROOT
         )
@@ -144,6 +152,25 @@ def test_a_recipe_started_by_srun_equals_one_that_starts_srun(
     assert_equal_runs(tmp_path / "out", unbroken_run)
     log = (tmp_path / "out/training_log.txt").read_text(errors="replace")
     assert count_logged_steps(log) == 60, "rank 0 alone writes the log"
+
+
+def test_the_example_requeues_and_equals_an_unbroken_run(cluster, recipe_variables, unbroken_run, tmp_path):
+    """The job of examples/slurm, with the installed command in place of the image."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/internvl"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m internvl "$@"\n')
+    program.chmod(0o755)
+    path = f"{program.parent}:{cluster.env['PATH']}"
+    variables = recipe_variables | {"CONTAINER": f"env PATH={path}", "PYTHONPATH": PACKAGE_DIR}
+    output = tmp_path / "out"
+    words = [variables.pop("META_PATH"), str(output), *FLAGS]
+    job = Job(cluster, tmp_path, *words, script="examples/slurm/train.sbatch", **variables)
+    job.wait_until(lambda: count_logged_steps(job.printed()) >= 3)
+    job.find_task(1).send_signal(signal.SIGUSR1)
+    job.start_requeued(1)
+    job.wait_until(lambda: job.has_state("JobState", "COMPLETED"))
+    assert "Resuming from checkpoint-" in job.printed()
+    assert_equal_runs(output, unbroken_run)
 
 
 def test_an_interrupted_job_equals_an_unbroken_run(cluster, recipe_variables, unbroken_run, tmp_path):

@@ -23,7 +23,15 @@ with open(REPO_ROOT / "tests/recipes.tsv", newline="") as table:
 # Scripts of upstream's data pipeline, whose programs are not in this repository.
 NOT_SHIPPED = {path for path, row in ROWS.items() if row["entry"].startswith("tools/")}
 RECIPES = {path: row for path, row in ROWS.items() if path not in NOT_SHIPPED}
-NOT_UPSTREAM = ["launch.sh", "setup.sh", "torchrun.py", "quickstart.sh", "internvl2.5/*_vit_lora.sh", "data/*.json"]
+NOT_UPSTREAM = [
+    "launch.sh",
+    "describe_recipes.sh",
+    "setup.sh",
+    "torchrun.py",
+    "quickstart.sh",
+    "internvl2.5/*_vit_lora.sh",
+    "data/*.json",
+]
 NOT_UPSTREAM += ["slurm/*", "internvl3_5.sh", "*/common.sh"]
 
 # Flags of upstream's scripts that have no column in the table; the column `other` overrides them.

@@ -4,8 +4,10 @@ All other flags of transformers work as documented there, or only have an effect
 """
 
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
-import transformers
+if TYPE_CHECKING:
+    import transformers
 
 OWN_EVALUATION = "evaluation sets are packed, and run in the precision of training"
 OWN_DATALOADER = "the data loader reads an epoch plan that every rank computes for itself"
@@ -23,7 +25,7 @@ UNSUPPORTED = {
     "dataloader_drop_last": "the last step of an epoch may be smaller, and its loss is weighted accordingly",
     "dataloader_in_order": OWN_DATALOADER,
     "ddp_backend": "the process group is created before flags are parsed: nccl with CUDA, else gloo",
-    "do_predict": "tools/chat.py answers the questions of a file",
+    "do_predict": "`internvl chat` answers the questions of a file",
     "enable_jit_checkpoint": "it installs a second SIGTERM handler; SIGTERM already saves a checkpoint, within "
     "--save_on_signal_seconds",
     "eval_accumulation_steps": OWN_EVALUATION,
@@ -63,7 +65,7 @@ REMOVED_FLAGS = {
 }
 
 
-def refuse_unsupported_flags(args: transformers.TrainingArguments) -> None:
+def refuse_unsupported_flags(args: "transformers.TrainingArguments") -> None:
     """Raise a ValueError for the first flag whose value is not supported."""
     defaults = {field.name: field.default for field in fields(args)}
     for flag, reason in UNSUPPORTED.items():
