@@ -4,10 +4,14 @@ import json
 import os
 
 import pytest
-from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from deepspeed.git_version_info import installed_ops
 
 from internvl.arguments.deepspeed_config import MAX_CONFIG_BYTES, ZERO_CONFIG_DIR, limit_reduce_bucket
 from internvl.arguments.training import parse_args
+from internvl.arguments.validate import list_ops_to_compile
 
 ZERO_2 = json.loads((ZERO_CONFIG_DIR / "zero_stage2_config.json").read_text())
 
@@ -175,3 +179,31 @@ def test_accelerate_passes_the_limited_bucket_on(tmp_path):
     args = parse(tmp_path, json.dumps(zero(2, reduce_bucket_size=1e9)))
     limit_reduce_bucket(args.hf_deepspeed_config.config, 1000)
     assert args.deepspeed_plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] == 1000
+
+
+@pytest.fixture
+def installed_accelerator():
+    """Restore the accelerator that a test replaces."""
+    before = get_accelerator()
+    yield
+    set_accelerator(before)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "zero", "built_in", "expected"),
+    [
+        (CPU_Accelerator, {"stage": 2}, (), ["deepspeed_shm_comm"]),
+        (CPU_Accelerator, {"stage": 2}, ("deepspeed_shm_comm",), []),
+        (CUDA_Accelerator, {"stage": 3}, (), []),
+        (CUDA_Accelerator, {"stage": 2, "offload_optimizer": {"device": "none"}}, (), []),
+        (CUDA_Accelerator, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, (), ["cpu_adam"]),
+        (CUDA_Accelerator, {"stage": 3, "offload_param": {"device": "cpu"}}, (), []),
+        (CUDA_Accelerator, {"stage": 3, "offload_param": {"device": "nvme"}}, (), ["async_io"]),
+    ],
+)
+def test_which_ops_are_compiled(installed_accelerator, monkeypatch, accelerator, zero, built_in, expected):
+    """On a GPU none without offload, so that an image needs no compiler."""
+    set_accelerator(accelerator())
+    for name in built_in:
+        monkeypatch.setitem(installed_ops, name, True)
+    assert list_ops_to_compile({"zero_optimization": zero}) == expected

@@ -1,6 +1,7 @@
 """What a changed flag does on resume: the table, the refusals, and the rates that act."""
 
 import json
+import platform
 import re
 import shutil
 from dataclasses import fields
@@ -21,6 +22,7 @@ from helpers.training_runs import (
 )
 from safetensors.torch import load_file, save_file
 
+from internvl import __version__
 from internvl.arguments.preference import PREFERENCE_ARGUMENTS
 from internvl.arguments.training import parse_args
 from internvl.arguments.unsupported_flags import UNSUPPORTED
@@ -281,12 +283,19 @@ def test_rates_that_change_the_parameter_groups_act_on_resume(tiny_inputs, tmp_p
 @pytest.mark.multiprocess
 def test_differences_are_printed(tiny_inputs, finished_run, tmp_path):
     output = start_at_checkpoint(finished_run, tmp_path / "out")
+    record = json.loads((output / "checkpoint-3" / FLAGS_FILE).read_text())
+    assert record["versions"]["internvl"] == __version__
+    record["versions"]["internvl"] = "0.0.9"
+    (output / "checkpoint-3" / FLAGS_FILE).write_text(json.dumps(record))
+    (output / "checkpoint-3/manifest.json").unlink()  # its checksums
     changed = "--learning_rate 5e-4 --logging_steps 2 --gradient_accumulation_steps 2".split()
     printed = run_training(tiny_inputs, output, *FLAGS, *changed).stdout
+    assert f"Versions: python {platform.python_version()}, internvl {__version__}, torch " in printed
     assert "Resuming with other settings:\n" in printed
     assert "  --learning_rate 0.001 -> 0.0005 (taken from the command line)\n" in printed
     assert "  --gradient_accumulation_steps 4 -> 2 (taken from the command line; the rest of the epoch is" in printed
     assert "--logging_steps (no effect on the result)\n" in printed
+    assert f"  internvl 0.0.9 -> {__version__} (results may differ by rounding)\n" in printed
     assert [entry["step"] for entry in read_step_logs(output)] == [1, 2, 3, 4, 6], "--logging_steps 2 acts"
 
 

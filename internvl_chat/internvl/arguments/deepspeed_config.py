@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+from importlib.resources import files
 from pathlib import Path
 
 import transformers
@@ -14,7 +15,7 @@ from internvl.arguments.optimizers import ADAMW
 from internvl.dist_utils import get_world_size
 from internvl.versions import require_package
 
-ZERO_CONFIG_DIR = Path(__file__).parents[1] / "zero_stage_configs"
+ZERO_CONFIG_DIR = files("internvl") / "zero_stage_configs"
 if not ZERO_CONFIG_DIR.is_dir():  # in an upstream checkout the files are next to the package
     ZERO_CONFIG_DIR = Path(__file__).parents[2]
 MAX_CONFIG_BYTES = 2**20  # the shipped files have 1 kB
@@ -101,16 +102,17 @@ def read_deepspeed_config(source: str | dict) -> tuple[str, dict]:
         return "--deepspeed", source
     if source.lstrip().startswith("{"):
         return "--deepspeed", parse_config("--deepspeed", source)
-    # False for a FIFO or device, which would block
-    path = next((path for path in (source, str(ZERO_CONFIG_DIR / source)) if os.path.isfile(path)), None)
-    if path is None:
-        known = ", ".join(sorted(p.name for p in ZERO_CONFIG_DIR.glob("*.json")))
+    shipped = {file.name: file for file in ZERO_CONFIG_DIR.iterdir() if file.name.endswith(".json")}
+    is_path = os.path.isfile(source)  # False for a FIFO or device, which would block
+    file = Path(source) if is_path else shipped.get(source)
+    if file is None:
+        known = ", ".join(sorted(shipped))
         raise ValueError(f"--deepspeed {source:.200}: no such file; expected a path, or one of {known}.")
-    label = f"--deepspeed {path}"
-    if (size := os.path.getsize(path)) > MAX_CONFIG_BYTES:
+    label = f"--deepspeed {file}"
+    if is_path and (size := os.path.getsize(source)) > MAX_CONFIG_BYTES:
         raise ValueError(f"{label} is invalid: expected at most {MAX_CONFIG_BYTES:,} bytes, got {size:,}.")
     try:
-        return label, parse_config(label, Path(path).read_text(encoding="utf-8-sig"))
+        return label, parse_config(label, file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{label} cannot be read: {error}.") from error
 

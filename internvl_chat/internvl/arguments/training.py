@@ -7,7 +7,9 @@ transformers 5 removed but upstream's recipes still pass are declared here, so e
 import json
 import sys
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
+from typing import Any
 
 import torch
 import transformers
@@ -18,14 +20,22 @@ from internvl.arguments.deepspeed_config import get_zero_stage, load_deepspeed_c
 from internvl.arguments.evaluation import EvaluationArguments
 from internvl.arguments.evaluation_strategy import prepare_evaluation_flags
 from internvl.arguments.fault_tolerance import FaultToleranceArguments
-from internvl.arguments.flags import OneLineErrorParser, describe_unknown_words, option, require
+from internvl.arguments.flags import (
+    OneLineErrorParser,
+    advise_unknown_flag,
+    describe_unknown_words,
+    option,
+    require,
+)
 from internvl.arguments.model import ModelArguments
 from internvl.arguments.number_ranges import validate_numbers
 from internvl.arguments.optimizers import refuse_unsupported_optimizer, try_optimizer
 from internvl.arguments.per_part import PartRateArguments
 from internvl.arguments.reporters import validate_reporters
+from internvl.arguments.run_file import RunFlag, expand_run_files, format_flag, is_json_file
 from internvl.arguments.schedulers import validate_scheduler
 from internvl.arguments.unsupported_flags import REMOVED_FLAGS, refuse_unsupported_flags
+from internvl.regular_files import read_json_object
 
 # transformers has `activation_checkpointing_kwargs` since 5.23.
 JSON_FLAGS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
@@ -137,6 +147,7 @@ def parse_json_flag(args, flag: str) -> dict | None:
     return parsed
 
 
+NOT_GIVEN = object()  # in place of a default
 FINETUNE_ARGUMENTS = (ModelArguments, DataTrainingArguments, TrainingArguments)
 
 
@@ -144,7 +155,7 @@ def parse_args(argv: list[str] | None = None, classes: tuple[type, ...] = FINETU
     """Parse a command line, or one `.json` file of arguments.
 
     Args:
-        argv: default: the command line of this program.
+        argv: default: the command line of this program. `--config FILE` stands for the flags of a YAML file.
 
     Returns:
         One object per class.
@@ -154,12 +165,65 @@ def parse_args(argv: list[str] | None = None, classes: tuple[type, ...] = FINETU
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = OneLineErrorParser(classes)
-    if len(argv) == 1 and argv[0].endswith(".json"):
+    if is_json_file(argv):
         parsed, unknown = parser.parse_json_file(argv[0]), []
     else:
+        argv = expand_run_files(argv, partial(make_words, parser))
         *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     for args in parsed:
         validate_numbers(args)
     if unknown:
-        raise ValueError(describe_unknown_words(unknown, argv, REMOVED_FLAGS))
+        raise ValueError(describe_unknown_words(unknown, argv, parser.flag_names, REMOVED_FLAGS))
     return tuple(parsed)
+
+
+def make_words(parser: OneLineErrorParser, path: str, name: str, flag: RunFlag) -> list[str]:
+    """Convert a flag of a YAML file to words of a command line.
+
+    Raises:
+        ValueError: the flag is unknown or its value has the wrong type; the message has file and line.
+    """
+    place, known = f"{path}, line {flag.line}", parser.flag_names
+    if name not in known:
+        raise ValueError(f"{place}: unknown flag: {name!r:.80}{advise_unknown_flag(name, known, REMOVED_FLAGS)}")
+    try:
+        if isinstance(flag.value, list):
+            words = [f"--{name}", *flag.value]
+            if not parser.parse_known_args(words)[1]:
+                return words
+        words = [format_flag(name, flag.value)]  # of most lists: one text with commas, such as --report_to's
+        parser.parse_known_args(words)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    return words
+
+
+def list_given_flags(argv: list[str], classes: tuple[type, ...]) -> dict[str, str | list[str]]:
+    """List the flags that a command line gives, without defaults, for `run.yaml`.
+
+    Secrets, and the rank that a launcher passes, are left out.
+
+    Args:
+        argv: a command line that `parse_args` accepts.
+    """
+    if is_json_file(argv):
+        given = read_json_object(argv[0])
+    else:
+        parser = OneLineErrorParser(classes)
+        parser.set_defaults(**dict.fromkeys(parser.flag_names, NOT_GIVEN))
+        given = vars(parser.parse_known_args(expand_run_files(argv, partial(make_words, parser)))[0])
+    kept = {name: value for name, value in given.items() if value is not NOT_GIVEN and value is not None}
+    return {name: _format_value(value) for name, value in kept.items() if not is_of_process(name)}
+
+
+def is_of_process(flag: str) -> bool:
+    """Return whether a flag is a secret, or differs between ranks."""
+    return flag.endswith("_token") or flag == "local_rank"
+
+
+def _format_value(value: Any) -> str | list[str]:
+    if isinstance(value, list):
+        return [str(_format_value(item)) for item in value]
+    if isinstance(value, dict):  # of a .json file
+        return json.dumps(value)
+    return str(value.value if isinstance(value, Enum) else value)

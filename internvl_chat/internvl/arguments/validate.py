@@ -13,7 +13,7 @@ import tempfile
 from PIL import ImageColor
 
 from internvl.arguments.data import DataTrainingArguments
-from internvl.arguments.deepspeed_config import get_zero_stage
+from internvl.arguments.deepspeed_config import OFFLOAD_KEYS, get_zero_stage
 from internvl.arguments.flags import require
 from internvl.arguments.model import ModelArguments
 from internvl.arguments.per_part import PART_NAMES, LoraArguments, get_part_settings
@@ -186,8 +186,8 @@ def validate_worker_socket(args: TrainingArguments) -> None:
 
 
 def validate_op_compilation(args: TrainingArguments) -> None:
-    """Raise a ValueError if DeepSpeed cannot compile its op."""
-    if not args.deepspeed:
+    """Raise a ValueError if DeepSpeed cannot compile the ops that a run needs."""
+    if not isinstance(args.deepspeed, dict) or not list_ops_to_compile(args.deepspeed):
         return
     compiler = os.environ.get("CXX") or "c++"
     if not shutil.which(compiler.split()[0]):
@@ -202,3 +202,22 @@ def validate_op_compilation(args: TrainingArguments) -> None:
             f"DeepSpeed compiles an op into {folder}, which cannot be created ({error.strerror}): set HOME or "
             "TORCH_EXTENSIONS_DIR to a writable folder."
         ) from error
+
+
+def list_ops_to_compile(config: dict) -> list[str]:
+    """List the ops of DeepSpeed that a run needs and that were not built into it.
+
+    Ranks on CPUs add through shared memory, and an optimizer with offloaded states runs on the CPU. Others need none.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+
+    offloads = [config["zero_optimization"].get(key) or {} for key in OFFLOAD_KEYS]
+    devices = [offload.get("device") for offload in offloads]
+    builders = ["ShareMemCommBuilder"]  # GPUs have none
+    if devices[0] in ("cpu", "nvme"):
+        builders.append("CPUAdamBuilder")
+    if "nvme" in devices:
+        builders.append("AsyncIOBuilder")
+    ops = [op.name for op in map(get_accelerator().create_op_builder, builders) if op]
+    return [name for name in ops if not installed_ops.get(name)]

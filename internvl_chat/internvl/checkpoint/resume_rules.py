@@ -5,7 +5,8 @@ holds those of its run in `flags.json`. A run that resumes logs the differences,
 does not allow:
 
     {"flags": {"learning_rate": 2e-05, ...}, "datasets": {"digits": {"data_augment": true, ...}, ...},
-     "world_size": 8, "versions": {"torch": "2.14.1", ...}, "base_model": {"path": ..., "fingerprint": ...} or null,
+     "world_size": 8, "versions": {"internvl": "0.1.0", "torch": "2.14.1", ...},
+     "base_model": {"path": ..., "fingerprint": ...} or null,
      "changes": [{"from": "checkpoint-400", "flags": {"learning_rate": [2e-05, 1e-05]}}, ...]}
 """
 
@@ -17,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from internvl import __version__
 from internvl.arguments.deepspeed_config import get_zero_stage
 from internvl.arguments.unsupported_flags import UNSUPPORTED
 from internvl.checkpoint.saved_states import one_line_state_errors
@@ -130,10 +132,11 @@ class RunRecord:
     """The flags of a run, and how they changed when it resumed.
 
     Args:
-        arguments: the parsed arguments.
+        arguments: the parsed arguments. Their classes are in `classes`.
     """
 
     def __init__(self, *arguments: Any):
+        self.classes = tuple(type(one) for one in arguments)
         self.flags = collect_flags(*arguments)
         meta_path = self.flags["meta_path"]
         self.datasets = load_meta(meta_path) if meta_path else {}
@@ -197,8 +200,8 @@ class RunRecord:
 
 
 def describe_environment() -> dict:
-    """Return the number of ranks and the versions of the libraries."""
-    versions = {}
+    """Return the number of ranks and the versions of this package and the libraries."""
+    versions = {"internvl": __version__}
     for library in LIBRARIES:
         try:
             versions[library] = version(library)

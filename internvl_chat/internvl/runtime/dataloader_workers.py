@@ -14,19 +14,15 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from internvl.constants import HOW_TO_ENLARGE, SHARED_MEMORY_DIR
 from internvl.launchers import count_local_ranks
 from internvl.runtime.parent import exit_with_parent
 from internvl.runtime.signals import ignore_first_sigterm
 
 logger = logging.getLogger(__name__)
-SHARED_MEMORY_DIR = "/dev/shm"  # where Linux puts shared memory
 PAGE_BYTES = 8 * 4096  # lost by rounding the tensors of a batch up to pages
 USABLE_SHARE = 0.8  # of its free bytes: NCCL has buffers there, too
 MIN_PREFETCH_FACTOR = 2  # batches that a worker prepares ahead, unless the user says otherwise
-HOW_TO_ENLARGE = (
-    "docker run --shm-size=8g; in Kubernetes an emptyDir with medium: Memory; elsewhere, as root, "
-    f"mount -o remount,size=8g {SHARED_MEMORY_DIR}"
-)
 
 
 class SpawnableDataset(Dataset):

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from internvl.arguments.run_file import expand_run_files
 from internvl.command_line import INPUT_FLAGS, list_run_inputs, refuse_inputs_in_output_dir
 from internvl.regular_files import read_json_object
 
@@ -294,8 +295,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("output_dir", *INPUT_FLAGS):
         parser.add_argument(f"--{flag}", default="")
-    args = vars(parser.parse_known_args()[0])
     try:
+        args = vars(parser.parse_known_args(expand_run_files(sys.argv[1:]))[0])
         refuse_inputs_in_output_dir(args["output_dir"], list_run_inputs(args))
         if message := find_running_holder(args["output_dir"]):
             raise OutputInUseError(message)

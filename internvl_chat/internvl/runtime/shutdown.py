@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from internvl.arguments.run_file import expand_run_files, is_json_file
 from internvl.data.outages import StoreUnavailableError
 from internvl.dist_utils import get_world_size, init_dist, is_collective_error, timeout
 from internvl.runtime.rank_monitor import RankMonitorClient, reports_for_rank_0
@@ -83,9 +84,10 @@ def read_ddp_timeout(argv: Sequence[str]) -> int:
 
     An invalid value is rejected later, by the parser of all flags.
     """
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):
+        if is_json_file(argv):
             argv = ["--ddp_timeout", str(json.loads(Path(argv[0]).read_text()).get("ddp_timeout", ""))]
+        argv = expand_run_files(argv)
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--ddp_timeout", "--ddp-timeout", nargs="?")
     value = parser.parse_known_args(list(argv))[0].ddp_timeout or ""

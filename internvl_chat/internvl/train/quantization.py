@@ -73,7 +73,7 @@ def find_quantization_obstacle(part: str, model_args: ModelArguments, training_a
         ),
         "requires a chat checkpoint: set --model_name_or_path": config is None,
         # Base weights and adapters in one file, as upstream saves them; an adapter checkpoint has `base_model`.
-        "is not supported for a full checkpoint with adapters: merge them first with tools/merge_lora.py": (
+        "is not supported for a full checkpoint with adapters: merge them first with `internvl merge`": (
             has_adapters and not hasattr(config, "base_model")
         ),
     }

@@ -1,6 +1,7 @@
 """Logging, training and saving of every training program."""
 
 import logging
+import platform
 import sys
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ import transformers
 
 from internvl.arguments.training import TrainingArguments
 from internvl.checkpoint.manager import one_line_io_errors
+from internvl.checkpoint.resume_rules import describe_environment
 from internvl.checkpoint.trainer_state import TRAINER_STATE_FILE, read_global_step
 from internvl.dist_utils import run_on_rank_0
 from internvl.model.internvl_chat.adapter_checkpoint import list_weight_files
@@ -16,7 +18,7 @@ from internvl.runtime.signals import PREEMPTED_EXIT_STATUS
 from internvl.train.build_data import TrainingData
 from internvl.train.run_evaluation import prepare_model
 from internvl.train.run_reports import find_evaluation
-from internvl.train.run_summary import write_run_summary
+from internvl.train.run_summary import write_run_file, write_run_summary
 from internvl.train.trainer import InternVLTrainer
 from internvl.versions import warn_about_untested_versions
 
@@ -42,6 +44,7 @@ def train_and_save(trainer: InternVLTrainer, data: TrainingData, checkpoint: str
     if checkpoint and has_finished(trainer, Path(checkpoint)):
         return 0
     write_run_summary(trainer, data, is_resumed=checkpoint is not None)
+    write_run_file(trainer, sys.argv[1:])
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.graceful_stop.has_stopped:
         return PREEMPTED_EXIT_STATUS
@@ -103,4 +106,6 @@ def set_up_logging(args: TrainingArguments) -> None:
         transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about one another
+    versions = {"python": platform.python_version(), **describe_environment()["versions"]}
+    logger.info("Versions: %s", ", ".join(f"{name} {version}" for name, version in versions.items()))
     warn_about_untested_versions()

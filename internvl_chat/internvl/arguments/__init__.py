@@ -1,0 +1,1 @@
+"""Dataclasses of flags, their validation, and DeepSpeed's configuration file."""

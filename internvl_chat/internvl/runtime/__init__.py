@@ -1,0 +1,1 @@
+"""Processes of a run: signals, shutdown, watchdog, output folder."""
