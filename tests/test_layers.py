@@ -18,6 +18,9 @@ LAYERS = [
         "constants",
         "conversation",
         "launchers",
+        "nearest_name",
+        "tool_parser",
+        "recipes",
         "regular_files",
         "command_line",
         "progress",
@@ -31,6 +34,8 @@ LAYERS = [
     ["evaluation"],
     ["train"],
     ["tools", "patch"],
+    ["commands"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(PACKAGE_DIR.glob("internvl/**/*.py")) + sorted(PACKAGE_DIR.glob("tools/**/*.py"))

@@ -2,7 +2,7 @@
 
 import logging
 
-from internvl.versions import require_supported_versions
+from internvl.versions import is_command, require_supported_versions
 
 __version__ = "0.1.0"
 
@@ -10,4 +10,5 @@ __version__ = "0.1.0"
 # kernels from the hub, which nothing here needs, is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-require_supported_versions()
+if not is_command():
+    require_supported_versions()

@@ -4,13 +4,15 @@ import functools
 import io
 import logging
 import os
+import select
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from internvl.regular_files import read_json_object
 
@@ -22,7 +24,8 @@ def exit_on_user_error(main_fn: Callable) -> Callable:
     """Decorate `main(argv=None)` to report user errors in one line.
 
     A ValueError or OSError ends the program with `error: ...` and exit status 1. INTERNVL_TRACEBACK=1 shows the
-    traceback instead. Notices of libraries that no user can act on are not printed.
+    traceback instead. A reader of stdout that leaves, such as `head`, ends it silently. Notices of libraries that no
+    user can act on are not printed.
     """
 
     @functools.wraps(main_fn)
@@ -31,13 +34,26 @@ def exit_on_user_error(main_fn: Callable) -> Callable:
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may have bytes that the terminal cannot show
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            return main_fn(argv)
+            status = main_fn(argv)
+            if sys.stdout:  # None: closed by the shell
+                sys.stdout.flush()
+            return status
         except (ValueError, OSError) as error:
+            if isinstance(error, BrokenPipeError) and _is_without_reader(sys.stdout):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+                sys.exit(128 + signal.SIGPIPE)
             if os.environ.get("INTERNVL_TRACEBACK") == "1":
                 raise
             sys.exit(f"error: {error}")
 
     return wrapper
+
+
+def _is_without_reader(stream: TextIO) -> bool:
+    """Return whether a stream is a pipe whose reader has left."""
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _silence_libraries() -> None:

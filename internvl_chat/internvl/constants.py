@@ -1,4 +1,4 @@
-"""Special tokens, pixel statistics, the error for unusable samples; imports only the standard library."""
+"""Special tokens, pixel statistics, shared memory, unusable samples; imports only the standard library."""
 
 import reprlib
 
@@ -37,6 +37,12 @@ MAX_TILES_PER_IMAGE = 1024  # choosing a grid of tiles takes time quadratic in i
 MAX_FRAMES_PER_VIDEO = 10_000
 CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # of a multi-byte character, where an answer was cut off
 IGNORE_INDEX = -100  # label of a token that is not a loss token
+
+SHARED_MEMORY_DIR = "/dev/shm"  # where Linux puts shared memory
+HOW_TO_ENLARGE = (
+    "docker run --shm-size=8g; in Kubernetes an emptyDir with medium: Memory; elsewhere, as root, "
+    f"mount -o remount,size=8g {SHARED_MEMORY_DIR}"
+)
 
 
 def get_pad_id(tokenizer) -> int:

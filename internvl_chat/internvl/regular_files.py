@@ -13,8 +13,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
-
 MAX_JSON_BYTES = 2**26  # the largest tokenizer.json of a published model has 35 MB
 # A file of Git LFS that was not downloaded: a text of about 130 bytes that begins with this line.
 LFS_POINTER_START, MAX_LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
@@ -153,6 +151,8 @@ def read_safetensors_header(file: str | os.PathLike) -> tuple[dict[str, dict], i
         OSError: the file is missing or not a regular file.
         ValueError: it is cut, damaged or a pointer of Git LFS.
     """
+    from safetensors import SafetensorError, safe_open  # here: tools/doctor.py runs where no library is installed
+
     with open_regular_file(file) as opened:
         refuse_lfs_pointer(file, opened.read(len(LFS_POINTER_START)))
         try:

@@ -60,10 +60,9 @@ from internvl.tools.benchmark.reports import (
 from internvl.tools.benchmark.samples import MIXTURES, PADDED_BATCH_SIZE
 from internvl.tools.benchmark.sizes import MODEL_SIZES
 from internvl.tools.benchmark.turns import measure_in_turns
-from internvl.versions import require_package
+from internvl.versions import PACKAGE_DIR, require_package
 
-PACKAGE_DIR = Path(__file__).resolve().parents[1]
-TORCHRUN = PACKAGE_DIR.parent / "shell/torchrun.py"
+TORCHRUN = PACKAGE_DIR / "shell/torchrun.py"
 CHECKPOINTING_MODES = {"on": [True], "off": [False], "both": [True, False]}
 START_FN = "internvl.tools.benchmark.contender_run:start_contender"
 

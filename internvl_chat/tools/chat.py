@@ -1,8 +1,8 @@
 """Ask a chat model from the terminal, or answer all questions of a file.
 
-    python tools/chat.py FOLDER                                         a session: several questions
-    python tools/chat.py FOLDER "What is it?" --image a.png             one question; it may also come from a pipe
-    python tools/chat.py FOLDER --input data.jsonl --output out.jsonl   all records; also under torchrun
+    internvl chat FOLDER                                         a session: several questions
+    internvl chat FOLDER "What is it?" --image a.png             one question; it may also come from a pipe
+    internvl chat FOLDER --input data.jsonl --output out.jsonl   all records; also under torchrun
 
 FOLDER is a base checkpoint, the output or a checkpoint of a run, or a merged checkpoint; images are tiled as that run
 did. In a session, /image PATH and /video PATH attach something to the next question, /reset forgets everything, /exit
@@ -43,6 +43,7 @@ from internvl.launchers import launch_environment
 from internvl.model.auxiliary_files import read_normalization
 from internvl.model.internvl_chat.chat import IMAGE_PLACEHOLDER, get_end_marker, has_channels
 from internvl.runtime.shutdown import abort_all_ranks_on_error, exit_process_group, join_process_group
+from internvl.tool_parser import ToolParser
 
 PROMPT = "> "
 HELP = """/image PATH   attach an image to the next question
@@ -76,7 +77,7 @@ def run_as_rank(args: argparse.Namespace) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="chat checkpoint: a folder, or ORG/NAME on the hub")
     parser.add_argument("question", metavar="QUESTION", nargs="?", help="print its answer and exit")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Check the data of a run: unusable samples, lengths, epoch plan.
 
-    python tools/check_data.py META --model_name_or_path DIR [flags of training]
+    internvl check-data META --model_name_or_path DIR [flags of training]
 
 With the flags of training the samples are the same as in training, and training reuses the measurements. Of images only
 the headers are read; --decode loads every sample as training does, with --dataloader_num_workers processes. With
@@ -55,6 +55,7 @@ from internvl.planning.sample_cost import (
     scale_to_training,
 )
 from internvl.planning.sample_inspection import Inspection, inspect_samples
+from internvl.tool_parser import ToolParser
 from internvl.train.build_data import TrainingData, build_plan_layout, measure_data
 from internvl.train.build_model import build_tokenizer, chat_config_fields, load_config
 from internvl.train.trainable_parameters import find_untrained_tokens
@@ -77,7 +78,7 @@ def main(argv=None):
     require_package("matplotlib", "the report's histogram")
     log_to_console()
     classes, validate_fn, dataset_class = PREFERENCE_PARTS if args.preference else FINETUNE_PARTS
-    argv = ["--meta_path", args.meta, "--output_dir", args.report, *flags]
+    argv = [*flags, "--meta_path", args.meta, "--output_dir", args.report]  # the last value of a flag counts
     model_args, data_args, training_args = parse_args(argv, classes)
     validate_fn(model_args, data_args, training_args)
     config = load_chat_config(model_args, data_args)
@@ -124,7 +125,7 @@ def main(argv=None):
 
 def parse_tool_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Parse the flags of this tool; return the flags of training as they are."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("meta", metavar="META", help="JSON file that lists the datasets")
     parser.add_argument("--report", default="check_data", help="output folder (default: check_data)")
     parser.add_argument("--ranks", type=int, default=1, help="number of GPUs to plan for (default: 1)")

@@ -37,6 +37,7 @@ from internvl.model.internvl_chat.chat import IMAGE_PLACEHOLDER
 from internvl.model.internvl_chat.configuration_internvl_chat import get_tile_size
 from internvl.model.internvl_chat.generation import GENERATION_CONFIG_FILE
 from internvl.regular_files import read_json_object
+from internvl.tool_parser import ToolParser
 
 MAX_RESPONSE_BYTES = 2**24
 # Settings of generation_config.json that servers apply even without sampling, and `chat` never -> the neutral value.
@@ -89,7 +90,7 @@ def main(argv=None):
 
 
 def parse_args(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("url", metavar="URL", help="of the server, with or without /v1")
     parser.add_argument("folder", metavar="FOLDER", help="chat checkpoint with the expected answers")
     parser.add_argument("meta", metavar="META", help="JSON file that lists the datasets")

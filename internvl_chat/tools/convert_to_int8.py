@@ -1,12 +1,10 @@
 """Quantize a chat checkpoint to 8 bits with bitsandbytes.
 
-    python tools/convert_to_int8.py [MODEL [OUT]]
+    internvl convert int8 [MODEL [OUT]]
 
 `InternVLChatModel.from_pretrained(OUT)` loads the result. Requires `pip install bitsandbytes`. Runs on the GPU if there
 is one.
 """
-
-import argparse
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -18,6 +16,7 @@ from internvl.model.chat_template import save_tokenizer
 from internvl.model.code_files import add_remote_code_flag
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tool_parser import ToolParser
 from internvl.versions import require_package
 
 # Upstream's tool has no arguments, but these two paths.
@@ -26,7 +25,7 @@ DEFAULT_MODEL, DEFAULT_OUTPUT = "OpenGVLab/InternVL-Chat-V1-5", "release/InternV
 
 @exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument(
         "model_path",
         nargs="?",

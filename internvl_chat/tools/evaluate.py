@@ -1,7 +1,7 @@
 """Evaluate a chat model on evaluation sets, and compare it with another one.
 
-    python tools/evaluate.py FOLDER META [--output DIR] [--compare OTHER]
-    torchrun --nproc_per_node=8 tools/evaluate.py FOLDER META
+    internvl evaluate FOLDER META [--output DIR] [--compare OTHER]
+    torchrun --nproc_per_node=8 -m internvl evaluate FOLDER META
 
 FOLDER is a base checkpoint, the output or a checkpoint of a run, or a merged checkpoint. META lists datasets as in
 training: those with another split than `train` are evaluated, or all if there are none. With --eval_share, META is the
@@ -69,6 +69,7 @@ from internvl.model.varlen_attention import use_varlen_attention
 from internvl.planning.measured_data import hold_out, measure_datasets
 from internvl.planning.sample_lengths import RankGroup
 from internvl.runtime.shutdown import abort_all_ranks_on_error, exit_process_group, join_process_group
+from internvl.tool_parser import ToolParser
 
 OTHER_DIR = "other"  # in the output folder: the results of --compare
 
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="chat checkpoint: a folder, or ORG/NAME on the hub")
     parser.add_argument("meta", metavar="META", help="JSON file that lists the datasets")
     parser.add_argument("--output", type=Path, help="folder of the results (default: FOLDER/evaluation/NAME of META)")

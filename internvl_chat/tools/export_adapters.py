@@ -1,11 +1,11 @@
 """Export the LoRA adapters of a chat model as one PEFT adapter.
 
-    python tools/export_adapters.py IN OUT [--layout chat] [--write_base DIR] [--parts PART ...] [--base NAME]
+    internvl export IN OUT [--layout chat] [--write_base DIR] [--parts PART ...] [--base NAME]
 
 Layouts:
 
 - hf: `PeftModel.from_pretrained(hf_model, OUT)` is the adapted model, where `hf_model` is the base model that
-  tools/internvl_custom2hf.py writes. vLLM adapts only the LLM there: pass `--parts language_model` for it.
+  `internvl convert to-hf` writes. vLLM adapts only the LLM there: pass `--parts language_model` for it.
 - chat: the names of InternVLChatModel, for vLLM, which adapts the vision encoder and the LLM there, and for
   `PeftModel.from_pretrained(InternVLChatModel.from_pretrained(BASE), OUT)`.
 
@@ -34,6 +34,7 @@ from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE, TRAINE
 from internvl.model.internvl_chat.merge import merge_adapters, remove_adapter_fields
 from internvl.model.lora import LORA_RANK_FIELDS
 from internvl.regular_files import read_json_object
+from internvl.tool_parser import ToolParser
 
 # Fields of config.json that change what the model computes or how its inputs are made.
 COMPARED_FIELDS = (
@@ -82,7 +83,7 @@ def main(argv=None):
 
 
 def parse_args(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("input_path", help="chat checkpoint with adapters")
     parser.add_argument("output_path", help="new folder for the PEFT adapter")
     parser.add_argument(
@@ -145,7 +146,7 @@ def print_base(written_base: str | None, differences: list[str], skipped: list[s
     differences = [*differences, *(f"the adapters of {part} are not exported" for part in skipped)]
     if differences:
         print(f"Note: the base checkpoint is not the run's model without these adapters: {'; '.join(differences)}.")
-        print("      Pass --write_base DIR to save that model, or merge everything with tools/merge_lora.py.")
+        print("      Pass --write_base DIR to save that model, or merge everything with `internvl merge`.")
 
 
 def print_serving(args: argparse.Namespace, base: str | None, parts: list[str], rank: int) -> None:
@@ -161,10 +162,10 @@ def print_serving(args: argparse.Namespace, base: str | None, parts: list[str], 
     model = (base or "BASE") if args.layout == "chat" else (args.base or "HF_BASE")
     if args.layout == "hf" and not args.base:
         convert_flags = shlex.join(["--custom_path", base or "BASE", "--save_path", model])
-        print(f"{model} is written by tools/internvl_custom2hf.py {convert_flags}")
+        print(f"{model} is written by internvl convert to-hf {convert_flags}")
     print(f"vLLM: {shlex.join(['vllm', 'serve', model, *flags])}")
     if args.layout == "chat" and Path(model, "config.json").is_file() and not find_remote_code(Path(model)):
-        print(f"Note: {model} has no code files, which vLLM requires: write them with tools/write_remote_code.py.")
+        print(f"Note: {model} has no code files, which vLLM requires: write them with `internvl convert remote-code`.")
 
 
 if __name__ == "__main__":

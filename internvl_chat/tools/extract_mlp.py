@@ -1,12 +1,11 @@
 """Extract the projector of a chat checkpoint.
 
-    python tools/extract_mlp.py MODEL OUT
+    internvl convert extract-mlp MODEL OUT
 
 Writes OUT/mlp_projector.pth, a state dict in bfloat16 for `--mlp_path` of the training programs, and copies licence
 files. Adapters are merged first.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -17,13 +16,14 @@ from internvl.model.auxiliary_files import write_license_files
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.safetensors_io import CheckpointTensors
+from internvl.tool_parser import ToolParser
 
 PROJECTOR_PREFIX = "mlp1."
 
 
 @exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("model_path", help="chat checkpoint")
     parser.add_argument("output_path", help="folder for mlp_projector.pth, created if missing")
     args = parser.parse_args(argv)

@@ -1,12 +1,10 @@
 """Extract the vision encoder of a chat checkpoint.
 
-    python tools/extract_vit.py MODEL OUT
+    internvl convert extract-vit MODEL OUT
 
 OUT is a checkpoint in bfloat16 for `InternVisionModel.from_pretrained` and `--vision_path` of the training programs.
 Adapters are merged first.
 """
-
-import argparse
 
 import torch
 
@@ -14,11 +12,12 @@ from internvl.command_line import CHAT_MODEL_TYPE, create_output_dir, exit_on_us
 from internvl.model.auxiliary_files import read_auxiliary_files, write_auxiliary_files
 from internvl.model.internvl_chat import InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
+from internvl.tool_parser import ToolParser
 
 
 @exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("model_path", help="chat checkpoint")
     parser.add_argument("output_path", help="new folder for the vision encoder")
     args = parser.parse_args(argv)

@@ -1,11 +1,10 @@
 """Describe a checkpoint folder: kind, sizes, adapters, how to load it.
 
-    python tools/inspect_checkpoint.py DIR
+    internvl inspect DIR
 
 Reads the JSON files and the headers of the safetensors files, but no tensor.
 """
 
-import argparse
 import re
 from collections import Counter
 from math import prod
@@ -21,6 +20,7 @@ from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE, TRAINE
 from internvl.model.internvl_chat.safe_loading import ADAPTER_CONFIG_FILE
 from internvl.model.lora import LORA_RANK_FIELDS
 from internvl.regular_files import read_json_object, read_safetensors_header
+from internvl.tool_parser import ToolParser
 
 HF_MODEL_TYPE = "internvl"
 # Part of the model -> pattern of its tensor names in the custom and the HF format. The first match counts.
@@ -35,19 +35,19 @@ SERVED_FILES = ("tokenizer_config.json", "generation_config.json", PREPROCESSOR_
 LOAD_CHAT_MODEL = "InternVLChatModel.from_pretrained({0})"
 # Kind of a checkpoint -> what loads or converts it.
 LOADERS = {
-    "full checkpoint": [LOAD_CHAT_MODEL, "--model_name_or_path {0}", "tools/internvl_custom2hf.py"],
-    "merged checkpoint": [LOAD_CHAT_MODEL, "--model_name_or_path {0}", "tools/internvl_custom2hf.py"],
-    "full checkpoint with adapters": [LOAD_CHAT_MODEL, "tools/merge_lora.py", "tools/export_adapters.py"],
+    "full checkpoint": [LOAD_CHAT_MODEL, "--model_name_or_path {0}", "internvl convert to-hf"],
+    "merged checkpoint": [LOAD_CHAT_MODEL, "--model_name_or_path {0}", "internvl convert to-hf"],
+    "full checkpoint with adapters": [LOAD_CHAT_MODEL, "internvl merge", "internvl export"],
     "adapter checkpoint": [
         LOAD_CHAT_MODEL,
         "PeftModel.from_pretrained(model.PART, {0}/PART)",
-        "tools/merge_lora.py",
-        "tools/export_adapters.py",
+        "internvl merge",
+        "internvl export",
     ],
     "HF checkpoint": [
         "AutoModelForImageTextToText.from_pretrained({0})",
         "AutoProcessor.from_pretrained({0})",
-        "tools/internvl_hf2custom.py",
+        "internvl convert from-hf",
     ],
     "PEFT adapter": ["PeftModel.from_pretrained(model, {0})"],
 }
@@ -73,7 +73,7 @@ class TensorHeader(NamedTuple):
 
 @exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("path", metavar="DIR", help="a checkpoint, the output of a run, or a folder of adapters")
     args = parser.parse_args(argv)
     print(format_table(describe_checkpoint(Path(args.path))))

@@ -1,13 +1,12 @@
 """Convert a chat checkpoint to transformers' `InternVLForConditionalGeneration`.
 
-    python tools/internvl_custom2hf.py --custom_path CHAT --save_path HF [--hf_path REFERENCE]
+    internvl convert to-hf --custom_path CHAT --save_path HF [--hf_path REFERENCE]
 
 Tensors are converted one by one without building a model: a checkpoint of several files needs the memory of one.
 `AutoModelForImageTextToText` and `AutoProcessor` load the result. A checkpoint with adapters is first merged in memory
 and saved in a temporary folder beside the result. With --hf_path, the L2 distance from that checkpoint is printed.
 """
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.safetensors_io import CheckpointTensors, StateDict, compute_l2_distance, save_tensors
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tool_parser import ToolParser
 
 
 def convert_keys_to_hf(custom_state_dict: StateDict, llm_config=None) -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ def convert_keys_to_hf(custom_state_dict: StateDict, llm_config=None) -> dict[st
 
 @exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("--custom_path", required=True, help="chat checkpoint")
     parser.add_argument("--hf_path", help="HF checkpoint to compare the result with")
     parser.add_argument("--save_path", required=True, help="new folder for the HF checkpoint")

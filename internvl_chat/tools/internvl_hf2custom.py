@@ -1,12 +1,10 @@
 """Convert a checkpoint of `InternVLForConditionalGeneration` to a chat checkpoint.
 
-    python tools/internvl_hf2custom.py --hf_path HF --save_path CHAT [--custom_path REFERENCE]
+    internvl convert from-hf --hf_path HF --save_path CHAT [--custom_path REFERENCE]
 
 The exact inverse of internvl_custom2hf.py. With --custom_path, the result has the template, tiling and tokenizer of
 that chat checkpoint, becomes an InternLM2 again if that is one, and its L2 distance from it is printed.
 """
-
-import argparse
 
 import torch
 from transformers import InternVLConfig
@@ -31,6 +29,7 @@ from internvl.model.internvl_chat.configuration_internvl_chat import get_tile_si
 from internvl.model.internvl_chat.generation import GENERATION_CONFIG_FILE, load_generation_config
 from internvl.model.safetensors_io import CheckpointTensors, StateDict, compute_l2_distance, save_tensors
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tool_parser import ToolParser
 
 
 def convert_keys_back(hf_state_dict: StateDict, llm_config=None) -> dict[str, torch.Tensor]:
@@ -44,7 +43,7 @@ def convert_keys_back(hf_state_dict: StateDict, llm_config=None) -> dict[str, to
 
 @exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument(
         "--custom_path", help="similar chat checkpoint: source of what the HF format lacks, compared with the result"
     )

@@ -1,7 +1,7 @@
 """Merge LoRA adapters into the weights of a chat checkpoint.
 
-    python tools/merge_lora.py IN OUT [--dtype float32]
-    python tools/merge_lora.py IN OUT --adapter DIR=WEIGHT [--adapter ...] [--weight W] [--combination linear]
+    internvl merge IN OUT [--dtype float32]
+    internvl merge IN OUT --adapter DIR=WEIGHT [--adapter ...] [--weight W] [--combination linear]
 
 Weights and adapters are added in float32 and rounded once. Then the merged checkpoint is loaded again, and its logits
 and generated tokens for one image and question are compared with the adapted model's. The two models are never in
@@ -28,6 +28,7 @@ from internvl.model.internvl_chat.generation import default_generation_config
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.lora import LORA_RANK_FIELDS, is_peft_model
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tool_parser import ToolParser
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 LOGIT_TOLERANCE = 1e-3  # of merging in float32, relative to the largest logit
@@ -68,7 +69,7 @@ def main(argv=None):
 
 
 def parse_args(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("input_path", help="chat checkpoint with adapters; with --adapter any chat checkpoint")
     parser.add_argument("output_path", help="new folder for the merged checkpoint and its tokenizer")
     parser.add_argument(

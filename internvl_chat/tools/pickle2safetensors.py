@@ -1,12 +1,11 @@
 """Convert pickled weights to safetensors.
 
-    python tools/pickle2safetensors.py IN OUT
+    internvl convert safetensors IN OUT
 
 IN is a folder with `pytorch_model*.bin` or `adapter_model.bin`. Nothing but tensors is unpickled: a file that would run
 code is an error. The JSON, text and code files beside the weights are copied, licence and model card, too.
 """
 
-import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +20,14 @@ from internvl.model.internvl_chat.adapter_checkpoint import ADAPTER_FILE
 from internvl.model.internvl_chat.safe_loading import one_line_checkpoint_errors
 from internvl.model.safetensors_io import save_tensors
 from internvl.regular_files import copy_regular_file, open_regular_file, refuse_lfs_pointer
+from internvl.tool_parser import ToolParser
 
 COPIED_FILES = re.compile(r".+\.(?<!\.bin\.index\.)(json|txt|jinja|model)")
 
 
 @exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("input_path", help="folder with pickled weights")
     parser.add_argument("output_path", help="new folder for the safetensors")
     args = parser.parse_args(argv)

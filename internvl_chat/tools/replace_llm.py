@@ -1,12 +1,11 @@
 """Replace the LLM of a chat checkpoint.
 
-    python tools/replace_llm.py MODEL LLM
+    internvl convert replace-llm MODEL LLM
 
 Writes MODEL_replace_llm in bfloat16. The vision encoder stays. The projector stays if both LLMs have the same hidden
 size; otherwise it is initialized anew and must be trained. The tokenizer is the new LLM's, with the image tokens added.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from internvl.model.compose import add_special_tokens, compose_chat_model
 from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.safetensors_io import CheckpointTensors
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tool_parser import ToolParser
 
 # Fields of the chat configuration that do not depend on the LLM.
 KEPT_CONFIG_FIELDS = (
@@ -36,7 +36,7 @@ KEPT_CONFIG_FIELDS = (
 
 @exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("model_path", help="chat checkpoint without adapters")
     parser.add_argument("llm_path", help="checkpoint of a causal LM")
     add_remote_code_flag(parser)

@@ -1,19 +1,19 @@
 """Write the report of a run: one HTML page, also of a run in progress.
 
-    python tools/report.py OUTPUT_DIR [--output FILE] [--base DIR]
+    internvl report OUTPUT_DIR [--output FILE] [--base DIR]
 
 The page shows the state of the run, evaluations, curves of the training, evaluation samples with their answers before
 and after, what was trainable, and the settings. It is one file, without scripts, and needs no network. Files that are
 damaged are named on the page. Writing again replaces the page.
 """
 
-import argparse
 import os
 from pathlib import Path
 
 from internvl.command_line import exit_on_user_error
 from internvl.evaluation.results import PREDICTIONS_FILE
 from internvl.regular_files import open_regular_file
+from internvl.tool_parser import ToolParser
 from internvl.tools.report_page.page import GENERATOR, render_page
 from internvl.tools.report_page.run_files import read_run
 
@@ -22,19 +22,19 @@ REPORT_FILE = "report.html"
 
 @exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="the --output_dir of a run")
     parser.add_argument("--output", metavar="FILE", type=Path, help=f"default: OUTPUT_DIR/{REPORT_FILE}")
     parser.add_argument(
         "--base",
         metavar="DIR",
         type=Path,
-        help="folder with predictions.jsonl of the model before training, as tools/evaluate.py writes it; default: the "
+        help="folder with predictions.jsonl of the model before training, of `internvl evaluate`; default: the "
         "first evaluation of the run",
     )
     args = parser.parse_args(argv)
     if args.base and not (args.base / PREDICTIONS_FILE).is_file():
-        raise ValueError(f"--base {args.base} has no {PREDICTIONS_FILE}: expected the results of tools/evaluate.py.")
+        raise ValueError(f"--base {args.base} has no {PREDICTIONS_FILE}: expected the results of `internvl evaluate`.")
     write_page(args.output or args.folder / REPORT_FILE, render_page(read_run(args.folder), args.base))
 
 

@@ -1,12 +1,10 @@
 """Convert a chat checkpoint to another tile size.
 
-    python tools/resize_pos_embed.py MODEL OUT 448
+    internvl convert resize MODEL OUT 448
 
 Position embeddings are interpolated (bicubic) and the configuration is updated. Adapters are merged first. The result
 is saved in bfloat16.
 """
-
-import argparse
 
 import torch
 
@@ -23,11 +21,12 @@ from internvl.model.internvl_chat import InternVLChatConfig, InternVLChatModel
 from internvl.model.internvl_chat.merge import merge_adapters
 from internvl.model.internvl_chat.resize import set_image_size
 from internvl.model.tokenizers.loading import load_tokenizer
+from internvl.tool_parser import ToolParser
 
 
 @exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("model_path", help="chat checkpoint")
     parser.add_argument("output_path", help="new folder for the resized checkpoint and its tokenizer")
     parser.add_argument("force_image_size", type=int, help="tile size in pixels")

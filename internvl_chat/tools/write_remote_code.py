@@ -1,12 +1,10 @@
 """Write code files into a chat checkpoint that has none.
 
-    python tools/write_remote_code.py MODEL
+    internvl convert remote-code MODEL
 
 With them stock transformers (`trust_remote_code=True`) and servers load the folder. Other tools write them with
 `--with_remote_code`. A model card that a tool wrote is adapted.
 """
-
-import argparse
 
 from internvl.command_line import CHAT_MODEL_TYPE, exit_on_user_error, require_checkpoint_dir
 from internvl.model.adapter_io import require_no_adapters
@@ -15,11 +13,12 @@ from internvl.model.code_files import write_remote_code
 from internvl.model.internvl_chat import InternVLChatConfig
 from internvl.model.model_card import update_model_card
 from internvl.regular_files import read_json_object
+from internvl.tool_parser import ToolParser
 
 
 @exit_on_user_error
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument("model_path", help="chat checkpoint without adapters")
     args = parser.parse_args(argv)
 

@@ -26,7 +26,7 @@ def make_environment_layer(name: str, requirements: list[str]) -> Path:
         OSError: pip failed; the message is the end of its output.
     """
     folder = REPO_ROOT / f".venv-{name}"
-    site_dirs = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    site_dirs = list_site_dirs()
     wanted = "\n".join([sys.version, str(folder), *site_dirs, *requirements])
     stamp, python = folder / "installed", folder / "bin/python"
     with open(REPO_ROOT / "requirements.txt") as lock:  # one installation at a time
@@ -34,14 +34,24 @@ def make_environment_layer(name: str, requirements: list[str]) -> Path:
         if stamp.exists() and stamp.read_text() == wanted:
             return python
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-        (packages,) = folder.glob("lib/python*/site-packages")
-        # A path file is read after the layer's own packages, so those of the main environment come later.
-        (packages / "below.pth").write_text("import site; " + "; ".join(f"site.addsitedir({p!r})" for p in site_dirs))
-        _run_pip(python, requirements)
+        make_empty_layer(folder, site_dirs)
+        run_pip(python, requirements)
         stamp.write_text(wanted)
     return python
+
+
+def list_site_dirs() -> list[str]:
+    """List the folders of packages of the environment that runs this code."""
+    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+
+
+def make_empty_layer(folder: Path, site_dirs: list[str]) -> Path:
+    """Make a layer without packages of its own over folders of packages; return its Python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    # A path file is read after the layer's own packages, so those below come later.
+    (packages / "below.pth").write_text("import site; " + "; ".join(f"site.addsitedir({p!r})" for p in site_dirs))
+    return folder / "bin/python"
 
 
 def make_environment(name: str, python: str, requirements: list[str]) -> Path:
@@ -57,9 +67,9 @@ def make_environment(name: str, python: str, requirements: list[str]) -> Path:
     if not stamp.exists() or stamp.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([python, "-m", "venv", folder], check=True)
-        _run_pip(folder / "bin/python", ["setuptools", "wheel"])  # DeepSpeed is built from source, with torch
-        _run_pip(folder / "bin/python", [line for line in requirements if re.match("(torch|torchvision)\\b", line)])
-        _run_pip(folder / "bin/python", ["--no-build-isolation", *requirements])
+        run_pip(folder / "bin/python", ["setuptools", "wheel"])  # DeepSpeed is built from source, with torch
+        run_pip(folder / "bin/python", [line for line in requirements if re.match("(torch|torchvision)\\b", line)])
+        run_pip(folder / "bin/python", ["--no-build-isolation", *requirements])
         stamp.write_text(wanted)
     return folder / "bin/python"
 
@@ -71,7 +81,12 @@ def find_python(version: str) -> str | None:
     return next(filter(None, map(shutil.which, candidates)), None)
 
 
-def _run_pip(python: Path, arguments: list[str]) -> None:
+def run_pip(python: Path, arguments: list[str]) -> None:
+    """Install packages into an environment.
+
+    Raises:
+        OSError: pip failed; the message is the end of its output.
+    """
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--upgrade", *arguments]
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:

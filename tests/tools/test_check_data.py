@@ -388,3 +388,12 @@ def test_unusable_evaluation_samples_are_listed(folder, check, capsys):
     (entry,) = [json.loads(line) for line in (folder / "report/skipped_samples.jsonl").read_text().splitlines()]
     assert (entry["dataset"], entry["line"]) == ("evaluated", 2) and "absent.png does not exist" in entry["reason"]
     assert check("none", *write_evaluation_file(folder, [good | {"image": "absent.png"}])) == 1
+
+
+def test_data_set_of_the_command_is_checked_although_a_run_file_names_another(goldens, folder, check):
+    lines = (goldens / "dataset/ds_main.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text(lines[0])
+    write_meta_file(folder, goldens / "dataset/images")
+    (folder / "run.yaml").write_text("meta_path: /nowhere/meta.json\noutput_dir: /nowhere\n")
+    assert check("checked", *PACKING, "--config", str(folder / "run.yaml")) == 0
+    assert (folder / "checked/summary.txt").exists()

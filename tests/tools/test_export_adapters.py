@@ -167,7 +167,7 @@ def test_hf_layout_says_what_vllm_does_not_adapt(parts, is_noted, goldens, tmp_p
     output = capsys.readouterr().out
     assert ("Note: vLLM adapts only the LLM in this layout" in output) == is_noted
     assert ("vLLM: vllm serve HF_BASE --enable-lora --max-lora-rank 8" in output) != is_noted
-    step = "HF_BASE is written by tools/internvl_custom2hf.py --custom_path BASE --save_path HF_BASE"
+    step = "HF_BASE is written by internvl convert to-hf --custom_path BASE --save_path HF_BASE"
     assert (step in output) != is_noted
 
 

@@ -144,7 +144,7 @@ def test_replace_llm(full_checkpoint, width, tmp_path, goldens, capsys):
 @pytest.mark.parametrize("folder", ["adapted_checkpoint", "adapter_checkpoint"])
 def test_replacing_parts_requires_merged_adapters(request, folder):
     source, _ = request.getfixturevalue(folder)
-    message = "holds LoRA adapters, not plain weights: merge them first with tools/merge_lora.py"
+    message = "holds LoRA adapters, not plain weights: merge them first with `internvl merge`"
     with pytest.raises(SystemExit, match=message):
         replace_llm([str(source), str(source)])
     with pytest.raises(ValueError, match=message):

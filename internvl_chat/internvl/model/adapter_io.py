@@ -135,7 +135,7 @@ def has_adapters(config: PretrainedConfig) -> bool:
 def require_no_adapters(config: PretrainedConfig, path: str | Path) -> None:
     """Raise a ValueError if the chat checkpoint `path` holds adapters."""
     if has_adapters(config):
-        raise ValueError(f"{path} holds LoRA adapters, not plain weights: merge them first with tools/merge_lora.py")
+        raise ValueError(f"{path} holds LoRA adapters, not plain weights: merge them first with `internvl merge`")
 
 
 def require_finite(tensors: dict[str, torch.Tensor], source: str | Path) -> None:

@@ -227,7 +227,7 @@ def describe_ignored_by_engines(
     if not is_hf_layout and (mean, std) != (list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)):
         ignored.append(
             f"image_mean {mean} and image_std {std} (it takes ImageNet's, except in the layout that "
-            "tools/internvl_custom2hf.py writes)"
+            "`internvl convert to-hf` writes)"
         )
     if config.pad2square:
         ignored.append("pad2square True (it does not pad)")

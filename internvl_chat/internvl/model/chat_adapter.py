@@ -46,11 +46,9 @@ def convert_adapters_to_chat(
     llm_class = config.llm_config.architectures[0]
     heads = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors} & {"lm_head", "output"}
     if heads and llm_class not in VLLM_HEAD_CLASSES:
-        raise ValueError(
-            f"vLLM does not adapt the LM head ({heads.pop()}) of {llm_class}: merge with tools/merge_lora.py"
-        )
+        raise ValueError(f"vLLM does not adapt the LM head ({heads.pop()}) of {llm_class}: merge with `internvl merge`")
     if settings.r > VLLM_LORA_RANKS[-1]:
         raise ValueError(
-            f"vLLM supports LoRA ranks up to {VLLM_LORA_RANKS[-1]}, got {settings.r}: merge with tools/merge_lora.py"
+            f"vLLM supports LoRA ranks up to {VLLM_LORA_RANKS[-1]}, got {settings.r}: merge with `internvl merge`"
         )
     return settings, tensors

@@ -6,6 +6,7 @@ this package, with relative imports: those in `remote_code`, which nothing here 
 
 import argparse
 import re
+from importlib.resources import files
 from pathlib import Path
 
 from internvl.model.internlm2.tokenization_internlm2 import InternLM2Tokenizer
@@ -14,7 +15,6 @@ from internvl.model.tokenizers.loading import load_tokenizer
 from internvl.model.tokenizers.v4_compat import convert_merges_to_v4, update_json
 from internvl.regular_files import read_json_object
 
-PACKAGE_DIR = Path(__file__).resolve().parents[1]
 CODE_FILES = [
     *(f"model/remote_code/configuration_{name}.py" for name in ("intern_vit", "internlm2", "internvl_chat")),
     *(f"model/remote_code/modeling_{name}.py" for name in ("intern_vit", "internlm2", "internvl_chat")),
@@ -51,7 +51,7 @@ def write_remote_code(folder: str | Path) -> None:
         print(f"Note: no code files are written: {folder} has its own ({', '.join(code)})")
         return
     for name in CODE_FILES:
-        text = (PACKAGE_DIR / name).read_text(encoding="utf-8")
+        text = files("internvl").joinpath(name).read_text(encoding="utf-8")
         (folder / Path(name).name).write_text(PACKAGE_IMPORT.sub(r"from .\1 import", text), encoding="utf-8")
     update_json(folder / "config.json", auto_map=AUTO_MAP)
     replace_tokenizer_code(folder)

@@ -79,7 +79,7 @@ def _load_vision_encoder(path: str | Path, dtype: torch.dtype, drop_path_rate: f
     config = InternVisionConfig.from_pretrained(path)
     fields = PretrainedConfig.get_config_dict(path)[0]
     if fields.get("use_backbone_lora") or fields.get("base_model"):
-        raise ValueError(f"{path} holds LoRA adapters, not plain weights: merge them first with tools/merge_lora.py")
+        raise ValueError(f"{path} holds LoRA adapters, not plain weights: merge them first with `internvl merge`")
     config.drop_path_rate = drop_path_rate
     # In a chat checkpoint the names of the vision encoder have this prefix; other names are ignored.
     key_mapping = {r"^vision_model\.": ""}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import ModelCardData
 
+from internvl import __version__
 from internvl.command_line import CHAT_MODEL_TYPE
 from internvl.regular_files import open_regular_file
 
@@ -20,7 +21,7 @@ LICENSE_FIELDS = ("license", "license_name", "license_link")
 YAML_NULLS = ("", "~", "null", "Null", "NULL")
 HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 # The sentence that `_format_card` writes.
-ORIGIN = re.compile(r"^# (.+)\n\nMade from `([^`\n]+)` by ([^.\n]+)\. ", re.MULTILINE)
+ORIGIN = re.compile(r"^# (.+)\n\nMade from `([^`\n]+)` by ([^\n]+?)\. ", re.MULTILINE)
 
 
 @dataclass
@@ -66,7 +67,7 @@ LAYOUTS = {
         CHAT_TASK,
         ("lora",),
         "It holds the trained weights only, adapters in PEFT's format. Opening it requires the base model, whose path "
-        "is `base_model` in config.json. `tools/merge_lora.py` makes a complete model of both.",
+        "is `base_model` in config.json. `internvl merge` makes a complete model of both.",
         OPEN_CHAT_MODEL,
     ),
     "chat": Layout("transformers", CHAT_TASK, (), "A complete model in InternVL's own layout.", OPEN_CHAT_MODEL),
@@ -148,6 +149,7 @@ def write_model_card(folder: Path, config: dict, fields: CardFields, made_by: st
         made_by: "fine-tuning", or the name of a tool.
     """
     if not (folder / CARD_FILE).exists():  # may be the user's
+        made_by = f"{made_by} (internvl {__version__})"
         text = _format_card(folder.resolve().name, config, fields, made_by)
         (folder / CARD_FILE).write_text(text, encoding="utf-8")
 

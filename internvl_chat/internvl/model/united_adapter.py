@@ -113,7 +113,7 @@ def _check_variant(part: str, settings: LoraConfig) -> None:
     if unsupported:
         raise ValueError(
             f"the adapter of {part} has {', '.join(unsupported)}: serving engines support lora_A and lora_B only; "
-            "merge it with tools/merge_lora.py"
+            "merge it with `internvl merge`"
         )
 
 

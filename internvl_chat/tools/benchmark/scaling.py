@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import deepspeed
 import torch
@@ -17,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.comm import comms_logger, timers
 from torch import nn
 
+from internvl.arguments.deepspeed_config import read_deepspeed_config
 from internvl.dist_utils import gather_objects, get_rank, get_world_size, init_deepspeed, init_dist
 from internvl.train.param_groups import count_elements
 
@@ -24,7 +24,6 @@ from .contenders import build_ours
 from .samples import build_batches, draw_sample_lengths, make_random_samples, plan_rows
 from .sizes import MODEL_SIZES, ModelSize, build_config, get_image_token_id
 
-CONFIG_DIR = Path(__file__).resolve().parents[3] / "zero_stage_configs"
 NUM_WARM_UP_STEPS = 2  # excluded from time and communication
 # The size fields of our ZeRO-3 configuration are meant for models of about this many parameters.
 REFERENCE_NUM_PARAMETERS = 8e9
@@ -144,7 +143,7 @@ def count_full_tensor_bytes(collective: str, sizes: dict) -> int:
 
 def build_deepspeed_config(stage: int, model: nn.Module, size: ModelSize) -> dict:
     """Load our configuration of a ZeRO stage, scaled to the model's size."""
-    config = json.loads((CONFIG_DIR / f"zero_stage{stage}_config.json").read_text())
+    _, config = read_deepspeed_config(f"zero_stage{stage}_config.json")
     del config["optimizer"]
     scale = min(1.0, sum(map(count_elements, model.parameters())) / REFERENCE_NUM_PARAMETERS)
     zero = config["zero_optimization"]

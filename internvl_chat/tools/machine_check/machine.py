@@ -4,27 +4,25 @@ import importlib
 import os
 import platform
 import re
-import shutil
-import subprocess
 import warnings
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from internvl.constants import HOW_TO_ENLARGE, SHARED_MEMORY_DIR
 from internvl.metrics.device_peak import get_device_peak, is_tf32_enabled
 from internvl.model.internvl_chat.decoder import FLASH_VERSIONS
 from internvl.model.liger_kernels import use_liger_kernels
 from internvl.model.lora import unwrap_peft
-from internvl.runtime.dataloader_workers import HOW_TO_ENLARGE, SHARED_MEMORY_DIR
 from internvl.tools.benchmark.sizes import MODEL_SIZES, ModelSize
 from internvl.versions import describe_untested_versions
 
 from .checks import Checks, SkippedCheck
+from .host import GIB, MIN_SHM_GIB, describe_compilers, describe_host, run_command
 from .models import build_adapted_model, build_row, move_batch
 
 REQUIRED_PACKAGES = ("torch", "transformers", "peft", "accelerate")
@@ -36,9 +34,6 @@ OPTIONAL_PACKAGES = {
     "bitsandbytes": "bitsandbytes",
     **{version.package: version.module for version in reversed(FLASH_VERSIONS.values())},
 }
-MIN_SHM_GIB = 1.0  # per GPU; Docker's default of 64 MB holds a fraction of a batch
-COMMAND_TIMEOUT = 30.0  # seconds for nvidia-smi and compilers
-GIB = 2**30
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------
@@ -101,40 +96,27 @@ def report_gpus() -> dict:
 
 
 def report_host() -> dict:
-    """Return cores, memory and the sizes of file systems, with a warning for /dev/shm."""
-    found: dict = {"cpu_cores": len(os.sched_getaffinity(0))}
-    found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1)
-    if Path(SHARED_MEMORY_DIR).is_dir():
-        found["dev_shm_gib"] = round(shutil.disk_usage(SHARED_MEMORY_DIR).total / GIB, 2)
-        required = MIN_SHM_GIB * max(1, torch.cuda.device_count())
-        if found["dev_shm_gib"] < required:
-            found["warning"] = (
-                f"{SHARED_MEMORY_DIR} has less than {required:g} GiB: fewer dataloader workers will start; "
-                f"enlarge it ({HOW_TO_ENLARGE})"
-            )
+    """Return cores, memory, /dev/shm and limits, with a warning for a small /dev/shm."""
+    found = describe_host()
+    required = MIN_SHM_GIB * max(1, torch.cuda.device_count())
+    if found.get("dev_shm_gib", required) < required:
+        found["warning"] = (
+            f"{SHARED_MEMORY_DIR} has less than {required:g} GiB: fewer dataloader workers will start; "
+            f"enlarge it ({HOW_TO_ENLARGE})"
+        )
     return found
 
 
 def report_compilers() -> dict:
-    """Return the first lines of `c++ --version` and `nvcc --version`.
+    """Return the versions of the compilers.
 
     Raises:
         ValueError: no C++ compiler, which DeepSpeed requires.
     """
-    compiler = run_command([*os.environ.get("CXX", "c++").split(), "--version"])
-    if not compiler:
+    found = describe_compilers()
+    if not found["c++"]:
         raise ValueError(f"no C++ compiler ({os.environ.get('CXX', 'c++')}), which DeepSpeed requires: install g++")
-    nvcc = run_command(["nvcc", "--version"])
-    return {"compiler": compiler.splitlines()[0], "nvcc": nvcc.splitlines()[-1] if nvcc else "none, not required"}
-
-
-def run_command(command: list[str]) -> str:
-    """Return the output of a command, empty if it fails or does not exist."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return {"compiler": found["c++"], "nvcc": found["nvcc"] or "none, not required"}
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def render_page(run: Run, base: Path | None = None) -> str:
 {f'<ul class="warn">{problems}</ul>' if problems else ""}
 {summary}
 {"".join(sections)}
-<footer class="soft">Written {time.strftime("%Y-%m-%d %H:%M:%S")} by tools/report.py.</footer>
+<footer class="soft">Written {time.strftime("%Y-%m-%d %H:%M:%S")} by internvl report.</footer>
 </body></html>
 """
 

@@ -91,7 +91,7 @@ def convert_config_to_hf(config: InternVLChatConfig, image_token_id: int, is_tie
     """
     if ranks := [f"{name} {rank}" for name in LORA_RANK_FIELDS.values() if (rank := getattr(config, name))]:
         raise ValueError(
-            f"the checkpoint holds LoRA adapters ({', '.join(ranks)}): merge them first with tools/merge_lora.py"
+            f"the checkpoint holds LoRA adapters ({', '.join(ranks)}): merge them first with `internvl merge`"
         )
     vision = config.vision_config
     if config.ps_version != "v2":

@@ -154,8 +154,9 @@ class InternVLChatModel(LoraMixin, ChatMixin, PreTrainedModel):
         No remote code is run. If the checkpoint contains only trained tensors (see `adapter_checkpoint.py`), its base
         checkpoint is loaded first, from the recorded path or from `base_model`.
 
-        Args (beyond those of transformers):
+        Args:
             attn_implementation: one of `decoder.ATTN_IMPLEMENTATIONS`; only `eager` gives `output_attentions`.
+            kwargs: `base_model`, and those of transformers.
 
         Raises:
             ValueError: a file is unsafe or damaged, the configuration is invalid, or keys of the weights are missing,

@@ -1,0 +1,1 @@
+"""One annotation line to one sample, samples to one batch."""

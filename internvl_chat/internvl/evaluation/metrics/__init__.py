@@ -1,0 +1,1 @@
+"""Scores of answers, one module per kind of answer."""

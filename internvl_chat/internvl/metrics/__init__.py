@@ -1,0 +1,1 @@
+"""Step time, FLOPs and MFU of a run."""

@@ -1,0 +1,1 @@
+"""Conversion to transformers' own InternVL layout and back."""

@@ -1,0 +1,1 @@
+"""InternLM2: model, configuration and tokenizer."""

@@ -1,0 +1,1 @@
+"""Code files that are written into a checkpoint; nothing here imports them."""

@@ -1,0 +1,1 @@
+"""Checks of gpu_check.py."""

@@ -1,0 +1,1 @@
+"""The data tools that upstream has, too."""
