@@ -2,44 +2,16 @@
 
     source shell/setup.sh && python docs/make_flag_tables.py
 
-Names, defaults and descriptions are those of the dataclasses in `internvl/arguments/`; the topics are listed here.
+Names, defaults and descriptions are those of the dataclasses in `internvl/arguments/`, topics those of `topics.py`.
 """
 
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-PAGE = Path(__file__).parent / "configuration.md"
+from internvl.arguments.topics import TOPICS
 
-# Topic, as in the page's markers -> flags in the order of the table.
-TOPICS = {
-    "model": "model_name_or_path vision_path llm_path mlp_path conv_style vision_select_layer down_sample_ratio "
-    "ps_version drop_path_rate allow_pickle",
-    "trainable": "freeze_backbone freeze_mlp freeze_llm use_backbone_lora use_mlp_lora use_llm_lora "
-    "unfreeze_vit_layers unfreeze_lm_head train_new_tokens merge_before_training",
-    "parts": "backbone_lora_alpha backbone_lora_dropout backbone_lora_targets backbone_lora_layers "
-    "backbone_lora_variant backbone_lr backbone_weight_decay backbone_loraplus_lr_ratio backbone_layer_decay "
-    "mlp_lora_alpha mlp_lora_dropout mlp_lora_targets mlp_lora_variant mlp_lr mlp_weight_decay mlp_loraplus_lr_ratio "
-    "llm_lora_alpha llm_lora_dropout llm_lora_targets llm_lora_layers llm_lora_variant llm_lr llm_weight_decay "
-    "llm_loraplus_lr_ratio",
-    "memory": "grad_checkpoint vit_grad_checkpoint grad_checkpoint_ratio grad_checkpoint_keep quantize_backbone "
-    "quantize_llm lora_fp32 compile use_liger",
-    "data": "meta_path max_seq_length force_image_size dynamic_image_size use_thumbnail min_dynamic_patch "
-    "max_dynamic_patch min_num_frame max_num_frame max_image_pixels image_background upstream_image_decoding "
-    "normalize_type pad2square group_by_length use_data_resampling max_bad_samples keep_surplus_placeholders "
-    "accept_changed_data allow_outside_root",
-    "packing": "use_packed_ds max_packed_tokens num_images_expected strict_mode allow_overflow loss_reduction "
-    "loss_reduction_all_gather",
-    "evaluation": "eval_meta_path eval_share eval_num_samples eval_max_new_tokens eval_base_answers "
-    "early_stopping_patience early_stopping_threshold",
-    "loop": "warmup_ratio overwrite_output_dir do_train save_full_model no_smoke_save evaluation_strategy "
-    "ddp_find_unused_parameters logging_nan_inf_filter log_level log_level_replica optim use_cpu",
-    "faults": "ddp_timeout save_on_signal_seconds store_retry_seconds max_skipped_steps skip_above_grad_norm "
-    "watchdog_factor watchdog_seconds",
-    "preference": "loss_type beta sigmoid_loss_weight bco_pair_loss_weight rpo_alpha label_smoothing reference_free",
-    "ignored": "max_buffer_size log_freq replacement split_annotations use_fast_tokenizer use_custom_flash_attn "
-    "remove_unused_columns",
-}
+PAGE = Path(__file__).parent / "configuration.md"
 
 
 def read_flags() -> dict[str, tuple[object, str]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from internvl.commands.table import COMMANDS, CONVERSIONS
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
@@ -19,7 +21,10 @@ PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # Folders that paths in the pages may be relative to, besides the page's own.
 BASE_DIRS = [ROOT / name for name in ("", "internvl_chat", "internvl_chat/internvl", "internvl_chat/tools", "tests")]
-TOP_DIRS = ("shell", "tools", "internvl_chat", "internvl", "tests", "docs", "zero_stage_configs", ".ci")
+TOP_DIRS = (
+    *("shell", "tools", "internvl_chat", "internvl", "tests", "docs", "zero_stage_configs", ".ci", ".github"),
+    *("docker", "examples"),
+)
 REPOSITORY_SUFFIXES = (".py", ".sh", ".md", ".sbatch")
 # Paths of users, of runs and of other projects.
 FOREIGN_PATHS = re.compile(
@@ -30,24 +35,35 @@ FOREIGN_PATHS = re.compile(
 # Flags of other programs -> the program.
 FOREIGN_FLAGS = {
     "--backend": "lmdeploy",
+    "--bind": "apptainer",
+    "--build-arg": "docker and apptainer",
     "--chat-template": "SGLang",
+    "--contain": "apptainer",
     "--dry-run": "git and overlay_upstream.py",
     "--durations": "pytest",
-    "--contain": "apptainer",
     "--enable-lora": "vLLM",
     "--enable-tower-connector-lora": "vLLM",
+    "--entrypoint": "docker",
+    "--env": "sky",
     "--fast": "tests/run.sh",
     "--generation-config": "vLLM",
     "--help": "any program",
+    "--init": "docker",
     "--lora-modules": "vLLM",
     "--max-lora-rank": "vLLM",
     "--mem": "sbatch",
     "--model-path": "SGLang",
     "--nproc_per_node": "torchrun",
     "--ntasks-per-node": "srun",
+    "--nv": "apptainer",
     "--partition": "sbatch",
+    "--prefix": "kubectl",
+    "--rm": "docker",
     "--shm-size": "docker",
+    "--strict": "mkdocs",
+    "--target": "docker",
     "--trust-remote-code": "servers",
+    "--user": "docker",
 }
 # Variables of other programs, and constants of this package that docs/development.md names.
 OTHER_CAPITALS = {"AWS_ENDPOINT_URL", "LLM_TARGETS", "PROMPT_STYLES", "LLM_CLASSES", "LLM_CONFIGS"}
@@ -83,8 +99,9 @@ def list_repository_files() -> frozenset[str]:
 @cache
 def read_sources() -> str:
     """Read all sources that declare flags of tools or read variables."""
-    files = [file for file in list_repository_files() if file.endswith((".py", ".sh", ".sbatch"))]
-    folders = ("internvl_chat/", "shell/", "tests/run.sh", "tests/versions.sh")
+    suffixes = (".py", ".sh", ".sbatch", ".yaml", "Dockerfile")
+    files = [file for file in list_repository_files() if file.endswith(suffixes)]
+    folders = ("internvl_chat/", "shell/", "docker/", "examples/", "tests/run.sh", "tests/versions.sh")
     return "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files if file.startswith(folders))
 
 
@@ -115,7 +132,7 @@ def expand_braces(word: str) -> list[str]:
 
 
 def exists_somewhere(path: str, page: Path) -> bool:
-    """Check whether a path exists below the page's folder or BASE_DIRS.
+    """Check whether a path exists below the page's folder or BASE_DIRS, or is the name of a recipe.
 
     It may have braces and wildcards. A name without a folder may be anywhere.
     """
@@ -123,7 +140,8 @@ def exists_somewhere(path: str, page: Path) -> bool:
     if is_name_only:
         return any(file == path or file.endswith(f"/{path}") for file in list_repository_files())
     return all(
-        any((base / one).exists() or any(base.glob(one)) for base in [page.parent, *BASE_DIRS])
+        (ROOT / f"shell/{one}.sh").exists()
+        or any((base / one).exists() or any(base.glob(one)) for base in [page.parent, *BASE_DIRS])
         for one in expand_braces(path.rstrip("/"))
     )
 
@@ -158,6 +176,29 @@ def test_flags_exist(name):
     flags -= FOREIGN_FLAGS.keys() | list_training_flags()
     # A parser of a tool, or an option of a shell script.
     assert not {flag for flag in flags if not re.search(rf"\"{flag}\"|^ *{flag}\)", read_sources(), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", PAGE_NAMES)
+def test_commands_exist(name):
+    code = "\n".join(list_code(read_page(name)))
+    commands = re.findall(r"(?:^|[ ;&$(])internvl ([a-z][\w-]*)(?: ([a-z][\w-]*))?", code, re.MULTILINE)
+    assert {command for command, _ in commands} <= COMMANDS.keys()
+    assert {conversion for command, conversion in commands if command == "convert"} <= CONVERSIONS.keys()
+
+
+def test_every_command_is_documented():
+    table = read_page("internvl_chat/tools/README.md").split("## Commands")[1].split("##")[0]
+    for names in (COMMANDS.keys() - {"convert"}, CONVERSIONS.keys()):
+        assert not {name for name in names if not re.search(rf"`(internvl (convert )?)?{name}`", table)}
+    modules = {row.module for row in [*COMMANDS.values(), *CONVERSIONS.values()] if ".tools." in row.module}
+    assert not {module for module in modules if f"`{module.split('.')[-1]}.py`" not in table}
+
+
+def test_every_extra_is_documented():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
+    extras = re.findall(r"^(\w+) =", project.partition("\n[")[0], re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \|", read_page("docs/install.md").split("## Extras")[1].split("##")[0], re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(extras)
 
 
 @pytest.mark.parametrize("name", PAGE_NAMES)
@@ -206,7 +247,7 @@ def test_every_page_can_be_reached_from_the_readme(name):
         reached |= new
         links = [(page, link) for page in new for link in re.findall(r"\]\(([^)#\s]+\.md)", page.read_text("utf-8"))]
         new = {(page.parent / link).resolve() for page, link in links if "://" not in link} - reached
-    assert ROOT / name in reached or name == "CHANGELOG.md"
+    assert ROOT / name in reached or name in ("CHANGELOG.md", "docs/index.md")
 
 
 def test_flag_tables_are_those_of_the_code():
