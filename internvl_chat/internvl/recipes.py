@@ -56,6 +56,12 @@ def find_recipe(name: str) -> Path:
     return RECIPE_DIR / f"{found[0]}.sh"
 
 
+def is_recipe(name: str) -> bool:
+    """Return whether this is a recipe's name or the end of one."""
+    stem = name.removesuffix(".sh").removeprefix("shell/")
+    return bool(stem) and any(f"/{recipe}".endswith(f"/{stem}") for recipe in list_recipes())
+
+
 def describe_recipes(word: str = "") -> list[RecipeSettings]:
     """Describe all recipes that have this word in a column."""
     scripts = [RECIPE_DIR / f"{name}.sh" for name in list_recipes()]

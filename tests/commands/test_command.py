@@ -129,7 +129,8 @@ def test_a_missing_package_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == (
-        "error: internvl merge requires the package torch, which is not installed; `internvl doctor` lists what is.\n"
+        "error: internvl merge requires the package torch, which is not installed; "
+        "`internvl doctor` lists what is installed.\n"
     )
 
 

@@ -121,6 +121,11 @@ def test_number_of_ranks(dry_run):
         (["8b_vit_lora", "--max_step_size", "3"], "unknown flag: --max_step_size; did you mean --max_steps?"),
         (["--lerning_rate=3"], "unknown flag: --lerning_rate; did you mean --learning_rate?"),
         (["--max-seq-len-gth", "3"], "unknown flag: --max_seq_len_gth; did you mean --max_seq_length?"),
+        (["--npoc", "3"], "unknown flag: --npoc; did you mean --nproc?"),
+        (
+            ["--max_steps", "3", "8b_vit_lora"],
+            "expected one recipe, before all flags: move '8b_vit_lora', or remove it.",
+        ),
         (["--zzzzz", "3"], "unknown flag: --zzzzz; `internvl train --help` lists all flags."),
         (["--nproc", "0", *FLAGS], "--nproc 0 is invalid: expected auto, or an integer from 1 to 1024."),
         (["--nproc", "two", *FLAGS], "--nproc two is invalid: expected auto, or an integer from 1 to 1024."),

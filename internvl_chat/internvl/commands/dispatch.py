@@ -27,20 +27,19 @@ def run_command(program: str, description: str, commands: Mapping[str, Command],
     command = commands[name]
     # argparse names the program by it.
     sys.argv = [f"{program} {name}", *argv[1:]]
-    if name not in NEED_NO_LIBRARY:
-        require_supported_versions()
-    if command.is_rank:
-        from internvl.runtime.process import prepare_rank
-
-        prepare_rank()
     try:
+        if name not in NEED_NO_LIBRARY:
+            require_supported_versions()
+        if command.is_rank:
+            from internvl.runtime.process import prepare_rank
+
+            prepare_rank()
         module = import_module(command.module)
     except ModuleNotFoundError as error:
         if str(error.name).startswith("internvl."):
             raise
-        raise ValueError(
-            f"{sys.argv[0]} requires the package {error.name}, which is not installed; `internvl doctor` lists what is."
-        ) from error
+        missing = f"the package {error.name}, which is not installed" if error.name else f"more: {error}"
+        raise ValueError(f"{sys.argv[0]} requires {missing}; `internvl doctor` lists what is installed.") from error
     return module.main(argv[1:])
 
 

@@ -13,11 +13,11 @@ import argparse
 import os
 import sys
 
-from internvl.arguments.run_file import CONFIG_FLAG, read_run_file
+from internvl.arguments.run_file import CONFIG_FLAG, format_flag, read_run_file
 from internvl.arguments.topics import TOPICS
 from internvl.command_line import INPUT_FLAGS, exit_on_user_error
 from internvl.commands.training_flags import describe_unknown_flag, format_flags
-from internvl.recipes import LAUNCH_SCRIPT, describe_recipes, find_recipe, format_recipes
+from internvl.recipes import LAUNCH_SCRIPT, describe_recipes, find_recipe, format_recipes, is_recipe
 
 LAUNCHER_FLAGS = ("output_dir", *INPUT_FLAGS)  # launch.sh reads them, but no YAML
 PREFERENCE_FLAGS = TOPICS["preference"].split()
@@ -31,6 +31,9 @@ def main(argv: list[str]) -> None:
         print_recipes(args.list)
         return
     recipe = words.pop(0) if words and not words[0].startswith("-") else None
+    for word in words:
+        if is_recipe(word):
+            raise ValueError(f"expected one recipe, before all flags: move {word!r:.80}, or remove it.")
     names = [word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")]
     for name in names:
         require_known_flag(name)
@@ -41,7 +44,7 @@ def main(argv: list[str]) -> None:
         script = find_recipe(recipe)
     elif config or words:
         script = LAUNCH_SCRIPT
-        from_files = [f"--{name}={config[name]}" for name in LAUNCHER_FLAGS if name in config and name not in names]
+        from_files = [format_flag(name, config[name]) for name in LAUNCHER_FLAGS if name in config.keys() - {*names}]
         words = [*(f"{CONFIG_FLAG}={path}" for path in args.config), *from_files, *words]
         args.preference |= any(name in PREFERENCE_FLAGS for name in [*names, *config])
     else:
@@ -83,17 +86,20 @@ def read_configs(paths: list[str]) -> dict[str, str | list[str]]:
     config = {}
     for path in paths:
         for name, flag in read_run_file(path).items():
-            require_known_flag(name, f"{path}, line {flag.line}: ")
+            require_known_flag(name, f"{path}, line {flag.line}: ", has_dashes="-" in name)
             config[name] = flag.value
     return config
 
 
-def require_known_flag(name: str, place: str = "") -> None:
+def require_known_flag(name: str, place: str = "", has_dashes: bool = False) -> None:
     """Raise a ValueError if no training program has this flag.
 
     Args:
         place: where it is, as the start of the message.
+        has_dashes: it is written as files may not have it, unlike a command line.
     """
+    if has_dashes:
+        raise ValueError(f"{place}unknown flag: {name!r:.80}; names of flags have underscores in a file.")
     if hint := describe_unknown_flag(name):
         raise ValueError(f"{place}unknown flag: --{name:.80}{hint}")
 

@@ -16,6 +16,7 @@ from internvl.arguments.topics import FIRST_FLAGS, TITLES, TOPICS, TRANSFORMERS_
 from internvl.arguments.unsupported_flags import REMOVED_FLAGS
 from internvl.nearest_name import suggest
 
+LAUNCH_FLAGS = {"config", "dry_run", "list", "nproc", "preference"}  # of `internvl train` itself
 HELP_COLUMN = 32  # of the descriptions
 
 
@@ -50,7 +51,7 @@ def describe_unknown_flag(name: str) -> str:
     name = name.replace("-", "_")
     names = list_flags()
     is_known = bool({name, name.removeprefix("no_")} & {*names, *REMOVED_FLAGS})
-    return "" if is_known else suggest(name, names, "--") or "; `internvl train --help` lists all flags."
+    return "" if is_known else suggest(name, names | LAUNCH_FLAGS, "--") or "; `internvl train --help` lists all flags."
 
 
 def format_flags() -> str:
