@@ -127,7 +127,7 @@ class Job:
     def find_task(self, rank: int) -> psutil.Process:
         """Find the training process of a rank."""
         for process in psutil.process_iter(["cmdline"]):
-            if process.info["cmdline"] and process.info["cmdline"][0].endswith("python3"):
+            if process.info["cmdline"] and Path(process.info["cmdline"][0]).name.startswith("python"):
                 env = process.environ()
                 if (env.get("SLURM_JOB_ID"), env.get("SLURM_PROCID")) == (self.id, str(rank)):
                     return process
