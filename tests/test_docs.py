@@ -1,12 +1,12 @@
 """Check that the documentation names only what exists: flags, files, variables, links."""
 
-import importlib.util
 import re
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
+from helpers.scripts import load_script
 
 from internvl.commands.table import COMMANDS, CONVERSIONS
 
@@ -107,11 +107,7 @@ def read_sources() -> str:
 
 @cache
 def load_flag_tables():
-    spec = importlib.util.spec_from_file_location("make_flag_tables", ROOT / "docs/make_flag_tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "docs/make_flag_tables.py")
 
 
 @cache

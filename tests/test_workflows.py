@@ -1,6 +1,5 @@
 """Workflows, issue forms, pre-commit hooks and release notes: they are valid and name only what exists."""
 
-import importlib.util
 import re
 import subprocess
 
@@ -8,6 +7,7 @@ import pytest
 import yaml
 from helpers.environments import layer_environment, make_layer_or_skip
 from helpers.paths import REPO_ROOT
+from helpers.scripts import load_script
 from packaging.requirements import Requirement
 from versions import ENVIRONMENTS, read_requirements
 
@@ -90,11 +90,7 @@ def test_hooks_have_the_versions_of_the_tests(hook):
 
 
 def load_release_notes():
-    spec = importlib.util.spec_from_file_location("release_notes", REPO_ROOT / ".github/release_notes.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(REPO_ROOT / ".github/release_notes.py")
 
 
 CHANGELOG = """# Changelog

@@ -5,7 +5,9 @@ from difflib import get_close_matches
 
 
 def suggest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """Return the end of a message about a misspelled name; empty if no name is close.
+    """Return the end of a message about a misspelled name.
+
+    It is empty if no name is close.
 
     Args:
         prefix: what a user writes before the name, such as `--`.

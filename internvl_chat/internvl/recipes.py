@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ class RecipeSettings(NamedTuple):
     packing: str
 
 
+@cache
 def list_recipes() -> list[str]:
     """List the names of all recipes: paths below `shell/` without `.sh`."""
     scripts = [path.relative_to(RECIPE_DIR) for path in RECIPE_DIR.glob("*/**/*.sh") if path.name != "common.sh"]
@@ -45,21 +47,26 @@ def find_recipe(name: str) -> Path:
         if not LAST_LINE.search(Path(name).read_text(errors="replace")):
             raise ValueError(f"{name!r:.200} is not a recipe: it does not end with `. .../launch.sh`.")
         return Path(name).resolve()
-    stem, recipes = name.removesuffix(".sh").removeprefix("shell/"), list_recipes()
-    found = [stem] if stem in recipes else [recipe for recipe in recipes if recipe.endswith(f"/{stem}")]
+    found = match_recipes(name)
     if len(found) > 1:
         raise ValueError(f"recipe {name!r:.80} is ambiguous: {', '.join(found)}.")
     if not found:
+        stem, recipes = get_stem(name), list_recipes()
         ends = {recipe.rpartition("/")[2]: recipe for recipe in recipes}
         hint = suggest(stem, recipes) or suggest(stem, ends)
         raise ValueError(f"unknown recipe: {name!r:.80}{hint or '; `internvl train --list` lists all recipes.'}")
     return RECIPE_DIR / f"{found[0]}.sh"
 
 
-def is_recipe(name: str) -> bool:
-    """Return whether this is a recipe's name or the end of one."""
-    stem = name.removesuffix(".sh").removeprefix("shell/")
-    return bool(stem) and any(f"/{recipe}".endswith(f"/{stem}") for recipe in list_recipes())
+def match_recipes(name: str) -> list[str]:
+    """List the recipes that have this name, or else this end."""
+    stem, recipes = get_stem(name), list_recipes()
+    return [stem] if stem in recipes else [recipe for recipe in recipes if recipe.endswith(f"/{stem}")]
+
+
+def get_stem(name: str) -> str:
+    """Return the name of a recipe that is written as a path."""
+    return name.removesuffix(".sh").removeprefix("shell/")
 
 
 def describe_recipes(word: str = "") -> list[RecipeSettings]:

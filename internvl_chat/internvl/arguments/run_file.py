@@ -97,7 +97,7 @@ def expand_run_files(
 ) -> list[str]:
     """Replace each `--config FILE` by the flags of the file.
 
-    So the flags behind it override those of the file.
+    So flags after it override those of the file.
 
     Args:
         to_words_fn: converts (path, name, flag) to words of a command line; by default to `--name=value`.

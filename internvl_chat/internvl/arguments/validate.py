@@ -205,9 +205,10 @@ def validate_op_compilation(args: TrainingArguments) -> None:
 
 
 def list_ops_to_compile(config: dict) -> list[str]:
-    """List the ops of DeepSpeed that a run needs and that were not built into it.
+    """List the ops that DeepSpeed compiles for a run.
 
-    Ranks on CPUs add through shared memory, and an optimizer with offloaded states runs on the CPU. Others need none.
+    They are those that the run needs and that were not built into DeepSpeed. Ranks on CPUs add through shared memory,
+    and an optimizer with offloaded states runs on the CPU. Otherwise a GPU needs none.
     """
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops

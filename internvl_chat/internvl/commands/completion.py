@@ -10,16 +10,18 @@ import re
 from pathlib import Path
 
 from internvl.commands.table import COMMANDS, CONVERSIONS, Command
-from internvl.commands.training_flags import list_flags, read_flag_help
+from internvl.commands.training_flags import TRAIN_FLAGS, list_flags, read_flag_help
 from internvl.recipes import list_recipes
 
-TRAIN_FLAGS = ("--list", "--config", "--nproc", "--dry-run", "--preference")
 RECIPE_COMMANDS = ("train", "plan")
 TRAINING_FLAG_COMMANDS = ("train", "plan", "check-data")
 
 
 def complete() -> None:
-    """Print the completions that the shell asks for, and exit; without argcomplete there are none."""
+    """Print the completions that the shell asks for, and exit.
+
+    Without argcomplete there are none.
+    """
     if importlib.util.find_spec("argcomplete"):
         import argcomplete
 
@@ -27,7 +29,7 @@ def complete() -> None:
 
 
 def build_parser(words: list[str]) -> argparse.ArgumentParser:
-    """Build a parser with all commands, and the flags of the one that has been typed."""
+    """Build a parser with all commands, and the typed one's flags."""
     parser = argparse.ArgumentParser(prog="internvl")
     parser.add_argument("--version", action="store_true")
     add_commands(parser, COMMANDS, words)

@@ -12,7 +12,9 @@ NEED_NO_LIBRARY = ("train", "convert", "doctor")  # the first two start other pr
 
 
 def run_command(program: str, description: str, commands: Mapping[str, Command], argv: list[str]) -> int | None:
-    """Run one of these commands with the words after its name; without a name, print the help.
+    """Run one of these commands with the words after its name.
+
+    Without a name, print the help.
 
     Raises:
         ValueError: there is no such command, or a package that it needs is missing.

@@ -17,7 +17,7 @@ from internvl.arguments.run_file import CONFIG_FLAG, format_flag, read_run_file
 from internvl.arguments.topics import TOPICS
 from internvl.command_line import INPUT_FLAGS, exit_on_user_error
 from internvl.commands.training_flags import describe_unknown_flag, format_flags
-from internvl.recipes import LAUNCH_SCRIPT, describe_recipes, find_recipe, format_recipes, is_recipe
+from internvl.recipes import LAUNCH_SCRIPT, describe_recipes, find_recipe, format_recipes, match_recipes
 
 LAUNCHER_FLAGS = ("output_dir", *INPUT_FLAGS)  # launch.sh reads them, but no YAML
 PREFERENCE_FLAGS = TOPICS["preference"].split()
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
         return
     recipe = words.pop(0) if words and not words[0].startswith("-") else None
     for word in words:
-        if is_recipe(word):
+        if match_recipes(word):
             raise ValueError(f"expected one recipe, before all flags: move {word!r:.80}, or remove it.")
     names = [word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")]
     for name in names:
@@ -53,7 +53,10 @@ def main(argv: list[str]) -> None:
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the flags of this command; return the recipe and the flags of training as they are."""
+    """Parse the flags of this command.
+
+    Returns the recipe and the flags of training as they are.
+    """
     parser = argparse.ArgumentParser(
         usage="internvl train [RECIPE | --config FILE] [--nproc N] [--dry-run] [FLAGS]",
         description=__doc__,
@@ -86,26 +89,29 @@ def read_configs(paths: list[str]) -> dict[str, str | list[str]]:
     config = {}
     for path in paths:
         for name, flag in read_run_file(path).items():
-            require_known_flag(name, f"{path}, line {flag.line}: ", has_dashes="-" in name)
+            place = f"{path}, line {flag.line}: "
+            if "-" in name:
+                raise ValueError(f"{place}unknown flag: {name!r:.80}; names of flags have underscores in a file.")
+            require_known_flag(name, place)
             config[name] = flag.value
     return config
 
 
-def require_known_flag(name: str, place: str = "", has_dashes: bool = False) -> None:
+def require_known_flag(name: str, place: str = "") -> None:
     """Raise a ValueError if no training program has this flag.
 
     Args:
         place: where it is, as the start of the message.
-        has_dashes: it is written as files may not have it, unlike a command line.
     """
-    if has_dashes:
-        raise ValueError(f"{place}unknown flag: {name!r:.80}; names of flags have underscores in a file.")
     if hint := describe_unknown_flag(name):
         raise ValueError(f"{place}unknown flag: --{name:.80}{hint}")
 
 
 def make_environment(args: argparse.Namespace) -> dict[str, str]:
-    """Return the environment for launch.sh: this Python, and what the flags of this command say."""
+    """Return the environment for launch.sh.
+
+    It names this Python, and has what the flags of this command say.
+    """
     # DeepSpeed finds ninja on PATH.
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
     env = os.environ | {"INTERNVL_PYTHON": sys.executable, "PATH": path}

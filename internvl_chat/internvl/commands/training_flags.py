@@ -16,7 +16,7 @@ from internvl.arguments.topics import FIRST_FLAGS, TITLES, TOPICS, TRANSFORMERS_
 from internvl.arguments.unsupported_flags import REMOVED_FLAGS
 from internvl.nearest_name import suggest
 
-LAUNCH_FLAGS = {"config", "dry_run", "list", "nproc", "preference"}  # of `internvl train` itself
+TRAIN_FLAGS = ("--list", "--config", "--nproc", "--dry-run", "--preference")  # of `internvl train` itself
 HELP_COLUMN = 32  # of the descriptions
 
 
@@ -33,6 +33,7 @@ def read_flag_help() -> dict[str, str]:
     return helps
 
 
+@cache
 def list_flags() -> set[str]:
     """List the names of all flags of training, those of the installed transformers included."""
     spec = importlib.util.find_spec("transformers")
@@ -44,14 +45,15 @@ def list_flags() -> set[str]:
 
 
 def describe_unknown_flag(name: str) -> str:
-    """Return the end of a message about a flag that no training program has; empty for all others.
+    """Return the end of a message about an unknown flag of training.
 
-    The parser takes dashes, and `no_` before a flag whose default is True.
+    It is empty for flags that exist. The parser takes dashes, and `no_` before a flag whose default is True.
     """
     name = name.replace("-", "_")
-    names = list_flags()
-    is_known = bool({name, name.removeprefix("no_")} & {*names, *REMOVED_FLAGS})
-    return "" if is_known else suggest(name, names | LAUNCH_FLAGS, "--") or "; `internvl train --help` lists all flags."
+    if {name, name.removeprefix("no_")} & {*list_flags(), *REMOVED_FLAGS}:
+        return ""
+    names = list_flags() | {flag.removeprefix("--") for flag in TRAIN_FLAGS}
+    return suggest(name, names, "--") or "; `internvl train --help` lists all flags."
 
 
 def format_flags() -> str:
