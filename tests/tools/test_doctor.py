@@ -383,6 +383,12 @@ def test_known_problem(changes, level, found, cost):
     assert problem.remedy and "{" not in "".join(problem)
 
 
+def test_pre_releases_count_as_their_release():
+    """As where training starts: NVIDIA's containers have such versions of torch."""
+    facts = Facts(**HEALTHY | {"versions": VERSIONS | {"torch": "2.6.0a0+df5bbc09d1.nv24.12"}})
+    assert facts.is_older("torch", "2.6") is False and facts.is_older("torch", "2.7") is True
+
+
 def test_every_row_of_the_table_has_a_case_and_a_healthy_machine_none():
     assert not find_problems(Facts(**HEALTHY))
     for row in KNOWN_PROBLEMS:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from internvl.constants import HOW_TO_ENLARGE, SHARED_MEMORY_DIR
-from internvl.versions import OLDEST_VERSIONS, OPTIONAL_PACKAGES, UNTESTED_VERSIONS
+from internvl.versions import OLDEST_VERSIONS, OPTIONAL_PACKAGES, UNTESTED_VERSIONS, parse_release
 
 from .host import FOLDERS, MIN_SHM_GIB, OUTPUT_FOLDER
 from .libraries import PACKAGES
@@ -57,10 +57,10 @@ class Facts:
 
     def is_older(self, name: str, bound: str) -> bool | None:
         """Return whether a library has a version before `bound`; None if it is missing or its version is unknown."""
-        from packaging.version import InvalidVersion, Version  # here: it may be missing
+        from packaging.version import InvalidVersion  # here: it may be missing
 
         try:
-            return Version(self.versions.get(name) or "") < Version(bound)
+            return parse_release(self.versions.get(name) or "") < parse_release(bound)
         except InvalidVersion:
             return None
 
